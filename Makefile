@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine: `make test` and `make demo`.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+STAMPS := $(VENV)/.stamps
+DEMO ?= demo-output
+DEMO_FLAGS ?=
+
+.PHONY: demo test lint docs bench clean help
+
+help:
+	@echo "make demo   train and evaluate the MRI reconstruction on the bundled data; results in $(DEMO)/"
+	@echo "make test   run the test suite"
+	@echo "make lint   ruff and basedpyright"
+	@echo "make docs   build the Sphinx site into docs/_build/html"
+	@echo "make bench  run the benchmarks (by hand; several minutes)"
+
+# One stamp an extra: a second run starts at once, a changed requirement installs again.
+$(STAMPS)/%: pyproject.toml constraints.txt
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+	$(PIP) -e ".[$*]"
+	@touch $@
+
+demo: $(STAMPS)/mri
+	$(VENV)/bin/python -m applications.mri demo --out $(DEMO) $(DEMO_FLAGS)
+
+test: $(STAMPS)/test
+	$(VENV)/bin/python -m pytest -q
+
+lint: $(STAMPS)/lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright
+
+docs: $(STAMPS)/docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+bench: $(STAMPS)/mri
+	$(VENV)/bin/python -m benchmarks.training_step
+
+clean:
+	rm -rf $(VENV) docs/_build

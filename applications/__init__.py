@@ -1,0 +1,1 @@
+"""Applications built on `bilevel` as any user would build them."""

@@ -1,0 +1,1 @@
+"""Multi-coil MRI reconstruction without coil sensitivities, trained by Lagrangian multipliers."""

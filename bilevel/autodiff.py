@@ -1,0 +1,232 @@
+"""The only file that differentiates. Gradients are with respect to Re<., .>, as torch returns them.
+
+A *variable tree* is a detached copy of a tree whose variables require grad: what is computed from it
+is a graph of its own, connected to nothing the caller holds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from bilevel import tree
+from bilevel.errors import LostGradientError, StructureError, UnsupportedError
+from bilevel.tree import Tree
+
+
+def variables(values: Tree) -> Tree:
+    """`values` detached, sharing memory, its variables requiring grad."""
+    return tree.map_leaves(
+        lambda leaf: leaf.detach().requires_grad_()
+        if tree.is_variable(leaf)
+        else (leaf.detach() if isinstance(leaf, Tensor) else leaf),
+        values,
+    )
+
+
+def pull(outputs: Tree, cotangent: Tree, inputs: Tree) -> Tree:
+    """Adjoint of the derivative of `outputs` in `inputs`, applied to `cotangent`; frees the graph.
+
+    Args:
+        outputs: computed from `inputs` with grad enabled.
+        cotangent: a vector of the space of `outputs`.
+        inputs: variable trees, or trees computed on the way to `outputs`.
+
+    Returns:
+        A vector of the space of `inputs`; None also where `outputs` do not depend on the leaf.
+    """
+    pairs = [
+        (y, v)
+        for y, v in zip(tree.leaves_of(outputs), tree.leaves_of(cotangent), strict=True)
+        if v is not None and y.requires_grad
+    ]
+    leaves, structure = tree.flatten(inputs)
+    wanted = [x for x in leaves if tree.is_variable(x) and x.requires_grad]
+    if not pairs or not wanted:
+        return tree.unflatten(structure, [None] * len(leaves))
+    ys, vs = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(ys, wanted, vs, allow_unused=True))
+    return tree.unflatten(
+        structure, [next(found) if tree.is_variable(x) and x.requires_grad else None for x in leaves]
+    )
+
+
+def check_scalar(value: Any, name: str) -> Tensor:
+    """`value` if it is a real scalar tensor.
+
+    Args:
+        value: what the objective returned.
+        name: which objective.
+
+    Returns:
+        `value`.
+
+    Raises:
+        StructureError: if it is anything else.
+    """
+    if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+        came = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        raise StructureError(f"{name} must return a real scalar tensor of shape (), got {came}.")
+    return value
+
+
+def value_and_gradient(
+    function: Callable[..., Tensor], *arguments: Tree, name: str
+) -> tuple[Tensor, tuple[Tree, ...]]:
+    """Value of a real scalar `function`, and its gradient in each argument.
+
+    Args:
+        function: of `arguments`.
+        arguments: trees.
+        name: what to call `function` in an error.
+
+    Returns:
+        The detached value, and one vector an argument; None where it does not depend on the leaf.
+    """
+    inputs = tuple(variables(argument) for argument in arguments)
+    with torch.enable_grad():
+        value = check_scalar(function(*inputs), name)
+        refuse_hidden(value, inputs, name)
+        return value.detach(), pull(value, torch.ones_like(value), inputs)
+
+
+def _graph_leaves(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The tensors that accumulate a gradient in the graph behind `tensors`."""
+    pending: list[Node | None] = []
+    for tensor in tensors:
+        if tensor.grad_fn is None and tensor.requires_grad:
+            yield tensor
+        pending.append(tensor.grad_fn)
+    seen: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            yield variable
+        pending.extend(previous for previous, _ in node.next_functions)
+
+
+def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
+    """Refuse `outputs` whose graph reaches a tensor that is not among `inputs`.
+
+    With `inputs` empty this is one look at `requires_grad`: nothing then should have a graph.
+
+    Args:
+        outputs: what the user's function returned.
+        inputs: the variable trees it was given.
+        name: what to call the function.
+
+    Raises:
+        LostGradientError: if something that requires grad was closed over.
+    """
+    tensors = [y for y in tree.leaves_of(outputs) if isinstance(y, Tensor) and y.requires_grad]
+    if not tensors:
+        return
+    known = {id(x) for x in tree.leaves_of(inputs)}
+    for leaf in _graph_leaves(tensors):
+        if id(leaf) not in known:
+            raise LostGradientError(
+                f"{name} uses a tensor of shape {tuple(leaf.shape)} that requires grad but is not "
+                "among its arguments; its gradient would be lost. Pass it in the control, or "
+                "freeze it with requires_grad_(False)."
+            )
+
+
+def recording() -> torch.enable_grad:
+    """Grad mode on, whatever the caller's mode: a sweep differentiates by itself."""
+    return torch.enable_grad()
+
+
+def paused() -> torch.no_grad:
+    """Grad mode off: arithmetic on vectors leaves no graph."""
+    return torch.no_grad()
+
+
+Reverse = Callable[[list[Any], list[Any], list[Any]], list[Any]]
+
+
+class _Reversible(torch.autograd.Function):
+    """A function of leaves whose backward is a callable of what its forward kept."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable, *inputs: Any) -> tuple[Any, ...]:
+        outputs, kept, ctx.reverse = run(list(inputs))
+        ctx.n_inputs = len(inputs)
+        everything = [*inputs, *kept]
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in everything]
+        ctx.is_tensor = [isinstance(x, Tensor) for x in everything]
+        ctx.save_for_backward(*(x for x in everything if isinstance(x, Tensor)))
+        ctx.is_variable = [tree.is_variable(y) for y in outputs]
+        # A fresh alias: an output that is an input would be taken for an in-place result.
+        outputs = tuple(y.view_as(y) if isinstance(y, Tensor) else y for y in outputs)
+        ctx.mark_non_differentiable(
+            *(y for y in outputs if isinstance(y, Tensor) and not tree.is_variable(y))
+        )
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        everything = [
+            next(saved) if is_tensor else constant
+            for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+        ]
+        inputs, kept = everything[: ctx.n_inputs], everything[ctx.n_inputs :]
+        vectors = [v if ok else None for v, ok in zip(cotangents, ctx.is_variable, strict=True)]
+        create_graph = torch.is_grad_enabled()
+        gradients = ctx.reverse(inputs, kept, vectors)
+        if create_graph:
+            gradients = [
+                g if g is None else _FirstDerivative.apply(g, *inputs, *cotangents)
+                for g in gradients
+            ]
+        return (None, *gradients)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The identity on a gradient; to differentiate it again is an error, never a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *_sources: Any) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_cotangents: Any) -> Any:
+        raise UnsupportedError(
+            "the gradient of a rollout cannot be differentiated again with states kept; pass "
+            "checkpointing=Checkpointing(block=None), which keeps the graphs and differentiates "
+            "any number of times."
+        )
+
+
+def reversible(
+    run: Callable[[list[Any]], tuple[list[Any], list[Any], Reverse]], inputs: list[Any]
+) -> tuple[Any, ...]:
+    """Outputs of `run`, whose backward is the reverse that `run` returns.
+
+    Args:
+        run: `inputs -> (outputs, kept, reverse)` with
+            `reverse(inputs, kept, cotangents) -> gradients` of the inputs, None where there is
+            none. What is kept is freed with the graph, and guarded against writes in place.
+        inputs: leaves.
+
+    Returns:
+        The outputs, attached to the graph of the inputs.
+
+    Raises:
+        UnsupportedError: under a `torch.func` transform.
+    """
+    try:
+        return _Reversible.apply(run, *inputs)  # pyright: ignore[reportReturnType]
+    except RuntimeError as error:
+        if "functorch" not in str(error):
+            raise
+        raise UnsupportedError(
+            "torch.func transforms cannot pass through a rollout with states kept; use "
+            "torch.autograd.grad, or checkpointing=Checkpointing(block=None)."
+        ) from error

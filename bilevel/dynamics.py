@@ -1,0 +1,147 @@
+"""The dynamics u(t) = g(u(t-1), theta_t), u(0) = g0(f; theta_0), and who receives which control."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.errors import StructureError
+from bilevel.tree import Tree
+
+
+class Dynamics(ABC):
+    """One inner iteration as a map of states; equation (1).
+
+    What is constant for a sample (k-space, mask, target) is a field of the subclass; the state
+    holds only what evolves. `step` is a function of its arguments alone: the sweeps evaluate it
+    again, under the same state of the default random generators.
+    """
+
+    @abstractmethod
+    def step(self, state: Tree, control: Tree, t: int) -> Tree:
+        """u(t) = g(u(t-1), theta_t), t = 1..T; the structure and shapes of `state`."""
+
+    def init(self, observation: Tree, control: Tree) -> Tree:  # noqa: ARG002
+        """u(0) = g0(f; theta_0); by default the observation itself."""
+        return observation
+
+    def readout(self, state: Tree) -> Tree:
+        """The part of the state that costs see; by default all of it."""
+        return state
+
+
+@dataclass(frozen=True)
+class Map(Dynamics):
+    """Dynamics from a plain function.
+
+    Attributes:
+        g: `g(state, control, t) -> state`.
+
+    Example:
+        >>> Map(lambda state, control, t: state + control).step(1.0, 2.0, 1)
+        3.0
+    """
+
+    g: Callable[[Tree, Tree, int], Tree]
+
+    def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
+        return self.g(state, control, t)
+
+
+
+@optree.register_pytree_node_class(
+    path_entry_type=optree.GetAttrEntry, namespace=tree.NAMESPACE
+)
+@dataclass(frozen=True, eq=False)
+class PerStep:
+    """A control with one tree per step: `step` and running costs receive theirs, theta_t.
+
+    Any control that is not a `PerStep` is shared by all steps and given whole.
+
+    Attributes:
+        steps: theta_1, ..., theta_T.
+        initial: theta_0, what `Dynamics.init` receives.
+        shared: what every step shares; then `step` receives `(theta_t, shared)`.
+    """
+
+    steps: Sequence[Tree]
+    initial: Tree = None
+    shared: Tree = None
+
+    def __post_init__(self) -> None:
+        """Freeze the sequence of steps."""
+        object.__setattr__(self, "steps", tuple(self.steps))
+
+    @classmethod
+    def unstack(cls, stacked: Tree, initial: Tree = None, shared: Tree = None) -> "PerStep":
+        """One tree per entry of the leading axis, which every leaf of `stacked` has.
+
+        Args:
+            stacked: tree of tensors of shape ``(T, ...)``.
+            initial: theta_0.
+            shared: what every step shares.
+
+        Returns:
+            The control; differentiable in `stacked`.
+
+        Raises:
+            StructureError: if the leading axes differ or a leaf has none.
+
+        Example:
+            >>> import torch
+            >>> PerStep.unstack(torch.tensor([1.0, 2.0])).steps
+            (tensor(1.), tensor(2.))
+        """
+        leaves, structure = tree.flatten(stacked)
+        lengths = {x.shape[0] if isinstance(x, Tensor) and x.ndim else None for x in leaves}
+        if len(lengths) != 1 or None in lengths:
+            raise StructureError(
+                "PerStep.unstack needs every leaf to be a tensor with the same leading axis, got "
+                f"lengths {sorted(lengths, key=str)}."
+            )
+        rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
+        return cls([tree.unflatten(structure, list(row)) for row in rows], initial, shared)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None, tuple[str, ...]]:
+        """Children, no metadata, and the attribute names that reach the children."""
+        return (self.steps, self.initial, self.shared), None, ("steps", "initial", "shared")
+
+    @classmethod
+    def tree_unflatten(cls, _metadata: None, children: tuple[Any, ...]) -> "PerStep":
+        """The control with new `children`."""
+        return cls(*children)
+
+
+def step_control(control: Tree, t: int) -> Tree:
+    """What step `t` (1..T) and the running cost at `t` receive of `control`."""
+    if not isinstance(control, PerStep):
+        return control
+    theta = control.steps[t - 1]
+    return theta if control.shared is None else (theta, control.shared)
+
+
+def initial_control(control: Tree) -> Tree:
+    """What `Dynamics.init` receives of `control`: theta_0, or all of a shared control."""
+    return control.initial if isinstance(control, PerStep) else control
+
+
+def check_control(control: Tree, horizon: int) -> None:
+    """Refuse a control that does not fit the horizon.
+
+    Args:
+        control: any control.
+        horizon: number of steps.
+
+    Raises:
+        StructureError: if it has another number of steps, or a leaf that is not a tensor.
+    """
+    if isinstance(control, PerStep) and len(control.steps) != horizon:
+        raise StructureError(
+            f"control.steps must have one entry per step, {horizon} for this horizon, "
+            f"got {len(control.steps)}."
+        )
+    tree.check_leaves(control, "control")

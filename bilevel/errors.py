@@ -1,0 +1,33 @@
+"""What can go wrong, each under `BilevelError` and under the built-in it refines."""
+
+
+class BilevelError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ArgumentError(BilevelError, ValueError):
+    """A setting or argument is outside what is allowed."""
+
+
+class StructureError(BilevelError, ValueError):
+    """Trees, shapes, dtypes or devices do not fit together."""
+
+
+class LostGradientError(BilevelError, ValueError):
+    """A gradient would be lost in silence: something unused, or something closed over."""
+
+
+class UnsupportedError(BilevelError, NotImplementedError):
+    """A combination this version does not compute; the message names one that works."""
+
+
+class ConvergenceError(BilevelError, RuntimeError):
+    """An iteration stopped before its tolerance and the user asked for an error."""
+
+
+class DivergenceError(BilevelError, ArithmeticError):
+    """A value became infinite or NaN; the message names the step where it began."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An iteration stopped before its tolerance; the result says by how much."""

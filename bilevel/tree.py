@@ -1,0 +1,155 @@
+"""Trees of tensors as a real vector space with the inner product Re<a, b>.
+
+A tree is a tensor, or a dict, tuple, list or named tuple of trees. Its floating-point and complex
+leaves are its *variables*; integer and boolean leaves are carried along unchanged. A *vector* of
+the space (a gradient, a multiplier) has the structure of the tree, with None where the tree has a
+leaf that is not a variable.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel.errors import StructureError
+
+Tree = Any  # a tensor, or a dict / tuple / list of trees
+NAMESPACE = "bilevel"
+
+
+def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Leaves of `tree`, None included, and the structure that puts them back."""
+    leaves, structure = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
+    return leaves, structure
+
+
+def unflatten(structure: optree.PyTreeSpec, leaves: list[Any]) -> Tree:
+    """The tree of `structure` with `leaves`."""
+    return optree.tree_unflatten(structure, leaves)
+
+
+def leaves_of(tree: Tree) -> list[Any]:
+    """Leaves of `tree`, None included."""
+    return flatten(tree)[0]
+
+
+def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+    """`function` of each leaf of `tree` and the leaves of `others` in the same places."""
+    return optree.tree_map(function, tree, *others, none_is_leaf=True, namespace=NAMESPACE)
+
+
+def leaf_names(tree: Tree, root: str) -> list[str]:
+    """How Python code would reach each leaf, such as `control['tasks'][0]`."""
+    return [accessor.codify(root) for accessor in flatten(tree)[1].accessors()]
+
+
+def is_variable(leaf: Any) -> bool:
+    """Whether `leaf` is a floating-point or complex tensor, so that a gradient exists."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def detach(tree: Tree) -> Tree:
+    """`tree` without its autograd history; no copy."""
+    return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """The zero vector of the space of `tree`."""
+    return map_leaves(lambda leaf: torch.zeros_like(leaf) if is_variable(leaf) else None, tree)
+
+
+def negative(vector: Tree) -> Tree:
+    """`-vector`."""
+    return map_leaves(lambda leaf: None if leaf is None else -leaf, vector)
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """`a + b`."""
+    return map_leaves(lambda x, y: None if x is None else x + y, a, b)
+
+
+def subtract(a: Tree, b: Tree) -> Tree:
+    """`a - b`, None in the places that hold no variable of `a`."""
+    return map_leaves(lambda x, y: x - y if is_variable(x) else None, a, b)
+
+
+def inner(a: Tree, b: Tree) -> Tensor:
+    """`Re<a, b>`, summed over the variables; differentiable.
+
+    Args:
+        a: vector or tree of states.
+        b: the same structure; a leaf that is no variable on either side is left out.
+
+    Returns:
+        Real scalar.
+    """
+    terms = [
+        torch.real(x.conj() * y).sum()
+        for x, y in zip(leaves_of(a), leaves_of(b), strict=True)
+        if is_variable(x) and is_variable(y)
+    ]
+    return sum(terms[1:], terms[0]) if terms else torch.zeros(())
+
+
+def norm(vector: Tree) -> float:
+    """Euclidean norm of a vector."""
+    squares = [
+        float(torch.linalg.vector_norm(leaf)) ** 2
+        for leaf in leaves_of(vector)
+        if is_variable(leaf)
+    ]
+    return sum(squares) ** 0.5
+
+
+def check_leaves(tree: Tree, name: str) -> None:
+    """Refuse a leaf whose gradient would be lost because it is not a tensor.
+
+    Args:
+        tree: what the user passed.
+        name: what the user calls it.
+
+    Raises:
+        StructureError: if a leaf is neither a tensor nor an integer, a bool or None.
+    """
+    for leaf, path in zip(leaves_of(tree), leaf_names(tree, name), strict=True):
+        if not (leaf is None or isinstance(leaf, Tensor | int)):
+            raise StructureError(
+                f"{path} must be a tensor (or an integer, which is carried unchanged), "
+                f"got {type(leaf).__name__}; wrap it with torch.as_tensor."
+            )
+
+
+def _kind(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    dtype = str(leaf.dtype).removeprefix("torch.")
+    return f"{dtype}{list(leaf.shape)} on {leaf.device}"
+
+
+def check_like(found: Tree, expected: Tree, name: str, source: str) -> None:
+    """Refuse a tree that differs from another in structure, shape, dtype or device.
+
+    Args:
+        found: the tree to check.
+        expected: the tree it must match; values do not count.
+        name: what to call the tree in the message.
+        source: who made it and what it must match.
+
+    Raises:
+        StructureError: naming the leaf that differs.
+    """
+    found_leaves, found_structure = flatten(found)
+    leaves, structure = flatten(expected)
+    if found_structure != structure:
+        raise StructureError(f"{source}: {name} must be {structure}, got {found_structure}.")
+    for i, (new, old) in enumerate(zip(found_leaves, leaves, strict=True)):
+        same = (
+            new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
+            if isinstance(new, Tensor) and isinstance(old, Tensor)
+            else type(new) is type(old)
+        )
+        if not same:
+            path = leaf_names(expected, name)[i]
+            raise StructureError(f"{source}: {path} must be {_kind(old)}, got {_kind(new)}.")
