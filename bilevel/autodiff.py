@@ -1,7 +1,7 @@
-"""The only file that differentiates. Gradients are with respect to Re<., .>, as torch returns them.
+"""The only file that differentiates. Gradients are with respect to Re<., .>, as torch has them.
 
-A *variable tree* is a detached copy of a tree whose variables require grad: what is computed from it
-is a graph of its own, connected to nothing the caller holds.
+A *variable tree* is a detached alias of a tree whose variables require grad: what is computed from
+it is a graph of its own, connected to nothing the caller holds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +19,11 @@ from bilevel.tree import Tree
 def variables(values: Tree) -> Tree:
     """`values` detached, sharing memory, its variables requiring grad."""
     return tree.map_leaves(
-        lambda leaf: leaf.detach().requires_grad_()
-        if tree.is_variable(leaf)
-        else (leaf.detach() if isinstance(leaf, Tensor) else leaf),
+        lambda leaf: (
+            leaf.detach().requires_grad_()
+            if tree.is_variable(leaf)
+            else (leaf.detach() if isinstance(leaf, Tensor) else leaf)
+        ),
         values,
     )
 
@@ -49,7 +51,8 @@ def pull(outputs: Tree, cotangent: Tree, inputs: Tree) -> Tree:
     ys, vs = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(ys, wanted, vs, allow_unused=True))
     return tree.unflatten(
-        structure, [next(found) if tree.is_variable(x) and x.requires_grad else None for x in leaves]
+        structure,
+        [next(found) if tree.is_variable(x) and x.requires_grad else None for x in leaves],
     )
 
 
@@ -67,7 +70,9 @@ def check_scalar(value: Any, name: str) -> Tensor:
         StructureError: if it is anything else.
     """
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-        came = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        came = (
+            f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        )
         raise StructureError(f"{name} must return a real scalar tensor of shape (), got {came}.")
     return value
 
@@ -192,11 +197,11 @@ class _FirstDerivative(torch.autograd.Function):
     """The identity on a gradient; to differentiate it again is an error, never a silent zero."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *_sources: Any) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *_sources: Any) -> Tensor:  # noqa: ARG004
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *_cotangents: Any) -> Any:
+    def backward(ctx: Any, *_cotangents: Any) -> Any:  # noqa: ARG004
         raise UnsupportedError(
             "the gradient of a rollout cannot be differentiated again with states kept; pass "
             "checkpointing=Checkpointing(block=None), which keeps the graphs and differentiates "
@@ -220,6 +225,7 @@ def reversible(
 
     Raises:
         UnsupportedError: under a `torch.func` transform.
+        RuntimeError: any other that `run` raises.
     """
     try:
         return _Reversible.apply(run, *inputs)  # pyright: ignore[reportReturnType]

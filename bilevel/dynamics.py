@@ -52,10 +52,6 @@ class Map(Dynamics):
         return self.g(state, control, t)
 
 
-
-@optree.register_pytree_node_class(
-    path_entry_type=optree.GetAttrEntry, namespace=tree.NAMESPACE
-)
 @dataclass(frozen=True, eq=False)
 class PerStep:
     """A control with one tree per step: `step` and running costs receive theirs, theta_t.
@@ -106,14 +102,15 @@ class PerStep:
         rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
         return cls([tree.unflatten(structure, list(row)) for row in rows], initial, shared)
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], None, tuple[str, ...]]:
-        """Children, no metadata, and the attribute names that reach the children."""
-        return (self.steps, self.initial, self.shared), None, ("steps", "initial", "shared")
 
-    @classmethod
-    def tree_unflatten(cls, _metadata: None, children: tuple[Any, ...]) -> "PerStep":
-        """The control with new `children`."""
-        return cls(*children)
+_register: Any = optree.register_pytree_node  # its types ask for a Collection, its code does not
+_register(
+    PerStep,
+    lambda c: ((c.steps, c.initial, c.shared), None, ("steps", "initial", "shared")),
+    lambda _, children: PerStep(*children),
+    path_entry_type=optree.GetAttrEntry,
+    namespace=tree.NAMESPACE,
+)
 
 
 def step_control(control: Tree, t: int) -> Tree:

@@ -1,6 +1,7 @@
-"""The state of torch's default random generators, saved and restored around recomputed steps."""
+"""The state of torch's default random generators, saved and restored around repeated steps."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """Snapshot of the default generators that a step may draw from.
+    """Where the default generators stand.
 
     Attributes:
         cpu: state of the CPU generator.
@@ -20,21 +21,34 @@ class RandomState:
     cuda: dict[torch.device, Tensor]
 
     @classmethod
-    def capture(cls, devices: Iterable[torch.device]) -> "RandomState":
-        """The present state of the CPU generator and of those of `devices`."""
-        return cls(
+    def capture(
+        cls, devices: Iterable[torch.device], previous: "RandomState | None" = None
+    ) -> "RandomState":
+        """The present state; `previous` itself if nothing was drawn since, to save its memory."""
+        now = cls(
             torch.get_rng_state(),
             {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"},
         )
+        return previous if previous is not None and now.same(previous) else now
+
+    def same(self, other: "RandomState") -> bool:
+        """Whether nothing was drawn between the two."""
+        return torch.equal(self.cpu, other.cpu) and all(
+            torch.equal(state, other.cuda[device]) for device, state in self.cuda.items()
+        )
 
     def restore(self) -> None:
-        """Set the generators back to this state."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
 
-    def same(self, other: "RandomState") -> bool:
-        """Whether nothing was drawn between the two snapshots."""
-        return torch.equal(self.cpu, other.cpu) and all(
-            torch.equal(state, other.cuda[device]) for device, state in self.cuda.items()
-        )
+
+@contextmanager
+def preserved(devices: Iterable[torch.device]) -> Iterator[None]:
+    """The generators leave the block as they entered it, whatever is replayed inside."""
+    state = RandomState.capture(devices)
+    try:
+        yield
+    finally:
+        state.restore()

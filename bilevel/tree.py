@@ -35,6 +35,11 @@ def leaves_of(tree: Tree) -> list[Any]:
     return flatten(tree)[0]
 
 
+def distinct_leaves(tree: Tree) -> list[Any]:
+    """Leaves of `tree`, each object once."""
+    return list({id(leaf): leaf for leaf in leaves_of(tree)}.values())
+
+
 def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """`function` of each leaf of `tree` and the leaves of `others` in the same places."""
     return optree.tree_map(function, tree, *others, none_is_leaf=True, namespace=NAMESPACE)

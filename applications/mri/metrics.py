@@ -1,0 +1,117 @@
+"""PSNR, SSIM and NMSE of a reconstructed volume, as fastMRI evaluates them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from applications.mri.errors import InputError
+
+_WINDOW = 7
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Quality of one volume, or a mean over volumes.
+
+    Attributes:
+        psnr: peak signal-to-noise ratio [dB], inf for a perfect image.
+        ssim: structural similarity, at most 1.
+        nmse: normalised mean squared error, 0 for a perfect image.
+    """
+
+    psnr: float
+    ssim: float
+    nmse: float
+
+    def __str__(self) -> str:
+        return f"PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.4f}, NMSE {self.nmse:.4f}"
+
+
+def score(
+    reference: Tensor | NDArray[np.floating], reconstruction: Tensor | NDArray[np.floating]
+) -> Scores:
+    r"""Compares a reconstructed volume with its reference.
+
+    With `u` the reference, `v` the reconstruction and the maximum and all norms taken over the volume,
+
+    .. math:: \mathrm{PSNR} = 10 \log_{10} \frac{(\max u)^2}{\mathrm{mean} (u - v)^2},
+        \quad \mathrm{NMSE} = \frac{\|u - v\|^2}{\|u\|^2}.
+
+    SSIM is taken slice by slice and averaged: uniform 7 x 7 window, k1 = 0.01, k2 = 0.03, data range max u.
+
+    Args:
+        reference: magnitudes, shape ``(slices, rows, columns)``, rows and columns >= 7.
+        reconstruction: of the same shape; its scale counts.
+
+    Returns:
+        The scores, computed in float64.
+
+    Raises:
+        InputError: if shapes differ, values are complex or not finite, or the reference has no positive value.
+
+    Zbontar et al. 2018, arXiv:1811.08839, section 5. Wang et al. 2004, DOI 10.1109/TIP.2003.819861, for SSIM.
+    """
+    from skimage.metrics import structural_similarity  # slow to import, and needed only here
+
+    u, v = _volume("reference", reference), _volume("reconstruction", reconstruction)
+    if u.shape != v.shape:
+        raise InputError(
+            f"reconstruction must have the shape {u.shape} of the reference, got {v.shape}; crop it with centre_crop."
+        )
+    peak = float(u.max())
+    if peak <= 0:
+        raise InputError(
+            f"reference must have a positive maximum, got {peak:g}; leave empty volumes out."
+        )
+    squared_error = float(np.square(u - v).sum())
+    ssim = fmean(
+        float(
+            structural_similarity(
+                a, b, win_size=_WINDOW, data_range=peak, gaussian_weights=False, K1=0.01, K2=0.03
+            )
+        )
+        for a, b in zip(u, v, strict=True)
+    )
+    with np.errstate(divide="ignore"):  # a perfect image has infinite PSNR
+        psnr = float(10 * np.log10(np.float64(peak**2 * u.size) / squared_error))
+    return Scores(psnr, ssim, squared_error / float(np.square(u).sum()))
+
+
+def mean_scores(scores: Iterable[Scores]) -> Scores:
+    """The mean of each score over volumes.
+
+    Args:
+        scores: one or more.
+
+    Returns:
+        The means; PSNR is averaged in dB.
+
+    Raises:
+        InputError: if there are none.
+    """
+    scores = tuple(scores)
+    if not scores:
+        raise InputError("scores must hold at least one volume, got none.")
+    return Scores(
+        fmean(s.psnr for s in scores), fmean(s.ssim for s in scores), fmean(s.nmse for s in scores)
+    )
+
+
+def _volume(name: str, values: Tensor | NDArray[np.floating]) -> NDArray[np.float64]:
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if np.iscomplexobj(array):
+        raise InputError(f"{name} must be real, got {array.dtype}; take magnitudes first.")
+    if array.ndim != 3 or array.size == 0 or min(array.shape[1:]) < _WINDOW:
+        raise InputError(
+            f"{name} must have shape (slices, rows, columns), rows and columns at least {_WINDOW}, got "
+            f"{array.shape}; add the slice axis to a single image."
+        )
+    if not np.isfinite(array).all():
+        raise InputError(
+            f"{name} must be finite, it holds {np.count_nonzero(~np.isfinite(array))} values that are not."
+        )
+    return array.astype(np.float64)

@@ -1,0 +1,137 @@
+"""The Fourier transform, the sampled Fourier transform with its adjoint, and coil combination.
+
+The last two axes of every image or k-space are ``[row, column]``, the coil axis is ``-3``, and whatever
+stands before it is a batch. The zero frequency lies at index ``n // 2`` of each axis, for odd ``n`` too.
+"""
+
+import torch
+from torch import Tensor
+
+from applications.mri.errors import InputError
+
+_IMAGE_AXES = (-2, -1)
+_COIL_AXIS = -3
+
+
+def fft2c(image: Tensor) -> Tensor:
+    r"""Centred orthonormal Fourier transform :math:`F u`, a unitary operator.
+
+    Args:
+        image: complex or real, shape ``(..., rows, columns)``.
+
+    Returns:
+        k-space of the same shape, complex.
+
+    Raises:
+        InputError: if there are fewer than two axes, or an empty one.
+    """
+    _check_image("image", image)
+    shifted = torch.fft.ifftshift(image, dim=_IMAGE_AXES)
+    return torch.fft.fftshift(torch.fft.fft2(shifted, norm="ortho"), dim=_IMAGE_AXES)
+
+
+def ifft2c(kspace: Tensor) -> Tensor:
+    r"""Inverse, and adjoint, of `fft2c`: :math:`F^{-1} f = F^H f`.
+
+    Args:
+        kspace: shape ``(..., rows, columns)``.
+
+    Returns:
+        Image of the same shape, complex.
+
+    Raises:
+        InputError: if there are fewer than two axes, or an empty one.
+    """
+    _check_image("kspace", kspace)
+    shifted = torch.fft.ifftshift(kspace, dim=_IMAGE_AXES)
+    return torch.fft.fftshift(torch.fft.ifft2(shifted, norm="ortho"), dim=_IMAGE_AXES)
+
+
+def sample(image: Tensor, mask: Tensor) -> Tensor:
+    r"""Sampled k-space :math:`P F u`: zero wherever the mask is false.
+
+    Args:
+        image: shape ``(..., rows, columns)``.
+        mask: boolean, shape ``(rows, columns)``; or as many axes as ``image``, broadcastable to it (one mask
+            per sample: ``(batch, 1, rows, columns)``).
+
+    Returns:
+        k-space of the shape of ``image``, complex.
+
+    Raises:
+        InputError: if the mask does not fit the image.
+    """
+    _check_image("image", image)
+    _check_fit("image", image, mask)
+    return fft2c(image) * mask
+
+
+def sample_adjoint(kspace: Tensor, mask: Tensor) -> Tensor:
+    r"""Adjoint of `sample`: :math:`F^H P f`, so that Re<P F u, f> = Re<u, F^H P f>.
+
+    Args:
+        kspace: shape ``(..., rows, columns)``.
+        mask: as in `sample`.
+
+    Returns:
+        Image of the shape of ``kspace``, complex.
+
+    Raises:
+        InputError: if the mask does not fit the k-space.
+    """
+    _check_image("kspace", kspace)
+    _check_fit("kspace", kspace, mask)
+    return ifft2c(kspace * mask)
+
+
+def rss(coil_images: Tensor) -> Tensor:
+    r"""Root sum of squares over the coils, :math:`\sqrt{\sum_c |u_c|^2}`.
+
+    Where all coils vanish the square root has no derivative. There the root is taken of 1 instead and the
+    result replaced by 0, so that the value is exact and the gradient 0, not NaN: both derivatives of
+    ``where`` are finite, and the one that is not chosen is multiplied by zero.
+
+    Args:
+        coil_images: complex or real, shape ``(..., coils, rows, columns)``.
+
+    Returns:
+        Real image, shape ``(..., rows, columns)``.
+
+    Raises:
+        InputError: if there are fewer than three axes, or an empty one.
+    """
+    if coil_images.ndim < 3 or coil_images.shape[_COIL_AXIS] == 0:
+        raise InputError(
+            "coil_images must have shape (..., coils, rows, columns) with at least one coil, got "
+            f"{tuple(coil_images.shape)}; for a single coil add the axis with coil_images.unsqueeze(-3)."
+        )
+    _check_image("coil_images", coil_images)
+    if coil_images.is_complex():
+        squares = coil_images.real.square() + coil_images.imag.square()
+    else:
+        squares = coil_images.square()
+    energy = squares.sum(dim=_COIL_AXIS)
+    positive = energy > 0
+    return torch.where(positive, torch.where(positive, energy, 1.0).sqrt(), 0.0)
+
+
+def _check_image(name: str, image: Tensor) -> None:
+    if image.ndim < 2 or 0 in image.shape[-2:]:
+        raise InputError(
+            f"{name} must have shape (..., rows, columns) with at least one pixel, got "
+            f"{tuple(image.shape)}; put the image axes last."
+        )
+
+
+def _check_fit(name: str, image: Tensor, mask: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise InputError(f"mask must be boolean, got {mask.dtype}; convert it with mask != 0.")
+    # A mask of shape (batch, rows, columns) would broadcast against the coils without a word.
+    same_rank = mask.ndim == image.ndim and all(
+        m in {1, n} for m, n in zip(mask.shape[:-2], image.shape[:-2], strict=True)
+    )
+    if mask.shape[-2:] != image.shape[-2:] or not (mask.ndim == 2 or same_rank):
+        raise InputError(
+            f"mask must have shape {tuple(image.shape[-2:])}, or {image.ndim} axes broadcastable to the "
+            f"{name} of shape {tuple(image.shape)}, got {tuple(mask.shape)}; make the mask for this matrix size."
+        )
