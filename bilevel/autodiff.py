@@ -28,6 +28,20 @@ def variables(values: Tree) -> Tree:
     )
 
 
+def told_apart(values: Tree) -> Tree:
+    """`values`, each variable a tensor of its own that requires grad."""
+    # Autograd knows a state by its tensors. One that a step passes through unchanged, or returns
+    # twice, would collect the multipliers of all its places; a constant would get none.
+    return tree.map_leaves(
+        lambda leaf: (
+            (leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_())
+            if tree.is_variable(leaf)
+            else leaf
+        ),
+        values,
+    )
+
+
 def pull(outputs: Tree, cotangent: Tree, inputs: Tree) -> Tree:
     """Adjoint of the derivative of `outputs` in `inputs`, applied to `cotangent`; frees the graph.
 

@@ -205,6 +205,8 @@ def multiplier_sweep(
     with autodiff.recording():
         for block in trajectory.taped_in_reverse():
             costs = _block_costs(dynamics, running, block)
+            known = (block.states[:-1], trajectory.control)
+            autodiff.refuse_hidden(costs, known, "the running cost")
             inner_states = block.states[:-1] if keep_multipliers else block.states[:1]
             if keep_states:
                 states += [tree.detach(state) for state in reversed(block.states[:-1])]
@@ -271,8 +273,11 @@ def kkt(
 
     Raises:
         StructureError: if there are not T + 1 states and multipliers, or the control does not fit.
+        LostGradientError: if nothing reads a part of the control, or a function closes over a
+            tensor that requires grad.
     """
     _check_point(problem, control, states, multipliers)
+    states, multipliers = tree.detach((list(states), list(multipliers)))
     theta = autodiff.variables(control)
     gradient = GradientSum(theta)
     _, (state_part, control_part) = autodiff.value_and_gradient(
@@ -289,6 +294,7 @@ def kkt(
             step = problem.dynamics.step(u, theta_t, t)
             block = Block(range(t - 1, t), [u, step], [theta_t])
             costs = _block_costs(problem.dynamics, problem.running, block)
+            autodiff.refuse_hidden((step, costs), (u, theta), f"step {t} or its running cost")
             swept, control_part = autodiff.pull(
                 (step, costs), (multipliers[t], [-torch.ones_like(r) for r in costs]), (u, theta_t)
             )
@@ -299,6 +305,7 @@ def kkt(
             state_part = tree.negative(swept)
         squares_u += _sum_norm(multipliers[0], state_part) ** 2
         start = problem.dynamics.init(tree.detach(observation), initial_control(theta))
+        autodiff.refuse_hidden(start, theta, "dynamics.init")
         control_part = autodiff.pull(start, multipliers[0], theta)
         gradient.subtract(theta, control_part)
         squares_lambda += tree.norm(tree.subtract(states[0], tree.detach(start))) ** 2

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel import tree
 from bilevel.dynamics import Dynamics, PerStep, check_control
-from bilevel.errors import ArgumentError, StructureError
+from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
 
 Params = dict[str, Tensor]
@@ -32,17 +33,20 @@ def functional(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
         >>> call({"weight": torch.ones(1, 2)}, torch.tensor([3.0, 4.0]))
         tensor([7.])
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def call(params: Params, *inputs: Any) -> Any:
-        buffers = {name: value.clone() for name, value in model.named_buffers()}
-        return torch.func.functional_call(model, {**buffers, **params}, inputs)
+        return _call(model, params, *inputs)
 
-    return {name: p.detach().clone() for name, p in trainable.items()}, call
+    return _trainable(model), call
 
 
-def _trainable(module: nn.Module) -> Params:
-    return functional(module)[0]
+def _call(model: nn.Module, params: Params, *inputs: Any) -> Any:
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    return torch.func.functional_call(model, {**buffers, **params}, inputs)
+
+
+def _trainable(model: nn.Module) -> Params:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Phases(Dynamics):
         context: further inputs of every step, constant for the sample.
 
     Raises:
-        ArgumentError: if two steps hold the same parameter, which `controls` could not keep equal.
+        ArgumentError: if two steps, or a step and `initial`, hold the same parameter, which
+            `controls` could not keep equal.
 
     Example:
         >>> net = Phases([nn.Linear(2, 2), nn.Linear(2, 2)])
@@ -70,26 +75,27 @@ class Phases(Dynamics):
     def __post_init__(self) -> None:
         """Check that no parameter is shared between steps."""
         object.__setattr__(self, "modules", tuple(self.modules))
-        owner: dict[int, int] = {}
-        for t, module in enumerate(self.modules, start=1):
+        owner: dict[int, str] = {}
+        named = [(f"step {t}", module) for t, module in enumerate(self.modules, start=1)]
+        for holder, module in named + ([] if self.initial is None else [("initial", self.initial)]):
             for name, parameter in module.named_parameters():
                 if not parameter.requires_grad:
                     continue
-                first = owner.setdefault(id(parameter), t)
-                if first != t:
+                first = owner.setdefault(id(parameter), holder)
+                if first != holder:
                     raise ArgumentError(
-                        f"steps {first} and {t} share the parameter {name!r}, but Phases gives "
-                        "each step its own: for one network at every step use bilevel.functional "
+                        f"{first} and {holder} share the parameter {name!r}, but Phases gives "
+                        "each its own: for one network at every step use bilevel.functional "
                         "and bilevel.Map with a shared control."
                     )
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
-        return functional(self.modules[t - 1])[1](control, state, *self.context)
+        return _call(self.modules[t - 1], control, state, *self.context)
 
     def init(self, observation: Tree, control: Tree) -> Tree:  # noqa: D102
         if self.initial is None:
             return observation
-        return functional(self.initial)[1](control, observation)
+        return _call(self.initial, control, observation)
 
     def controls(self) -> PerStep:
         """Detached copies of the trainable parameters, as a control."""
@@ -105,17 +111,16 @@ class Phases(Dynamics):
             control: as `controls` returns it.
 
         Raises:
-            StructureError: if names or shapes differ from the modules'.
+            StructureError: if names, shapes or dtypes differ from the modules'; then nothing is
+                copied.
         """
         check_control(control, len(self.modules))
+        tree.check_like(
+            control, self.controls(), "control", "load takes a control as controls() makes it"
+        )
         pairs = [*zip(self.modules, control.steps, strict=True)]
         if self.initial is not None:
             pairs.append((self.initial, control.initial))
-        for module, values in pairs:
-            expected = {n: tuple(p.shape) for n, p in _trainable(module).items()}
-            came = {n: tuple(p.shape) for n, p in values.items()}
-            if expected != came:
-                raise StructureError(f"the module has parameters {expected}, the control {came}.")
         for module, values in pairs:
             with torch.no_grad():
                 for name, parameter in module.named_parameters():

@@ -24,7 +24,8 @@ class Block:
 
     Attributes:
         steps: `range(a, b)`.
-        states: u(a), ..., u(b); u(a) is a variable tree, the others were computed from it.
+        states: u(a), ..., u(b); u(a) is a variable tree, the others were computed from it, and
+            u(b) is as the step returned it.
         controls: theta_{a+1}, ..., theta_b, parts of the variable tree of the control.
     """
 
@@ -90,17 +91,27 @@ class Trajectory:
                 self.random_starts[i + 1].restore()
                 block = self._tape(steps, self.starts[i])
                 if not checked:
-                    _check_deterministic(block, following)
+                    name = f"steps {steps.start + 1} to {steps.stop} of the dynamics"
+                    _check_deterministic(block.states[-1], following, name)
                     checked = True
             following = self.starts[i]
             yield block
 
     def taped_initial(self) -> Tree:
-        """u(0) with the graph of g0 in the observation and the control. A kept tape serves once."""
+        """u(0) with the graph of g0 in the observation and the control. A kept tape serves once.
+
+        Returns:
+            The initial state.
+
+        Raises:
+            ArgumentError: if g0, evaluated again, gives another state.
+        """
         tape, self.initial_tape = self.initial_tape, None
         if tape is None:
             self.random_starts[0].restore()
             tape = self._init(self.observation, self.control)
+            expected = self.starts[0] if self.starts else self.final
+            _check_deterministic(tape, expected, "dynamics.init")
         return tape
 
     def _init(self, observation: Tree, control: Tree) -> Tree:
@@ -124,7 +135,8 @@ class Trajectory:
         states = [autodiff.variables(start)]
         times = range(steps.start + 1, steps.stop + 1)
         for t in times:
-            states.append(self._step(states[-1], self.control, t))
+            following = self._step(states[-1], self.control, t)
+            states.append(following if t == steps.stop else autodiff.told_apart(following))
         return Block(steps, states, [step_control(self.control, t) for t in times])
 
     def _advance(self, steps: range, start: Tree, control: Tree) -> Tree:
@@ -191,7 +203,7 @@ def forward_sweep(
                 sweep.random_starts.append(RandomState.capture(sweep.devices, previous))
             if checkpointing.keeps_graphs or (tape_last and steps.stop == horizon):
                 sweep.last_tape = block = sweep._tape(steps, state)
-                inputs = (block.states[0], sweep.control)
+                inputs = (block.states[:-1], sweep.control)
                 autodiff.refuse_hidden(block.states[-1], inputs, f"step {horizon} of the dynamics")
                 state = tree.detach(block.states[-1])
             else:
@@ -242,8 +254,8 @@ class GradientSum:
         for leaf, total, name in zip(self._leaves, self._sums, self._names, strict=True):
             if tree.is_variable(leaf) and total is None:
                 raise LostGradientError(
-                    f"{name} reaches neither the dynamics nor a cost, so that its gradient would "
-                    "be a silent zero: use it, or leave it out of the control."
+                    f"{name} reaches no cost, neither directly nor through the dynamics, so that "
+                    "its gradient would be a silent zero: use it, or leave it out of the control."
                 )
         return self.sums()
 
@@ -252,17 +264,16 @@ def _versions(values: Tree) -> list[int]:
     return [leaf._version for leaf in tree.leaves_of(values) if isinstance(leaf, Tensor)]
 
 
-def _check_deterministic(block: Block, expected: Tree) -> None:
-    """Refuse a block that ends elsewhere than the forward sweep did; half of the digits count."""
+def _check_deterministic(again: Tree, expected: Tree, name: str) -> None:
+    """Refuse a state that is not what the forward sweep found; half of the digits count."""
     # Some kernels are deterministic only to rounding, so equality to the last bit is too much.
-    for new, old in zip(tree.leaves_of(block.states[-1]), tree.leaves_of(expected), strict=True):
+    for new, old in zip(tree.leaves_of(again), tree.leaves_of(expected), strict=True):
         if not tree.is_variable(old):
             continue
         tolerance = torch.finfo(old.dtype).eps ** 0.5 * float(torch.linalg.vector_norm(old))
         if float(torch.linalg.vector_norm(new.detach() - old)) > tolerance:
             raise ArgumentError(
-                f"steps {block.steps.start + 1} to {block.steps.stop} of the dynamics gave another "
-                "state when they were evaluated again, although torch's default generators were "
-                "restored: pass what is random in with the observation, or a field of the "
-                "dynamics, or keep the graphs with Checkpointing(block=None)."
+                f"{name} gave another state when evaluated again, although torch's default "
+                "generators were restored: pass what is random in with the observation, or a field "
+                "of the dynamics, or keep the graphs with Checkpointing(block=None)."
             )

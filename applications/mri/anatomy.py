@@ -1,4 +1,4 @@
-"""The bundled magnitude images, by anatomy, and their division into training, validation and test slices."""
+"""The bundled magnitude images by anatomy, and their division into blocks of slices."""
 
 from dataclasses import dataclass
 from importlib import resources
@@ -28,7 +28,11 @@ class Split:
 
 
 def bundled_scan_path() -> Path:
-    """Path of the bundled measured scan: brain, 8 coils, 230 x 180, undersampled 8-fold, without reference."""
+    """Path of the bundled measured scan.
+
+    Returns:
+        A file of one brain slice, 8 coils, 230 x 180, undersampled 8-fold, without reference.
+    """
     return _bundled("real_brain_8coil_poisson_r8.h5")
 
 
@@ -36,12 +40,12 @@ def load_anatomies(path: Path | str | None = None) -> dict[str, Tensor]:
     """Reads the images of all anatomies.
 
     Args:
-        path: HDF5 file with one group per anatomy that holds ``images``, uint8; None for the bundled file, whose
-            group attributes state source and licence.
+        path: HDF5 file with one group per anatomy that holds ``images``, uint8; None for the
+            bundled file, whose group attributes state source and licence.
 
     Returns:
-        By name, in alphabetical order: float32 in [0, 1], shape ``(slices, rows, columns)`` (256 x 256 in the
-        bundled file), slices in anatomical order.
+        By name, in alphabetical order: float32 in [0, 1], shape ``(slices, rows, columns)`` (256 x
+        256 in the bundled file), slices in anatomical order.
 
     Raises:
         InputError: if the file is not of this form.
@@ -50,10 +54,14 @@ def load_anatomies(path: Path | str | None = None) -> dict[str, Tensor]:
     with opened(path) as file:
         names = sorted(file)
         if not names:
-            raise InputError(f"{path}: at least one group with images was needed, the file is empty.")
+            raise InputError(
+                f"{path}: at least one group with images was needed, the file is empty."
+            )
         return {
             name: torch.from_numpy(
-                dataset(file, path, f"{name}/images", "u", "slice, row, column")[()].astype(np.float32)
+                dataset(file, path, f"{name}/images", "u", "slice, row, column")[()].astype(
+                    np.float32
+                )
             )
             / 255
             for name in names
@@ -61,10 +69,10 @@ def load_anatomies(path: Path | str | None = None) -> dict[str, Tensor]:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Down-sampling by exact areas: a new pixel is the mean over the part of the old image that it covers.
+    """Down-sampling by exact areas: a new pixel is the mean over what it covers of the old image.
 
-    Old pixels on a border count by the fraction covered, so that the mean of the image is kept and no frequency
-    folds back as it would by picking pixels.
+    Old pixels on a border count by the fraction covered, so that the mean of the image is kept and
+    no frequency folds back as it would by picking pixels.
 
     Args:
         images: real, shape ``(..., rows, columns)``.
@@ -78,11 +86,13 @@ def resize(images: Tensor, size: int) -> Tensor:
     """
     if not 1 <= size <= min(images.shape[-2:]):
         raise InputError(
-            f"size must lie in 1 to {min(images.shape[-2:])}, the smaller side of the images, got {size}; "
+            f"size must lie in 1 to {min(images.shape[-2:])}, the smaller side of the images, got "
+            f"{size}; "
             "images are only made smaller."
         )
-    rows, columns = (_area_weights(n, size).to(images) for n in images.shape[-2:])
-    return rows @ images @ columns.T
+    rows, columns = (_area_weights(n, size) for n in images.shape[-2:])
+    # In float64, so that images of largest value 1 do not come out a rounding error above it.
+    return (rows @ images.double() @ columns.T).to(images.dtype)
 
 
 def split(
@@ -93,11 +103,11 @@ def split(
     test: float = 0.15,
     gap: int = 1,
 ) -> Split:
-    """Divides a volume into blocks of training, validation and test slices, with slices dropped in between.
+    """Divides a volume into training, validation and test blocks, dropping slices in between.
 
-    Neighbouring slices, 1 to 5 mm apart, show nearly the same image: a random division would test on what was
-    trained on. A gap makes the leak smaller but not nil, as all roles still share one head; claims about other
-    people need a whole anatomy held out.
+    Neighbouring slices, 1 to 5 mm apart, show nearly the same image: a random division would test
+    on what was trained on. A gap makes the leak smaller but not nil, as all roles still share one
+    head; claims about other people need a whole anatomy held out.
 
     Args:
         n_slices: slices of the volume.
@@ -126,7 +136,8 @@ def split(
     n_train = n_slices - 2 * gap - n_validation - n_test
     if n_train < 1:
         raise InputError(
-            f"{n_validation} validation and {n_test} test slices and two gaps of {gap} leave no training slice of "
+            f"{n_validation} validation and {n_test} test slices and two gaps of {gap} leave no "
+            "training slice of "
             f"{n_slices}; use more slices or a smaller gap."
         )
     after_train = n_train + gap
@@ -143,7 +154,7 @@ def _bundled(name: str) -> Path:
 
 
 def _area_weights(n: int, size: int) -> Tensor:
-    """Matrix ``(size, n)``: overlap of new and old pixels as a fraction of the new pixel, rows of sum 1."""
+    """Matrix ``(size, n)``: the fraction of a new pixel that an old one fills; rows sum to 1."""
     width = n / size
     start = width * torch.arange(size, dtype=torch.float64)[:, None]
     old = torch.arange(n, dtype=torch.float64)[None, :]

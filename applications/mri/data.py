@@ -1,8 +1,9 @@
 """Scans in the HDF5 layout of fastMRI: written whole, read slice by slice.
 
 A file holds ``kspace`` ``[slice, coil, row, column]`` complex64; with luck ``reconstruction_rss``
-``[slice, row, column]`` float32, smaller than k-space where the readout was oversampled; ``mask``, over the
-columns or over rows and columns; ``ismrmrd_header``, XML; attributes ``acquisition``, ``max``, ``norm``, ``patient_id``.
+``[slice, row, column]`` float32, smaller than k-space where the readout was oversampled; ``mask``,
+over the columns or over rows and columns; ``ismrmrd_header``, XML; attributes ``acquisition``,
+``max``, ``norm``, ``patient_id``.
 """
 
 import os
@@ -29,8 +30,8 @@ class Volume:
 
     Attributes:
         kspace: complex, shape ``(slices, coils, rows, columns)``; stored as complex64.
-        reference: root sum of squares of the fully sampled coil images, real, shape ``(slices, rows, columns)``
-            (rows and columns may be cropped), or None where no such image exists.
+        reference: root sum of squares of the fully sampled coil images, real, shape ``(slices,
+            rows, columns)`` (rows and columns may be cropped), or None where no such image exists.
         mask: boolean, shape ``(columns,)`` or ``(rows, columns)``, or None.
         acquisition: sequence and contrast, for example ``"AXT2"``.
         patient_id: any identifier.
@@ -48,13 +49,15 @@ class Volume:
         shape = tuple(self.kspace.shape)
         if len(shape) != 4 or 0 in shape or not self.kspace.is_complex():
             raise InputError(
-                f"kspace must be complex of shape (slices, coils, rows, columns), got {self.kspace.dtype} {shape}."
+                "kspace must be complex of shape (slices, coils, rows, columns), got "
+                f"{self.kspace.dtype} {shape}."
             )
         if self.reference is not None and (
             self.reference.ndim != 3 or self.reference.shape[0] != shape[0]
         ):
             raise InputError(
-                f"reference must have shape ({shape[0]}, rows, columns), got {tuple(self.reference.shape)}."
+                f"reference must have shape ({shape[0]}, rows, columns), got "
+                f"{tuple(self.reference.shape)}."
             )
         if self.mask is not None and tuple(self.mask.shape) not in {shape[3:], shape[2:]}:
             raise InputError(
@@ -87,7 +90,8 @@ class Slice:
 class VolumeFile:
     """A file whose header has been checked and whose slices are read one at a time.
 
-    No file stays open between calls, so that the object can be sent to the workers of a data loader.
+    No file stays open between calls, so that the object can be sent to the workers of a data
+    loader.
 
     Attributes:
         path: the file.
@@ -151,10 +155,12 @@ class VolumeFile:
 class SliceDataset(Dataset[Slice]):
     """All slices of several files in order, of any coil counts and matrix sizes.
 
-    Use it in a ``DataLoader`` with ``batch_size=None``, since slices of different size make no batch.
+    Use it in a ``DataLoader`` with ``batch_size=None``, since slices of different size make no
+    batch.
 
     Args:
-        source: a folder, all ``*.h5`` in it being read in alphabetical order, or a sequence of files.
+        source: a folder, all ``*.h5`` in it being read in alphabetical order, or a sequence of
+            files.
 
     Raises:
         InputError: if there is no file, or one is not in the layout of this module.
@@ -164,13 +170,17 @@ class SliceDataset(Dataset[Slice]):
         if isinstance(source, (str, Path)):
             folder = Path(source)
             if not folder.is_dir():
-                raise InputError(f"{folder}: a folder of .h5 files was needed; this is none. Check the path.")
+                raise InputError(
+                    f"{folder}: a folder of .h5 files was needed; this is none. Check the path."
+                )
             source = sorted(folder.glob("*.h5"))
             if not source:
-                raise InputError(f"{folder}: at least one .h5 file was needed, the folder has none.")
+                raise InputError(
+                    f"{folder}: at least one .h5 file was needed, the folder has none."
+                )
         if not source:
             raise InputError("source must name at least one file, got an empty sequence.")
-        self.files: tuple[VolumeFile, ...] = tuple(VolumeFile(path) for path in source)
+        self.files: tuple[VolumeFile, ...] = tuple(VolumeFile(Path(path)) for path in source)
         self._ends = list(accumulate(file.n_slices for file in self.files))
 
     def __len__(self) -> int:
@@ -180,7 +190,9 @@ class SliceDataset(Dataset[Slice]):
         if not 0 <= index < len(self):
             raise IndexError(f"slice must lie in 0 to {len(self) - 1}, got {index}.")
         which = bisect_right(self._ends, index)
-        return self.files[which].read_slice(index - (self._ends[which] - self.files[which].n_slices))
+        return self.files[which].read_slice(
+            index - (self._ends[which] - self.files[which].n_slices)
+        )
 
 
 def write_volume(path: Path | str, volume: Volume) -> None:
@@ -223,7 +235,7 @@ def write_volume(path: Path | str, volume: Volume) -> None:
 
 
 def implied_mask(kspace: Tensor) -> Tensor:
-    """The positions where any coil is not exactly zero: the mask of k-space stored with zeros filled in.
+    """The positions where any coil is not exactly zero: the mask of zero-filled k-space.
 
     Args:
         kspace: shape ``(..., coils, rows, columns)``.
@@ -232,23 +244,3 @@ def implied_mask(kspace: Tensor) -> Tensor:
         Boolean mask, shape ``(..., rows, columns)``.
     """
     return (kspace != 0).any(dim=-3)
-
-
-def centre_crop(image: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The centred part of an image, as fastMRI crops a reconstruction to the size of its reference.
-
-    Args:
-        image: shape ``(..., rows, columns)``.
-        shape: rows and columns to keep.
-
-    Returns:
-        A view of shape ``(..., *shape)``.
-
-    Raises:
-        InputError: if the image is smaller than the shape.
-    """
-    rows, columns = image.shape[-2:]
-    if shape[0] > rows or shape[1] > columns:
-        raise InputError(f"an image of at least {tuple(shape)} is needed, got {(rows, columns)}.")
-    top, left = (rows - shape[0]) // 2, (columns - shape[1]) // 2
-    return image[..., top : top + shape[0], left : left + shape[1]]

@@ -1,4 +1,4 @@
-"""Checked access to one file in the layout of fastMRI: every error names the file, the key and the remedy."""
+"""Checked access to one file in the layout of fastMRI: errors name file, key and remedy."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,7 +46,8 @@ def opened(path: Path) -> Iterator[h5py.File]:
             yield file
     except OSError as error:
         raise InputError(
-            f"{path}: a complete HDF5 file was needed, it cannot be read ({error}); copy or download it again."
+            f"{path}: a complete HDF5 file was needed, it cannot be read ({error}); copy or "
+            "download it again."
         ) from error
 
 
@@ -69,17 +70,21 @@ def dataset(file: h5py.File, path: Path, name: str, kind: str, axes: str) -> h5p
     found = file.get(name)
     if not isinstance(found, h5py.Dataset):
         raise InputError(
-            f"{path}: dataset {name!r} was needed, the file has {sorted(file)}; rename or convert the data."
+            f"{path}: dataset {name!r} was needed, the file has {sorted(file)}; rename or convert "
+            "the data."
         )
     if found.ndim != axes.count(",") + 1:
         raise InputError(
-            f"{path}: {name} must have the axes ({axes}), got shape {found.shape}; add or remove axes."
+            f"{path}: {name} must have the axes ({axes}), got shape {found.shape}; add or remove "
+            "axes."
         )
     if found.dtype.kind not in kind:
         needed = {"c": "complex64", "f": "float32", "u": "uint8"}[kind[0]]
         raise InputError(f"{path}: {name} must be {needed}, got {found.dtype}; convert it.")
     if found.size == 0:
-        raise InputError(f"{path}: {name} must not be empty, got shape {found.shape}; export it again.")
+        raise InputError(
+            f"{path}: {name} must not be empty, got shape {found.shape}; export it again."
+        )
     return found
 
 
@@ -103,8 +108,8 @@ def read_facts(file: h5py.File, path: Path) -> Facts:
         reference = dataset(file, path, "reconstruction_rss", "f", "slice, row, column")
         if reference.shape[0] != n_slices:
             raise InputError(
-                f"{path}: reconstruction_rss must have the {n_slices} slices of kspace, got {reference.shape[0]}; "
-                "write the file again."
+                f"{path}: reconstruction_rss must have the {n_slices} slices of kspace, got "
+                f"{reference.shape[0]}; write the file again."
             )
         reference_shape = (reference.shape[1], reference.shape[2])
         stated = file.attrs.get("max")
@@ -131,12 +136,13 @@ def read_finite(file: h5py.File, path: Path, name: str, index: int) -> NDArray[A
     Raises:
         InputError: if any is infinite or NaN.
     """
-    values = np.asarray(file[name][index])  # pyright: ignore[reportIndexIssue] - a dataset, checked at open
+    found = file[name]
+    values = np.asarray(found[index] if isinstance(found, h5py.Dataset) else np.nan)
     bad = int(np.count_nonzero(~np.isfinite(values)))
     if bad:
         raise InputError(
-            f"{path}: {name} must be finite, slice {index} holds {bad} values that are not; export it again or "
-            "leave the slice out."
+            f"{path}: {name} must be finite, slice {index} holds {bad} values that are not; export "
+            "it again or leave the slice out."
         )
     return values
 
@@ -191,6 +197,6 @@ def minimal_header(encoded: Sequence[int], shown: Sequence[int]) -> str:
         "</experimentalConditions><encoding>"
         f"{space('encodedSpace', encoded)}{space('reconSpace', shown)}"
         "<encodingLimits><kspace_encoding_step_1><minimum>0</minimum>"
-        f"<maximum>{n_columns - 1}</maximum><center>{n_columns // 2}</center></kspace_encoding_step_1>"
-        "</encodingLimits><trajectory>cartesian</trajectory></encoding></ismrmrdHeader>"
+        f"<maximum>{n_columns - 1}</maximum><center>{n_columns // 2}</center>"
+        "</kspace_encoding_step_1></encodingLimits><trajectory>cartesian</trajectory></encoding></ismrmrdHeader>"
     )

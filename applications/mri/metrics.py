@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +37,14 @@ def score(
 ) -> Scores:
     r"""Compares a reconstructed volume with its reference.
 
-    With `u` the reference, `v` the reconstruction and the maximum and all norms taken over the volume,
+    With `u` the reference, `v` the reconstruction and the maximum and all norms taken over the
+    volume,
 
     .. math:: \mathrm{PSNR} = 10 \log_{10} \frac{(\max u)^2}{\mathrm{mean} (u - v)^2},
         \quad \mathrm{NMSE} = \frac{\|u - v\|^2}{\|u\|^2}.
 
-    SSIM is taken slice by slice and averaged: uniform 7 x 7 window, k1 = 0.01, k2 = 0.03, data range max u.
+    SSIM is taken slice by slice and averaged: uniform 7 x 7 window, k1 = 0.01, k2 = 0.03, data
+    range max u.
 
     Args:
         reference: magnitudes, shape ``(slices, rows, columns)``, rows and columns >= 7.
@@ -51,34 +54,33 @@ def score(
         The scores, computed in float64.
 
     Raises:
-        InputError: if shapes differ, values are complex or not finite, or the reference has no positive value.
+        InputError: if shapes differ, values are complex or not finite, or the reference has no
+            positive value.
 
-    Zbontar et al. 2018, arXiv:1811.08839, section 5. Wang et al. 2004, DOI 10.1109/TIP.2003.819861, for SSIM.
+    Zbontar et al. 2018, arXiv:1811.08839, section 5. Wang et al. 2004, DOI 10.1109/TIP.2003.819861,
+    for SSIM.
     """
     from skimage.metrics import structural_similarity  # slow to import, and needed only here
 
     u, v = _volume("reference", reference), _volume("reconstruction", reconstruction)
     if u.shape != v.shape:
         raise InputError(
-            f"reconstruction must have the shape {u.shape} of the reference, got {v.shape}; crop it with centre_crop."
+            f"reconstruction must have the shape {u.shape} of the reference, got {v.shape}; crop "
+            "it with centre_crop."
         )
     peak = float(u.max())
     if peak <= 0:
-        raise InputError(
-            f"reference must have a positive maximum, got {peak:g}; leave empty volumes out."
-        )
+        raise InputError(f"reference must have a positive maximum, got {peak:g}; leave it out.")
     squared_error = float(np.square(u - v).sum())
-    ssim = fmean(
-        float(
-            structural_similarity(
-                a, b, win_size=_WINDOW, data_range=peak, gaussian_weights=False, K1=0.01, K2=0.03
-            )
+    similarities: list[Any] = [
+        structural_similarity(
+            a, b, win_size=_WINDOW, data_range=peak, gaussian_weights=False, K1=0.01, K2=0.03
         )
         for a, b in zip(u, v, strict=True)
-    )
+    ]
     with np.errstate(divide="ignore"):  # a perfect image has infinite PSNR
         psnr = float(10 * np.log10(np.float64(peak**2 * u.size) / squared_error))
-    return Scores(psnr, ssim, squared_error / float(np.square(u).sum()))
+    return Scores(psnr, float(np.mean(similarities)), squared_error / float(np.square(u).sum()))
 
 
 def mean_scores(scores: Iterable[Scores]) -> Scores:
@@ -107,11 +109,13 @@ def _volume(name: str, values: Tensor | NDArray[np.floating]) -> NDArray[np.floa
         raise InputError(f"{name} must be real, got {array.dtype}; take magnitudes first.")
     if array.ndim != 3 or array.size == 0 or min(array.shape[1:]) < _WINDOW:
         raise InputError(
-            f"{name} must have shape (slices, rows, columns), rows and columns at least {_WINDOW}, got "
+            f"{name} must have shape (slices, rows, columns), rows and columns at least {_WINDOW}, "
+            "got "
             f"{array.shape}; add the slice axis to a single image."
         )
     if not np.isfinite(array).all():
         raise InputError(
-            f"{name} must be finite, it holds {np.count_nonzero(~np.isfinite(array))} values that are not."
+            f"{name} must be finite, it holds {np.count_nonzero(~np.isfinite(array))} values that "
+            "are not."
         )
     return array.astype(np.float64)

@@ -1,7 +1,8 @@
 """The Fourier transform, the sampled Fourier transform with its adjoint, and coil combination.
 
-The last two axes of every image or k-space are ``[row, column]``, the coil axis is ``-3``, and whatever
-stands before it is a batch. The zero frequency lies at index ``n // 2`` of each axis, for odd ``n`` too.
+The last two axes of every image or k-space are ``[row, column]``, the coil axis is ``-3``, and
+whatever stands before it is a batch. The zero frequency lies at index ``n // 2`` of each axis, for
+odd ``n`` too.
 """
 
 import torch
@@ -52,8 +53,8 @@ def sample(image: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         image: shape ``(..., rows, columns)``.
-        mask: boolean, shape ``(rows, columns)``; or as many axes as ``image``, broadcastable to it (one mask
-            per sample: ``(batch, 1, rows, columns)``).
+        mask: boolean, shape ``(rows, columns)``; or as many axes as ``image``, broadcastable to it
+            (one mask per sample: ``(batch, 1, rows, columns)``).
 
     Returns:
         k-space of the shape of ``image``, complex.
@@ -87,9 +88,9 @@ def sample_adjoint(kspace: Tensor, mask: Tensor) -> Tensor:
 def rss(coil_images: Tensor) -> Tensor:
     r"""Root sum of squares over the coils, :math:`\sqrt{\sum_c |u_c|^2}`.
 
-    Where all coils vanish the square root has no derivative. There the root is taken of 1 instead and the
-    result replaced by 0, so that the value is exact and the gradient 0, not NaN: both derivatives of
-    ``where`` are finite, and the one that is not chosen is multiplied by zero.
+    Where all coils vanish the square root has no derivative. There the root is taken of 1 instead
+    and the result replaced by 0, so that the value is exact and the gradient 0, not NaN: both
+    derivatives of ``where`` are finite, and the one that is not chosen is multiplied by zero.
 
     Args:
         coil_images: complex or real, shape ``(..., coils, rows, columns)``.
@@ -103,7 +104,8 @@ def rss(coil_images: Tensor) -> Tensor:
     if coil_images.ndim < 3 or coil_images.shape[_COIL_AXIS] == 0:
         raise InputError(
             "coil_images must have shape (..., coils, rows, columns) with at least one coil, got "
-            f"{tuple(coil_images.shape)}; for a single coil add the axis with coil_images.unsqueeze(-3)."
+            f"{tuple(coil_images.shape)}; for a single coil add the axis with "
+            "coil_images.unsqueeze(-3)."
         )
     _check_image("coil_images", coil_images)
     if coil_images.is_complex():
@@ -111,8 +113,28 @@ def rss(coil_images: Tensor) -> Tensor:
     else:
         squares = coil_images.square()
     energy = squares.sum(dim=_COIL_AXIS)
-    positive = energy > 0
-    return torch.where(positive, torch.where(positive, energy, 1.0).sqrt(), 0.0)
+    zero = energy == 0  # not energy > 0, which would turn NaN into 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, energy).sqrt())
+
+
+def centre_crop(image: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The centred part of an image, as fastMRI crops a reconstruction to the size of its reference.
+
+    Args:
+        image: shape ``(..., rows, columns)``.
+        shape: rows and columns to keep.
+
+    Returns:
+        A view of shape ``(..., *shape)``.
+
+    Raises:
+        InputError: if the image is smaller than the shape.
+    """
+    rows, columns = image.shape[-2:]
+    if shape[0] > rows or shape[1] > columns:
+        raise InputError(f"an image of at least {tuple(shape)} is needed, got {(rows, columns)}.")
+    top, left = (rows - shape[0]) // 2, (columns - shape[1]) // 2
+    return image[..., top : top + shape[0], left : left + shape[1]]
 
 
 def _check_image(name: str, image: Tensor) -> None:
@@ -132,6 +154,7 @@ def _check_fit(name: str, image: Tensor, mask: Tensor) -> None:
     )
     if mask.shape[-2:] != image.shape[-2:] or not (mask.ndim == 2 or same_rank):
         raise InputError(
-            f"mask must have shape {tuple(image.shape[-2:])}, or {image.ndim} axes broadcastable to the "
-            f"{name} of shape {tuple(image.shape)}, got {tuple(mask.shape)}; make the mask for this matrix size."
+            f"mask must have shape {tuple(image.shape[-2:])}, or {image.ndim} axes that broadcast "
+            f"to the {name} of shape {tuple(image.shape)}, got {tuple(mask.shape)}; make the mask "
+            "for this matrix size."
         )

@@ -1,0 +1,26 @@
+"""Every choice a user can make, for tests that are the product of cases and choices."""
+
+import bilevel as bl
+import torch
+
+CHECKPOINTINGS = [bl.Checkpointing(), bl.Checkpointing(block=None)]
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.02),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.05),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
+    "maximize": lambda p: torch.optim.SGD(p, lr=0.02, maximize=True),
+}
+
+
+def lbfgs(parameters):
+    """Until the cost changes no more; that finds a minimiser to half the digits of float64."""
+    return torch.optim.LBFGS(
+        parameters,
+        max_iter=100,
+        history_size=60,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
+    )
