@@ -10,6 +10,7 @@ Meta-Learning Using Method of Lagrangian Multipliers" (2025), cited as "MLM prep
 running cost, the control in l and the gradient in theta_0 generalise it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -287,7 +288,7 @@ def kkt(
         name="the terminal cost",
     )
     gradient.add(theta, control_part)
-    squares_u, squares_lambda = 0.0, 0.0
+    costate, feasibility = 0.0, 0.0
     with autodiff.recording():
         for t in range(problem.horizon, 0, -1):
             u, theta_t = autodiff.variables(states[t - 1]), step_control(theta, t)
@@ -299,17 +300,19 @@ def kkt(
                 (step, costs), (multipliers[t], [-torch.ones_like(r) for r in costs]), (u, theta_t)
             )
             gradient.subtract(theta_t, control_part)
-            squares_lambda += tree.norm(tree.subtract(states[t], tree.detach(step))) ** 2
+            defect = tree.subtract(states[t], tree.detach(step))
+            feasibility = math.hypot(feasibility, tree.norm(defect))
             # grad_{u(t)} L = lambda_t + grad_{u(t)} (l at t = T; else r - Re<lambda_{t+1}, g>)
-            squares_u += _sum_norm(multipliers[t], state_part) ** 2
+            costate = math.hypot(costate, _sum_norm(multipliers[t], state_part))
             state_part = tree.negative(swept)
-        squares_u += _sum_norm(multipliers[0], state_part) ** 2
+        costate = math.hypot(costate, _sum_norm(multipliers[0], state_part))
         start = problem.dynamics.init(tree.detach(observation), initial_control(theta))
         autodiff.refuse_hidden(start, theta, "dynamics.init")
         control_part = autodiff.pull(start, multipliers[0], theta)
         gradient.subtract(theta, control_part)
-        squares_lambda += tree.norm(tree.subtract(states[0], tree.detach(start))) ** 2
-    return KKT(squares_lambda**0.5, squares_u**0.5, tree.norm(gradient.total()))
+        defect = tree.subtract(states[0], tree.detach(start))
+        feasibility = math.hypot(feasibility, tree.norm(defect))
+    return KKT(feasibility, costate, tree.norm(gradient.total()))
 
 
 def _terminal(problem: ControlProblem, state: Tree, control: Tree) -> Tensor:

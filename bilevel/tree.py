@@ -6,6 +6,7 @@ the space (a gradient, a multiplier) has the structure of the tree, with None wh
 leaf that is not a variable.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,12 +101,8 @@ def inner(a: Tree, b: Tree) -> Tensor:
 
 def norm(vector: Tree) -> float:
     """Euclidean norm of a vector."""
-    squares = [
-        float(torch.linalg.vector_norm(leaf)) ** 2
-        for leaf in leaves_of(vector)
-        if is_variable(leaf)
-    ]
-    return sum(squares) ** 0.5
+    norms = [float(torch.linalg.vector_norm(x)) for x in leaves_of(vector) if is_variable(x)]
+    return math.hypot(*norms)
 
 
 def check_leaves(tree: Tree, name: str) -> None:

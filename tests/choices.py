@@ -1,7 +1,8 @@
 """Every choice a user can make, for tests that are the product of cases and choices."""
 
-import bilevel as bl
 import torch
+
+import bilevel as bl
 
 CHECKPOINTINGS = [bl.Checkpointing(), bl.Checkpointing(block=None)]
 

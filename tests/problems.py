@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import bilevel as bl
 import torch
 from torch import Tensor, nn
+
+import bilevel as bl
 
 F64, C128 = torch.float64, torch.complex128
 
@@ -389,7 +390,9 @@ def _phases() -> list[Case]:
         ),
         Case(
             "phases with complex convolutions",
-            bl.ControlProblem(convs, lambda u, c: square(u), 3, lambda u, c, t: 0.1 * t * square(u)),
+            bl.ControlProblem(
+                convs, lambda u, c: square(u), 3, lambda u, c, t: 0.1 * t * square(u)
+            ),
             cplx(74, 1, 4, 4),
             convs.controls(),
         ),
@@ -511,9 +514,7 @@ def costly_walk(horizon: int, start: float) -> Known:
         states.append(states[-1] / (1 + gain))
     return Known(
         f"costly walk of {horizon} steps",
-        bl.ControlProblem(
-            WALK, lambda u, c: u**2 / 2, horizon, lambda u, c, t: (c**2 + u**2) / 2
-        ),
+        bl.ControlProblem(WALK, lambda u, c: u**2 / 2, horizon, lambda u, c, t: (c**2 + u**2) / 2),
         torch.tensor(start, dtype=F64),
         zeros(horizon),
         gains[0] * start**2 / 2,

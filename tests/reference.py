@@ -1,7 +1,8 @@
 """The truth to compare with: the plain loop, and plain autograd through it."""
 
-import bilevel as bl
 import torch
+
+import bilevel as bl
 from bilevel import tree
 
 

@@ -3,13 +3,14 @@
 import dataclasses
 import warnings
 
-import bilevel as bl
 import pytest
 import torch
-from bilevel import tree
 from choices import CHECKPOINTINGS, OPTIMIZERS, lbfgs
 from problems import C128, case_named, cplx, real, square
 from reference import assert_same, fresh, plain_cost, plain_gradients, wanted
+
+import bilevel as bl
+from bilevel import tree
 
 C, U = 0.5 * real(1, 3), real(2, 3)
 SGD = OPTIMIZERS["SGD"]
@@ -103,9 +104,7 @@ def test_no_steps_evaluate_the_control_as_it_came():
 
 def test_lbfgs_finds_the_complex_least_squares_solution():
     A, b = cplx(3, 5, 3), cplx(4, 5)
-    problem = bl.ControlProblem(
-        bl.Map(lambda u, c, t: u - A @ c), lambda u, c: square(u) / 2, 1
-    )
+    problem = bl.ControlProblem(bl.Map(lambda u, c, t: u - A @ c), lambda u, c: square(u) / 2, 1)
     found = bl.ControlSolver(problem, lbfgs).solve(torch.zeros(3, dtype=C128), b, steps=2)
     exact = torch.linalg.lstsq(A, b[:, None]).solution[:, 0]
     # A cost known to eps fixes its minimiser to about sqrt(eps).
@@ -262,14 +261,14 @@ def test_a_derivative_that_is_not_finite_is_told_from_a_state_that_is_not():
     problem = bl.ControlProblem(
         bl.Map(lambda u, c, t: u + torch.sqrt(c - c)), lambda u, c: u + c, 2
     )
-    with pytest.raises(bl.DivergenceError, match="iteration 1: .* every state is finite"):
+    with pytest.raises(bl.DivergenceError, match=r"iteration 1: .* every state is finite"):
         bl.ControlSolver(problem, SGD).solve(FOUR, FOUR)
 
 
 def test_an_iteration_that_diverges_later_names_the_iteration():
     # theta_k + 1 = (1 - 12 lr)^k overflows its square at 1e154, k = 78 with lr = 8.
     problem = quadratic()
-    with pytest.raises(bl.DivergenceError, match="iteration 7[89]:"):
+    with pytest.raises(bl.DivergenceError, match=r"iteration 7[89]:"):
         bl.ControlSolver(problem, lambda p: torch.optim.SGD(p, lr=8.0)).solve(ZERO, FOUR)
 
 
@@ -333,9 +332,9 @@ def test_the_checkpointing_of_the_solver_is_that_of_its_sweeps():
 
 
 def test_wrong_fields_are_refused():
-    with pytest.raises(bl.ArgumentError, match="problem must be a ControlProblem .* got int"):
+    with pytest.raises(bl.ArgumentError, match=r"problem must be a ControlProblem .* got int"):
         bl.ControlSolver(3)
-    with pytest.raises(bl.ArgumentError, match="on_failure must be .* got 'shout'"):
+    with pytest.raises(bl.ArgumentError, match=r"on_failure must be .* got 'shout'"):
         bl.ControlSolver(quadratic(), on_failure="shout")
 
 

@@ -1,11 +1,14 @@
 """Problems whose answers are known on paper or by dynamic programming, solved by Algorithm 2."""
 
-import bilevel as bl
+from itertools import pairwise
+
 import pytest
 import torch
 from choices import lbfgs
 from problems import KNOWN, double_integrator, fibonacci, lqr, riccati, walk, zeros
 from reference import theta
+
+import bilevel as bl
 
 
 def solve(problem, observation, control, steps=2):
@@ -73,7 +76,7 @@ def test_the_method_of_multipliers_meets_the_end_constraint_of_the_double_integr
     assert found.cost == pytest.approx(exact, abs=1e-10)
     # The controls fall on a line from rest to rest; the multiplier of the end is -lambda_T.
     u = [float(x) for x in found.control.steps]
-    slopes = [b - a for a, b in zip(u, u[1:], strict=False)]
+    slopes = [b - a for a, b in pairwise(u)]
     assert slopes == pytest.approx([slopes[0]] * (n_steps - 1), abs=1e-4)
     assert found.adjoint.multipliers[-1].tolist() == pytest.approx((-nu).tolist(), abs=1e-9)
     # J* grows as the square of the distance d, and nu = -dJ*/dd.

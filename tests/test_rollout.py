@@ -1,14 +1,15 @@
 """The final state as a function that autograd differentiates by a multiplier sweep."""
 
-import bilevel as bl
 import pytest
 import torch
-from bilevel import tree
 from choices import CHECKPOINTINGS
-from problems import CASES, C128, Custom, case_named, cplx, real, square
+from problems import C128, CASES, Custom, case_named, cplx, real, square
 from reference import assert_same, autograd, fresh, plain_states, random_like, wanted
 from test_sweep import Graphs, Noise
 from torch.autograd import gradcheck, gradgradcheck
+
+import bilevel as bl
+from bilevel import tree
 
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
 STATES, GRAPHS = CHECKPOINTINGS
@@ -135,7 +136,7 @@ def test_a_write_in_place_between_forward_and_backward_is_refused(which):
     changed = {"control": control, "observation": observation, "final state": final}[which]
     with torch.no_grad():
         changed.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
         final.sum().backward()
 
 
@@ -310,7 +311,7 @@ def test_wrong_arguments_are_refused(checkpointing):
 
     with pytest.raises(bl.ArgumentError, match="horizon must be an integer >= 0, got -1"):
         run(horizon=-1)
-    with pytest.raises(bl.StructureError, match="one entry per step, 4 .* got 1"):
+    with pytest.raises(bl.StructureError, match=r"one entry per step, 4 .* got 1"):
         run(control=bl.PerStep([C]))
     with pytest.raises(bl.StructureError, match=r"step 1 must return.*u\(1\).*float64\[1\]"):
         run(dynamics=bl.Map(lambda u, c, t: u[:1]))

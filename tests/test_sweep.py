@@ -2,15 +2,16 @@
 
 import weakref
 
-import bilevel as bl
 import pytest
 import torch
-from bilevel import tree
 from choices import CHECKPOINTINGS
 from problems import Custom, case_named, real, square
 from reference import assert_same, autograd, fresh, plain_cost, plain_gradients
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+
+import bilevel as bl
+from bilevel import tree
 
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
 STATES, GRAPHS = CHECKPOINTINGS
@@ -152,7 +153,10 @@ def test_a_taped_step_that_writes_to_its_state_is_refused():
 
 
 CHANGES = {
-    "shape": (lambda u, c, t: {"x": u["x"][:-1]}, r"u\(1\)\['x'\] must be float64\[3\].*float64\[2\]"),
+    "shape": (
+        lambda u, c, t: {"x": u["x"][:-1]},
+        r"u\(1\)\['x'\] must be float64\[3\].*float64\[2\]",
+    ),
     "dtype": (lambda u, c, t: {"x": u["x"].float()}, r"u\(1\)\['x'\] must be float64.*got float32"),
     "name": (lambda u, c, t: {"y": u["x"]}, r"u\(1\) must be PyTreeSpec.*'x'.*got.*'y'"),
     "kind": (lambda u, c, t: {"x": 3}, r"u\(1\)\['x'\] must be float64\[3\] on cpu, got int"),
@@ -309,7 +313,7 @@ def test_a_part_of_a_control_per_step_that_nothing_reads_is_refused_by_name(
 
 def test_a_shared_part_that_nothing_reads_is_refused_by_name():
     problem = problem_of(lambda u, c, t: torch.tanh(c[0] * u))
-    with pytest.raises(bl.LostGradientError, match="control.shared reaches no cost"):
+    with pytest.raises(bl.LostGradientError, match=r"control.shared reaches no cost"):
         bl.adjoint(problem, U, bl.PerStep([C] * 4, shared=U))
 
 
@@ -319,8 +323,8 @@ def test_a_shared_part_that_nothing_reads_is_refused_by_name():
 class Noise:
     """A step that draws from a generator of its own, which no sweep can restore."""
 
-    def __init__(self, first=1):
-        self.generator, self.first = torch.Generator().manual_seed(4), first
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(4)
 
     def __call__(self, u, c, t):
         noise = torch.randn(3, generator=self.generator, dtype=u.dtype)
@@ -335,7 +339,7 @@ def test_a_step_that_is_not_deterministic_is_refused():
 def test_an_init_that_is_not_deterministic_is_refused():
     noise = Noise()
     problem = problem_of(tanh, horizon=1, g0=lambda f, c: noise(f, c, 0))
-    with pytest.raises(bl.ArgumentError, match="dynamics.init gave another state"):
+    with pytest.raises(bl.ArgumentError, match=r"dynamics.init gave another state"):
         bl.adjoint(problem, U, C)
 
 

@@ -1,9 +1,7 @@
 """Theorem 1 and equations (4) to (8), on every case, against plain autograd and differences."""
 
-import bilevel as bl
 import pytest
 import torch
-from bilevel import tree
 from choices import CHECKPOINTINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +22,9 @@ from reference import (
     terminal_cost,
     theta,
 )
+
+import bilevel as bl
+from bilevel import tree
 
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
@@ -46,9 +47,7 @@ def test_cost_and_gradients_are_those_of_autograd_on_the_plain_loop(case, checkp
     cost, gradient, observation_gradient = plain_gradients(
         case.problem, case.observation, case.control
     )
-    found = bl.adjoint(
-        case.problem, case.observation, case.control, checkpointing=checkpointing
-    )
+    found = bl.adjoint(case.problem, case.observation, case.control, checkpointing=checkpointing)
     assert_same(found.cost, cost, rtol=1e-14)
     assert_same(found.gradient, gradient)
     assert_same(found.observation_gradient, observation_gradient)
@@ -64,9 +63,7 @@ def test_gradients_are_those_of_autograd_to_the_last_bit_where_the_additions_agr
     cost, gradient, observation_gradient = plain_gradients(
         case.problem, case.observation, case.control
     )
-    found = bl.adjoint(
-        case.problem, case.observation, case.control, checkpointing=checkpointing
-    )
+    found = bl.adjoint(case.problem, case.observation, case.control, checkpointing=checkpointing)
     assert_same(found.cost, cost, rtol=0)
     assert_same(found.gradient, gradient, rtol=0)
     assert_same(found.observation_gradient, observation_gradient, rtol=0)

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from applications.mri.errors import InputError
 from applications.mri.hdf5 import minimal_header, opened, read_facts, read_finite, read_mask
+from applications.mri.operators import ifft2c, rss
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,28 @@ class SliceDataset(Dataset[Slice]):
         return self.files[which].read_slice(
             index - (self._ends[which] - self.files[which].n_slices)
         )
+
+
+def fully_sampled(one: Slice) -> tuple[Tensor, Tensor]:
+    """The k-space of a slice that leaves nothing out, and its reference image.
+
+    Args:
+        one: the slice.
+
+    Returns:
+        k-space ``(coils, rows, columns)``, and the stored reference, or the root sum of squares of
+        the coil images where none is stored.
+
+    Raises:
+        InputError: if a mask in the file leaves out positions.
+    """
+    if one.mask is not None and not bool(one.mask.all()):
+        raise InputError(
+            f"{one.path}: fully sampled k-space was needed, the mask in the file leaves out "
+            f"{int((~one.mask).sum())} positions; use other scans."
+        )
+    reference = rss(ifft2c(one.kspace)) if one.reference is None else one.reference
+    return one.kspace, reference
 
 
 def write_volume(path: Path | str, volume: Volume) -> None:

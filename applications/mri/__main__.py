@@ -1,0 +1,5 @@
+"""Entry point of `python -m applications.mri`."""
+
+from applications.mri.cli import main
+
+main()

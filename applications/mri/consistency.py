@@ -1,0 +1,160 @@
+r"""Self-consistency of coils (SPIRiT): a k-space value is a sum over its neighbours in all coils.
+
+The weights, one small kernel per pair of coils, are fitted to the fully sampled centre of a scan.
+In the image domain they are one c x c matrix a pixel, :math:`K`, and consistent coil images satisfy
+:math:`K u = u`. No sensitivity map is formed, none has to be unique, so that an object larger than
+the field of view does no harm.
+
+Lustig & Pauly 2010, SPIRiT: iterative self-consistent parallel imaging reconstruction from
+arbitrary k-space, DOI 10.1002/mrm.22428.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from applications.mri.errors import InputError
+from applications.mri.operators import ifft2c, sample, sample_adjoint
+
+
+def calibrate(
+    kspace: Tensor, mask: Tensor, kernel: int = 5, regularisation: float = 0.02
+) -> Tensor:
+    r"""Fits the kernels to the fully sampled centre of k-space, by regularised least squares.
+
+    Args:
+        kspace: measured, complex, shape ``(coils, rows, columns)``.
+        mask: boolean, shape ``(rows, columns)``.
+        kernel: side of the kernels [positions], odd.
+        regularisation: weight of the squared kernel relative to the mean energy of its inputs.
+
+    Returns:
+        K, complex64, shape ``(coils, coils, rows, columns)``: ``(K u)_o = sum_i K_oi u_i`` a pixel.
+
+    Raises:
+        InputError: if the centre is too small for the kernel.
+    """
+    top, bottom, left, right = fully_sampled_centre(mask)
+    if min(bottom - top, right - left) < kernel:
+        raise InputError(
+            f"a fully sampled centre of {kernel} x {kernel} positions was needed to calibrate the "
+            f"coils, the mask has {bottom - top} x {right - left}; sample more of the centre, or "
+            "use a network without self_consistency."
+        )
+    n_coils = kspace.shape[0]
+    centre = kspace[:, top:bottom, left:right].to(torch.complex128)
+    patches = centre.unfold(1, kernel, 1).unfold(2, kernel, 1)
+    rows = patches.permute(1, 2, 0, 3, 4).reshape(-1, n_coils * kernel**2)
+    gram = rows.mH @ rows
+    shift = regularisation * gram.diagonal().real.mean()
+    weights = torch.zeros(n_coils, n_coils * kernel**2, dtype=gram.dtype, device=gram.device)
+    for coil in range(n_coils):
+        own = coil * kernel**2 + kernel**2 // 2  # a value must not explain itself
+        others = torch.arange(len(gram), device=gram.device) != own
+        matrix = gram[others][:, others]
+        matrix.diagonal().add_(shift)
+        weights[coil, others] = torch.linalg.solve(matrix, gram[others, own])
+    kernels = weights.reshape(n_coils, n_coils, kernel, kernel)
+    return _image_domain(kernels, (kspace.shape[1], kspace.shape[2])).to(torch.complex64)
+
+
+def fully_sampled_centre(mask: Tensor) -> tuple[int, int, int, int]:
+    """The largest fully sampled square around the zero frequency, then as high, then as wide.
+
+    Args:
+        mask: boolean, shape ``(rows, columns)``.
+
+    Returns:
+        ``top, bottom, left, right``, as slices take them.
+    """
+    rows, columns = mask.shape
+    row, column = rows // 2, columns // 2
+
+    def box(half_rows: int, half_columns: int) -> tuple[int, int, int, int]:
+        return (
+            max(row - half_rows, 0),
+            min(row + half_rows, rows),
+            max(column - half_columns, 0),
+            min(column + half_columns, columns),
+        )
+
+    def full(half_rows: int, half_columns: int) -> bool:
+        top, bottom, left, right = box(half_rows, half_columns)
+        return bool(mask[top:bottom, left:right].all())
+
+    half = 0
+    while half < min(row, column) and full(half + 1, half + 1):
+        half += 1
+    tall = wide = half
+    while half and tall < rows - row and full(tall + 1, half):
+        tall += 1
+    while half and wide < columns - column and full(tall, wide + 1):
+        wide += 1
+    return box(tall, wide)
+
+
+def inconsistency(matrices: Tensor, state: Tensor) -> Tensor:
+    """``K u - u``.
+
+    Args:
+        matrices: K, shape ``(..., coils, coils, rows, columns)``.
+        state: u, shape ``(..., coils, rows, columns)``.
+
+    Returns:
+        Shape of ``state``.
+    """
+    return torch.einsum("...oiyx,...iyx->...oyx", matrices, state) - state
+
+
+def inconsistency_adjoint(matrices: Tensor, state: Tensor) -> Tensor:
+    """``(K - I)^H u``, the adjoint of `inconsistency`; shapes as there."""
+    return torch.einsum("...oiyx,...oyx->...iyx", matrices.conj(), state) - state
+
+
+def consistent_image(kspace: Tensor, mask: Tensor, matrices: Tensor, iterations: int) -> Tensor:
+    r"""Coil images by conjugate gradients on the measured data and the self-consistency.
+
+    .. math:: \min_u \|P F u - f\|^2 + \|(K - I) u\|^2
+
+    from the zero-filled images; few iterations regularise.
+
+    Args:
+        kspace: f, complex, shape ``(coils, rows, columns)``, zeros where nothing was measured.
+        mask: boolean, shape ``(rows, columns)``.
+        matrices: K of `calibrate`.
+        iterations: of conjugate gradients.
+
+    Returns:
+        u, shape of ``kspace``.
+    """
+
+    def normal(u: Tensor) -> Tensor:
+        data = sample_adjoint(sample(u, mask), mask)
+        return data + inconsistency_adjoint(matrices, inconsistency(matrices, u))
+
+    start = ifft2c(kspace)
+    u, residual = start, start - normal(start)
+    direction, energy = residual, torch.linalg.vector_norm(residual).square()
+    floor = torch.finfo(energy.dtype).eps ** 2 * torch.linalg.vector_norm(start).square()
+    for _ in range(iterations):
+        if energy <= floor:
+            break
+        product = normal(direction)
+        length = energy / (direction.conj() * product).real.sum()
+        u, residual = u + length * direction, residual - length * product
+        following = torch.linalg.vector_norm(residual).square()
+        direction, energy = residual + (following / energy) * direction, following
+    return u
+
+
+def _image_domain(kernels: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Fourier transform of correlation kernels ``(o, i, k, k)`` on the pixels of the image."""
+    offsets = torch.arange(kernels.shape[-1], device=kernels.device) - kernels.shape[-1] // 2
+    waves = []
+    for n in shape:
+        position = (torch.arange(n, device=kernels.device, dtype=torch.float64) - n // 2) / n
+        # The correlation sum_d w_d f(k + d) multiplies the image by sum_d w_d exp(-2 pi i d r / n).
+        angle = -2 * math.pi * offsets[:, None] * position
+        waves.append(torch.polar(torch.ones_like(angle), angle))
+    return torch.einsum("oiab,ay,bx->oiyx", kernels, *waves)

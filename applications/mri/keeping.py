@@ -1,0 +1,44 @@
+"""Progress and records: what a run reports, and what it leaves behind while it goes on."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import bilevel as bl
+from applications.mri.reconstruction import Network
+from applications.mri.training import TrainingState
+from applications.mri.weights import Trained, save_weights
+
+Report = Callable[[str, float], None]  # (stage, share of it done)
+_SAVE_EVERY = 30.0  # seconds
+
+
+class Keeper:
+    """Reports the training, and saves its weights now and then, each time completely."""
+
+    def __init__(self, path: Path, network: Network, record: dict, report: Report) -> None:
+        """Save to `path` what is told."""
+        self._path, self._network, self._record, self._report = path, network, record, report
+        self._saved = time.monotonic()
+
+    def __call__(self, state: TrainingState) -> None:
+        """Told of an update."""
+        self._report("training", state.share)
+        if time.monotonic() - self._saved > _SAVE_EVERY:
+            self.save(state.control)
+
+    def save(self, control: bl.PerStep) -> None:
+        """Write the weights."""
+        save_weights(self._path, Trained(self._network, control, self._record))
+        self._saved = time.monotonic()
+
+
+def describe(settings: object) -> dict[str, object]:
+    """Settings as plain values, for a record of how a result was reached."""
+    return {
+        name: value if _is_plain(value) else repr(value) for name, value in vars(settings).items()
+    }
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)

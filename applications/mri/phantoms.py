@@ -1,0 +1,123 @@
+"""Folders of simulated scans from magnitude images of anatomies."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from applications.mri.anatomy import load_anatomies, resize, split
+from applications.mri.coils import biot_savart_coils
+from applications.mri.data import Volume, write_volume
+from applications.mri.errors import InputError
+from applications.mri.simulate import simulate
+
+ROLES = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """What to simulate.
+
+    Attributes:
+        size: rows and columns of the images, at most those of the anatomies.
+        n_coils: receive coils.
+        noise_std: of real and imaginary part, in units of image magnitude, see `simulate`.
+        repeats: training volumes an anatomy, each with coils, phases and noise of its own.
+        seed: of all of it.
+        anatomies: HDF5 file of magnitude images; None for the bundled ones.
+    """
+
+    size: int = 128
+    n_coils: int = 8
+    noise_std: float = 0.01
+    repeats: int = 1
+    seed: int = 0
+    anatomies: Path | None = None
+
+
+def simulate_folder(
+    folder: Path, settings: SimulationSettings, done: Callable[[int, int], None] | None = None
+) -> dict[str, list[Path]]:
+    """Writes `folder/<role>/<anatomy>[_<repeat>].h5` in the layout of fastMRI, fully sampled.
+
+    The slices of a volume share its coils. Training, validation and test slices come from blocks of
+    each anatomy with gaps between them; see `anatomy.split`.
+
+    Args:
+        folder: made if need be; files of the same names are replaced.
+        settings: what to simulate.
+        done: told of the volumes written and to be written.
+
+    Returns:
+        The files by role.
+
+    Raises:
+        InputError: if a setting is out of range, or the folder cannot be written.
+    """
+    if settings.repeats < 1:
+        raise InputError(f"repeats must be at least 1, got {settings.repeats}.")
+    generator = torch.Generator().manual_seed(settings.seed)
+    anatomies = load_anatomies(settings.anatomies)
+    plan: list[tuple[str, str, Tensor]] = []
+    for name, images in anatomies.items():
+        roles = split(images.shape[0])
+        for role in ROLES:
+            chosen = resize(images[list(getattr(roles, role))], settings.size).clamp(0, 1)
+            repeats = settings.repeats if role == "train" else 1
+            plan += [
+                (role, name if repeats == 1 else f"{name}_{repeat}", chosen)
+                for repeat in range(repeats)
+            ]
+    files: dict[str, list[Path]] = {role: [] for role in ROLES}
+    for role in ROLES:
+        make_folder(folder / role)
+    for i, (role, name, images) in enumerate(plan, start=1):
+        path = folder / role / f"{name}.h5"
+        write_volume(path, _volume(name, images, settings, generator))
+        files[role].append(path)
+        if done is not None:
+            done(i, len(plan))
+    return files
+
+
+def make_folder(folder: Path) -> Path:
+    """Makes a folder, if need be, and makes sure that files can be written there.
+
+    Args:
+        folder: to write to.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: if it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: the folder cannot be made ({error}); choose another."
+        ) from error
+    if not writable:
+        raise InputError(f"{folder}: the folder cannot be written; choose another.")
+    return folder
+
+
+def _volume(
+    name: str, images: Tensor, settings: SimulationSettings, generator: torch.Generator
+) -> Volume:
+    shape = (images.shape[-2], images.shape[-1])
+    coils = biot_savart_coils(shape, settings.n_coils, generator)
+    simulated = [
+        simulate(image, settings.n_coils, generator, settings.noise_std, coils) for image in images
+    ]
+    return Volume(
+        torch.stack([one.kspace for one in simulated]),
+        torch.stack([one.reference for one in simulated]),
+        acquisition=name,
+        patient_id="simulated",
+    )

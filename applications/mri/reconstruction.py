@@ -1,0 +1,217 @@
+"""The network as a `bilevel.Dynamics`: what enters it, what it is trained for, what it gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from applications.mri.consistency import calibrate, consistent_image
+from applications.mri.errors import InputError
+from applications.mri.layers import to_complex, to_planes
+from applications.mri.network import Architecture, InitialNet, Phase
+from applications.mri.operators import fft2c, ifft2c, rss
+from applications.mri.sampling import check_mask
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """Measured data made ready for the network; what is constant for a sample.
+
+    Attributes:
+        kspace: f over `scale`, zeros where nothing was measured, ``(batch, coils, rows, columns)``.
+        mask: boolean, ``(batch, 1, rows, columns)``.
+        start: the k-space that g0 receives: `kspace`, or filled by self-consistency.
+        matrices: K, ``(batch, coils, coils, rows, columns)``, or None.
+        scale: what the measured k-space was divided by, ``(batch, 1, 1, 1)``.
+    """
+
+    kspace: Tensor
+    mask: Tensor
+    start: Tensor
+    matrices: Tensor | None
+    scale: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What the network makes of a scan, in the units of the scan.
+
+    Attributes:
+        image: the magnitude image, ``(batch, rows, columns)``; |J u(T)| or RSS(u(T)) by the option
+            `output_rss`.
+        coil_images: u(T), ``(batch, coils, rows, columns)``.
+        combined: |J u(T)|, ``(batch, rows, columns)``.
+    """
+
+    image: Tensor
+    coil_images: Tensor
+    combined: Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    r"""Weights of the training loss, means over pixels.
+
+    .. math:: a\,|u(T) - u^*|^2 + b\,\big||J u(T)| - RSS(u^*)\big| + c\,|u(0) - u^*|
+        + d\,|RSS(u(T)) - RSS(u^*)|
+
+    The term in u(0) is the running cost at t = 1. The defaults are the paper's.
+
+    Attributes:
+        state: a.
+        combined: b.
+        initial: c.
+        magnitude: d.
+    """
+
+    state: float = 1.0
+    combined: float = 1.0
+    initial: float = 0.01
+    magnitude: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """The dynamics of an architecture, and how scans enter and images leave it.
+
+    Attributes:
+        architecture: sizes and options.
+        seed: of the initial weights.
+    """
+
+    architecture: Architecture
+    seed: int = 0
+    _phases: bl.Phases = field(init=False, repr=False)
+    _combine: Callable[..., Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Draw the initial weights."""
+        generator = torch.Generator().manual_seed(self.seed)
+        a = self.architecture
+        initial = InitialNet(a, generator)
+        phases = [Phase(a, generator) for _ in range(a.n_phases)]
+        object.__setattr__(self, "_phases", bl.Phases(phases, initial))
+        object.__setattr__(self, "_combine", bl.functional(phases[-1].combine)[1])
+
+    def controls(self) -> bl.PerStep:
+        """The initial weights, theta_0 to theta_T."""
+        return self._phases.controls()
+
+    def prepare(self, kspace: Tensor, mask: Tensor) -> Scan:
+        """Makes measured data ready.
+
+        Args:
+            kspace: complex, shape ``(batch, coils, rows, columns)``; values outside the mask are
+                ignored.
+            mask: boolean, shape ``(rows, columns)`` or ``(batch, rows, columns)``.
+
+        Returns:
+            The scan, complex64.
+
+        Raises:
+            InputError: if the coil count is not the network's, the mask does not fit or keeps
+                nothing, or k-space is not finite.
+        """
+        a = self.architecture
+        if kspace.ndim != 4 or not kspace.is_complex():
+            raise InputError(
+                "kspace must be complex of shape (batch, coils, rows, columns), got "
+                f"{kspace.dtype} {tuple(kspace.shape)}."
+            )
+        if kspace.shape[1] != a.n_coils:
+            raise InputError(
+                f"the network was built for {a.n_coils} coils, the scan has {kspace.shape[1]}; "
+                "use weights trained for that count."
+            )
+        batch, _, rows, columns = kspace.shape
+        masks = mask.expand(batch, rows, columns) if mask.ndim == 2 else mask
+        for one in masks:
+            check_mask(one, (rows, columns))
+        if not bool(torch.isfinite(kspace).all()):
+            raise InputError("kspace must be finite; leave out the slice, or export it again.")
+        f = kspace.to(torch.complex64) * masks[:, None]
+        scale = torch.ones(batch, 1, 1, 1, device=f.device)
+        if a.scale_input:
+            scale = rss(ifft2c(f)).amax((-2, -1))[:, None, None, None]
+            if not bool((scale > 0).all()):
+                raise InputError("kspace is zero wherever the mask samples; check the mask.")
+        f = f / scale
+        start, matrices = f, None
+        if a.self_consistency:
+            matrices = torch.stack([calibrate(x, m) for x, m in zip(f, masks, strict=True)])
+            filled = [
+                consistent_image(x, m, k, a.self_consistency)
+                for x, m, k in zip(f, masks, matrices, strict=True)
+            ]
+            start = fft2c(torch.stack(filled))
+        return Scan(f, masks[:, None], start, matrices, scale)
+
+    def dynamics(self, scan: Scan) -> bl.Phases:
+        """The maps g and g0 for one batch of scans, whose observation is `scan.start`."""
+        return replace(self._phases, context=(scan.kspace, scan.mask, scan.matrices))
+
+    def combined(self, state: Tensor, control: bl.PerStep) -> Tensor:
+        """|J u(T)| with the J of theta_T, ``(batch, rows, columns)``."""
+        prefix = "combine."
+        weights = {
+            name.removeprefix(prefix): value
+            for name, value in control.steps[-1].items()
+            if name.startswith(prefix)
+        }
+        return to_complex(self._combine(weights, to_planes(state)))[:, 0].abs()
+
+    def training_problem(
+        self, scan: Scan, target: Tensor, reference: Tensor, loss: Loss
+    ) -> tuple[bl.ControlProblem, Tensor]:
+        """The control problem of one batch, and its observation.
+
+        Args:
+            scan: undersampled.
+            target: coil images u* of the full data, ``(batch, coils, rows, columns)``, in the units
+                of the scanner.
+            reference: RSS(u*), ``(batch, rows, columns)``.
+            loss: weights of the terms.
+
+        Returns:
+            What `bilevel.ControlSolver` takes from `build`.
+        """
+        target, reference = target / scan.scale, reference / scan.scale[:, 0]
+
+        def terminal(state: Tensor, control: bl.PerStep) -> Tensor:
+            difference = torch.view_as_real(state - target)
+            cost = 2 * loss.state * difference.square().mean()  # the mean is over complex values
+            cost = cost + loss.combined * (self.combined(state, control) - reference).abs().mean()
+            if loss.magnitude:
+                cost = cost + loss.magnitude * (rss(state) - reference).abs().mean()
+            return cost
+
+        def running(state: Tensor, _control: object, t: int) -> Tensor:
+            if t != 1:
+                return torch.zeros((), device=state.device)
+            return loss.initial * (state - target).abs().mean()
+
+        problem = bl.ControlProblem(
+            self.dynamics(scan), terminal, self.architecture.n_phases, running
+        )
+        return problem, scan.start
+
+    def reconstruct(self, scan: Scan, control: bl.PerStep) -> Reconstruction:
+        """Runs the phases.
+
+        Args:
+            scan: from `prepare`.
+            control: trained weights.
+
+        Returns:
+            The images, in the units of the scanner.
+        """
+        with torch.no_grad():
+            horizon = self.architecture.n_phases
+            state = bl.rollout(self.dynamics(scan), scan.start, control, horizon)
+            combined = self.combined(state, control)
+        image = rss(state) if self.architecture.output_rss else combined
+        return Reconstruction(
+            image * scan.scale[:, 0], state * scan.scale, combined * scan.scale[:, 0]
+        )

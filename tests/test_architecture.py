@@ -1,0 +1,205 @@
+"""The layers of STYLE section 2 and DESIGN section 1, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bilevel
+import bilevel.errors
+
+ROOT = Path(__file__).parent.parent
+# The import order; files that do not exist yet are listed where they will stand.
+LAYERS = [
+    "errors",
+    "tree",
+    "distributed",
+    "autodiff",
+    "linear",
+    "checkpointing",
+    "storage",
+    "randomness",
+    "dynamics",
+    "modules",
+    "control",
+    "sweep",
+    "lagrangian",
+    "second_order",
+    "rollout",
+    "control_solver",
+    "problem",
+    "prox",
+    "optimizers",
+    "weighting",
+    "certificate",
+    "methods.base",
+    "methods.unrolled",
+    "methods.mlm",
+    "methods.implicit",
+    "methods.one_step",
+    "methods",
+    "solver",
+    "testing",
+]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT / "bilevel").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(p): p for p in sorted((ROOT / "bilevel").rglob("*.py"))}
+APPLICATIONS = sorted((ROOT / "applications").rglob("*.py"))
+every_file = pytest.mark.parametrize("name", [name for name in SOURCES if name])
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(node: ast.AST) -> list[tuple[str, list[str]]]:
+    """(module, names) of every absolute import below `node`; no names for `import module`."""
+    found = []
+    for item in ast.walk(node):
+        if isinstance(item, ast.Import):
+            found += [(alias.name, []) for alias in item.names]
+        elif isinstance(item, ast.ImportFrom):
+            found.append((item.module or "", [alias.name for alias in item.names]))
+    return found
+
+
+def own_imports(node: ast.AST) -> set[str]:
+    """Files of the library imported below `node`, as names in `LAYERS`."""
+    found = set()
+    for module, names in imports(node):
+        parts = module.split(".")
+        if parts[0] != "bilevel":
+            continue
+        inside = ".".join(parts[1:])
+        for name in names or [""]:
+            joined = ".".join(x for x in (inside, name) if x)
+            found.add(joined if joined in SOURCES else inside)
+    return found
+
+
+def test_every_file_has_its_place_in_the_list():
+    assert {name for name in SOURCES if name} <= set(LAYERS)
+
+
+@every_file
+def test_a_file_imports_only_from_files_above_it(name):
+    above = LAYERS[: LAYERS.index(name)]
+    assert own_imports(parsed(SOURCES[name])) <= set(above)
+
+
+@pytest.mark.parametrize("path", SOURCES.values(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_our_own_files_are_imported_at_the_top_and_absolutely(path):
+    tree = parsed(path)
+    late = [
+        module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.If)
+        for module, _ in imports(node)
+        if module.split(".")[0] == "bilevel"
+    ]
+    relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    assert late == []
+    assert relative == []
+
+
+@every_file
+def test_the_library_never_imports_an_application(name):
+    assert not [m for m, _ in imports(parsed(SOURCES[name])) if m.startswith("applications")]
+
+
+@pytest.mark.parametrize("path", APPLICATIONS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_applications_use_public_names_only(path):
+    public = {"bilevel": set(bilevel.__all__), "bilevel.errors": set(vars(bilevel.errors))}
+    tree = parsed(path)
+    aliases = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bilevel":
+            assert node.module in public, f"line {node.lineno}: {node.module} is private"
+            assert {alias.name for alias in node.names} <= public[node.module]
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "bilevel":
+                    assert alias.name in public, f"line {node.lineno}: {alias.name} is private"
+                    aliases.add(alias.asname or alias.name)
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in aliases
+    }
+    assert used <= {*public["bilevel"], "errors", "__version__"}
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def differentiating(path: Path) -> set[str]:
+    """What in the code of a file (not in its texts) differentiates."""
+    tree, found = parsed(path), set()
+    for node in ast.walk(tree):
+        name = dotted(node)
+        if name.startswith(("torch.autograd.", "torch.func.")):
+            found.add(name)
+        if isinstance(node, ast.Call) and name.endswith(".backward"):
+            found.add(name)
+        if isinstance(node, ast.Call) and dotted(node.func).endswith((".backward", ".vmap")):
+            found.add(dotted(node.func))
+    for module, names in imports(tree):
+        for full in [module, *(f"{module}.{n}" for n in names)]:
+            if full.startswith(("torch.autograd", "torch.func", "functorch", "torch.vmap")):
+                found.add(full)
+    return found
+
+
+ALLOWED = {"modules": {"torch.func.functional_call"}, "weighting": {"torch.func.vmap"}}
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "autodiff"])
+def test_only_autodiff_differentiates(name):
+    assert differentiating(SOURCES[name]) <= ALLOWED.get(name, set())
+
+
+def test_the_search_for_differentiation_finds_that_of_autodiff():
+    assert "torch.autograd.grad" in differentiating(SOURCES["autodiff"])
+
+
+def test_the_package_only_re_exports_and_lists_all_of_it_in_order():
+    body = parsed(SOURCES[""]).body
+    kinds = {type(node) for node in body[1:]}
+    assert isinstance(body[0], ast.Expr)  # the docstring
+    assert kinds <= {ast.ImportFrom, ast.Assign}
+    assigned = {node.targets[0].id for node in body if isinstance(node, ast.Assign)}
+    assert assigned == {"__version__", "__all__"}
+    exported = {
+        alias.asname or alias.name
+        for node in body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert exported == set(bilevel.__all__)
+    assert len(bilevel.__all__) == len(exported)
+    # Constants, then classes, then functions, each in order: what ruff calls sorted.
+    kinds_of = [(not n.isupper(), n[0].islower(), n) for n in bilevel.__all__]
+    assert kinds_of == sorted(kinds_of)
+
+
+HEAVY = ["applications", "h5py", "matplotlib", "rich", "scipy", "sigpy", "skimage", "typer"]
+
+
+def test_importing_the_library_loads_nothing_heavy():
+    code = f"import sys, bilevel; print([m for m in {HEAVY} if m in sys.modules])"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert found.stdout.strip() == "[]"
