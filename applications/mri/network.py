@@ -35,6 +35,8 @@ class Architecture:
             leaves the coil images to data consistency.
         self_consistency: iterations of `consistent_image` that fill k-space before g0; each phase
             then also takes a learned step towards K u = u. 0 switches both off.
+        expand_sees_coils: J~ receives b beside the combined image, c + 1 channels. A convolution of
+            the combined image alone cannot weigh a correction by the sensitivity of each coil.
         output_rss: the image is RSS(u(T)) instead of |J u(T)|.
 
     Raises:
@@ -51,6 +53,7 @@ class Architecture:
     scale_input: bool = False
     start_at_identity: bool = False
     self_consistency: int = 0
+    expand_sees_coils: bool = False
     output_rss: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +84,7 @@ def light(n_coils: int = 8) -> Architecture:
         scale_input=True,
         start_at_identity=True,
         self_consistency=16,
+        expand_sees_coils=True,
         output_rss=True,
     )
 
@@ -115,7 +119,9 @@ class Phase(nn.Module):
         self.combine = complex_net((c, w, w, w, 1), a.kernel, generator)
         self.analyse = complex_net((1, d, d, d), a.feature_kernel, generator)
         self.synthesise = complex_net((d, d, d, 1), a.feature_kernel, generator)
-        self.expand = complex_net((1, w, w, w, c), a.kernel, generator, zero=a.start_at_identity)
+        seen = c + 1 if a.expand_sees_coils else 1
+        self.expand = complex_net((seen, w, w, w, c), a.kernel, generator, zero=a.start_at_identity)
+        self.expand_sees_coils = a.expand_sees_coils
 
     def forward(
         self, state: Tensor, kspace: Tensor, mask: Tensor, matrices: Tensor | None
@@ -126,6 +132,9 @@ class Phase(nn.Module):
         if matrices is not None:
             defect = inconsistency_adjoint(matrices, inconsistency(matrices, state))
             b = b - self.consistency_step * defect
-        features = self.analyse(self.combine(to_planes(b)))
+        planes = to_planes(b)
+        features = self.analyse(self.combine(planes))
         image = self.synthesise(soft_threshold(features, self.threshold))
+        if self.expand_sees_coils:
+            image = to_planes(torch.cat([to_complex(image), b], dim=1))
         return b + to_complex(self.expand(image))
