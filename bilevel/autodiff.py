@@ -181,8 +181,8 @@ class _Reversible(torch.autograd.Function):
         ctx.is_tensor = [isinstance(x, Tensor) for x in everything]
         ctx.save_for_backward(*(x for x in everything if isinstance(x, Tensor)))
         ctx.is_variable = [tree.is_variable(y) for y in outputs]
-        # A fresh alias: an output that is an input would be taken for an in-place result.
-        outputs = tuple(y.view_as(y) if isinstance(y, Tensor) else y for y in outputs)
+        # Copies, so that the caller may write to them: the originals are kept for the backward.
+        outputs = tuple(y.clone() if isinstance(y, Tensor) else y for y in outputs)
         ctx.mark_non_differentiable(
             *(y for y in outputs if isinstance(y, Tensor) and not tree.is_variable(y))
         )

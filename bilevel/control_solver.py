@@ -47,7 +47,7 @@ class ControlSolution:
 
     Attributes:
         control: the last control, detached.
-        cost: J at the last control; with batches, at the last batch before the last update.
+        cost: J at the last control; with batches, as last evaluated, NaN if never.
         gradient_norm: of (8), likewise.
         costs: J before each update.
         gradient_norms: of (8), before each update.
@@ -144,7 +144,8 @@ class ControlSolver:
             The last control and the history.
 
         Raises:
-            ArgumentError: if batches are missing, empty, or given without `build`.
+            ArgumentError: if batches are missing, empty, or given without `build`, or `steps` or
+                `tolerance` is negative.
             ConvergenceError: if the tolerance was not reached and `on_failure` is "raise".
             DivergenceError: if cost or gradient are not finite; it names where that began.
         """
@@ -153,6 +154,8 @@ class ControlSolver:
                 "batches go with a solver that holds build(batch); a solver that holds one "
                 "ControlProblem takes an observation instead."
             )
+        if steps < 0 or not tolerance >= 0:
+            raise ArgumentError(f"steps and tolerance must be >= 0, got {steps} and {tolerance}.")
         current = tree.map_leaves(
             lambda x: x.detach().clone().requires_grad_() if tree.is_variable(x) else x, control
         )
@@ -161,6 +164,7 @@ class ControlSolver:
         stream = None if batches is None else _cycle(batches)
         costs: list[float] = []
         norms: list[float] = []
+        cost, norm = math.nan, math.nan
         converged = False
         for step in range(1, steps + 1):
             problem, given = self._next(observation, stream)
@@ -168,19 +172,19 @@ class ControlSolver:
             try:
                 optimizer.step(evaluate)
             except _ReachedError:
-                converged = True
+                cost, norm, converged = evaluate.cost, evaluate.gradient_norm, True
                 break
             if schedule is not None:
                 schedule.step()
             if project is not None:
                 _assign(current, project(tree.detach(current)))
-            costs.append(evaluate.cost)
-            norms.append(evaluate.gradient_norm)
-            seen = Progress(step, costs[-1], norms[-1], tree.detach(current), optimizer)
+            cost, norm = evaluate.cost, evaluate.gradient_norm
+            costs.append(cost)
+            norms.append(norm)
+            seen = Progress(step, cost, norm, tree.detach(current), optimizer)
             if callback is not None and callback(seen):
                 break
         final = None
-        cost, norm = (costs[-1], norms[-1]) if costs else (math.nan, math.nan)
         if isinstance(self.problem, ControlProblem):
             final = self._adjoint(self.problem, observation, current, len(costs), keep=True)
             cost, norm = float(final.cost), tree.norm(final.gradient)

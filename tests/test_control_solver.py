@@ -343,3 +343,12 @@ def test_batches_go_with_a_build_function_only():
         bl.ControlSolver(quadratic(), SGD).solve(ZERO, FOUR, batches=[1])
     with pytest.raises(bl.ArgumentError, match="batches go with a solver that holds build"):
         bl.ControlSolver(batch_problem, SGD).solve(ZERO, FOUR)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"steps": -1}, {"tolerance": -1e-3}, {"tolerance": float("nan")}]
+)
+def test_negative_steps_or_tolerances_are_refused(setting):
+    problem = bl.ControlProblem(bl.Map(lambda u, c, t: u + c), lambda u, c: u.square().sum(), 2)
+    with pytest.raises(bl.ArgumentError, match="steps and tolerance must be >= 0"):
+        bl.ControlSolver(problem).solve(torch.zeros(1), torch.ones(1), **setting)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import wraps
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
+import h5py
 import torch
 import typer
 from rich.console import Console
@@ -16,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from applications.mri.data import SliceDataset, VolumeFile, implied_mask
+from applications.mri.demo import DemoSettings, run_demo
 from applications.mri.errors import InputError
 from applications.mri.evaluation import (
     Evaluation,
@@ -25,6 +28,7 @@ from applications.mri.evaluation import (
     sweep_regularisation,
     table_rows,
 )
+from applications.mri.figures import draw_image
 from applications.mri.keeping import Keeper, Report, describe
 from applications.mri.network import Architecture, light, paper
 from applications.mri.phantoms import SimulationSettings, make_folder, simulate_folder
@@ -99,8 +103,6 @@ def demo(
     threads: Threads = 0,
 ) -> None:
     """Simulate, train, evaluate and reconstruct a real scan, all on bundled data."""
-    from applications.mri.demo import DemoSettings, run_demo  # matplotlib takes a while to import
-
     _use(threads)
     with _progress() as report:
         found = run_demo(out, DemoSettings(seconds, seed), report)
@@ -217,8 +219,6 @@ def reconstruct(
     threads: Threads = 0,
 ) -> None:
     """Reconstruct the slices of a scan; the mask is the file's, or what was measured."""
-    import h5py
-
     _use(threads)
     trained, file = load_weights(weights), VolumeFile(scan)
     make_folder(out.parent)
@@ -230,8 +230,6 @@ def reconstruct(
             prepared = trained.network.prepare(one.kspace[None], mask)
             images.append(trained.network.reconstruct(prepared, trained.control).image[0])
             report("reconstructing", (index + 1) / file.n_slices)
-    from io import BytesIO
-
     buffer = BytesIO()
     with h5py.File(buffer, "w") as written:
         written["reconstruction"] = torch.stack(images).numpy()
@@ -239,8 +237,6 @@ def reconstruct(
         written.attrs["weights"] = weights.name
     write_whole(out, buffer.getvalue())
     if png is not None:
-        from applications.mri.figures import draw_image
-
         make_folder(png.parent)
         draw_image(png, images[len(images) // 2])
     console.print(f"Images   {out}")

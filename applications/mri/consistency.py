@@ -60,38 +60,34 @@ def calibrate(
 
 
 def fully_sampled_centre(mask: Tensor) -> tuple[int, int, int, int]:
-    """The largest fully sampled square around the zero frequency, then as high, then as wide.
+    """A fully sampled rectangle around the zero frequency that no side can be moved out of.
+
+    It grows from the centre by one position a side in turn, so that it stays square while it can.
 
     Args:
         mask: boolean, shape ``(rows, columns)``.
 
     Returns:
-        ``top, bottom, left, right``, as slices take them.
+        ``top, bottom, left, right``, as slices take them; an empty rectangle if the zero frequency
+        is missing.
     """
     rows, columns = mask.shape
-    row, column = rows // 2, columns // 2
-
-    def box(half_rows: int, half_columns: int) -> tuple[int, int, int, int]:
-        return (
-            max(row - half_rows, 0),
-            min(row + half_rows, rows),
-            max(column - half_columns, 0),
-            min(column + half_columns, columns),
-        )
-
-    def full(half_rows: int, half_columns: int) -> bool:
-        top, bottom, left, right = box(half_rows, half_columns)
-        return bool(mask[top:bottom, left:right].all())
-
-    half = 0
-    while half < min(row, column) and full(half + 1, half + 1):
-        half += 1
-    tall = wide = half
-    while half and tall < rows - row and full(tall + 1, half):
-        tall += 1
-    while half and wide < columns - column and full(tall, wide + 1):
-        wide += 1
-    return box(tall, wide)
+    top, left = rows // 2, columns // 2
+    if not bool(mask[top, left]):
+        return top, top, left, left
+    box = [top, top + 1, left, left + 1]
+    limits, outwards = (0, rows, 0, columns), (-1, 1, -1, 1)
+    growing = True
+    while growing:
+        growing = False
+        for side in (0, 2, 1, 3):  # top, left, bottom, right
+            if box[side] == limits[side]:
+                continue
+            wider = box.copy()
+            wider[side] += outwards[side]
+            if bool(mask[wider[0] : wider[1], wider[2] : wider[3]].all()):
+                box, growing = wider, True
+    return box[0], box[1], box[2], box[3]
 
 
 def inconsistency(matrices: Tensor, state: Tensor) -> Tensor:

@@ -184,10 +184,13 @@ def _draw(
         undersampled = one.kspace * mask
         images = {name: method(undersampled, mask) for name, method in shown.items()}
         title = f"{file.path.stem}, {acceleration_of(mask):.1f} x"
-        panels.append(Panel(title, one.reference, images))
+        panels.append(Panel(title, images, one.reference))
     scan = VolumeFile(bundled_scan_path()).read_slice(0)
     mask = implied_mask(scan.kspace)
     images = {name: method(scan.kspace, mask) for name, method in shown.items()}
-    panels.append(Panel(f"real scan, {acceleration_of(mask):.1f} x", None, images))
+    real = Panel(f"real scan, {acceleration_of(mask):.1f} x", images)
     multipliers = swept_multipliers(trained, test.files[chosen[0]], 0, masks[chosen[0]])
-    draw_reconstructions(path, panels, multipliers, "Held-out slices, a real scan, and multipliers")
+    title = (
+        "Held-out slices, a real scan, and the multipliers of the training loss at the first slice"
+    )
+    draw_reconstructions(path, panels, real, multipliers, title)

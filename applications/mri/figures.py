@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 _ERROR_GAIN = 5
@@ -19,54 +17,53 @@ class Panel:
 
     Attributes:
         title: what it is.
-        reference: magnitude image, or None where no reference exists.
         images: magnitude images by method.
+        reference: magnitude image, or None where no reference exists.
     """
 
     title: str
-    reference: Tensor | None
     images: Mapping[str, Tensor]
+    reference: Tensor | None = None
 
 
 def draw_reconstructions(
-    path: Path, panels: Sequence[Panel], multipliers: Sequence[Tensor], title: str
+    path: Path, panels: Sequence[Panel], real: Panel, multipliers: Sequence[Tensor], title: str
 ) -> None:
-    """Images and errors times 5 of each panel, and below the multipliers |lambda_t|.
+    """Images and errors times 5, a real scan beside them, the multipliers |lambda_t| below.
 
     Args:
         path: PNG file, replaced if it exists.
-        panels: one or more, with the same methods.
+        panels: slices with a reference, one or more, all with the same methods.
+        real: a scan without reference.
         multipliers: root sums of squares over the coils of lambda_0, ..., lambda_T of one slice.
         title: of the figure.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
     methods = list(panels[0].images)
-    n_columns = max(len(methods) + 1, len(multipliers))
-    n_rows = sum(1 if panel.reference is None else 2 for panel in panels) + 1
-    figure = Figure(figsize=(2.3 * n_columns, 2.45 * n_rows + 0.6), layout="constrained")
+    n_columns = max(len(methods) + 2, len(multipliers))
+    n_rows = max(2 * len(panels), len(real.images)) + 1
+    figure = Figure(figsize=(2.3 * n_columns, 2.45 * n_rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(n_rows, n_columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    row = 0
-    for panel in panels:
-        top = panel.images[methods[-1]] if panel.reference is None else panel.reference
-        peak = float(np.quantile(top.numpy(), 0.998))
-        if panel.reference is not None:
-            _show(axes[row][0], panel.reference, f"{panel.title}\nreference", peak)
+    for i, panel in enumerate(panels):
+        reference = panel.images[methods[-1]] if panel.reference is None else panel.reference
+        images, errors = axes[2 * i], axes[2 * i + 1]
+        peak = _peak(reference)
+        _show(images[0], reference, f"{panel.title}\nreference", peak)
         for column, name in enumerate(methods, start=1):
             image = panel.images[name]
-            label = name if panel.reference is not None else f"{panel.title}\n{name}"
-            if panel.reference is not None:
-                label = f"{name}\n{_psnr(panel.reference, image):.1f} dB"
-            _show(axes[row][column], image, label, peak)
-            if panel.reference is not None:
-                error = (image - panel.reference).abs()
-                _show(axes[row + 1][column], error * _ERROR_GAIN, f"error x {_ERROR_GAIN}", peak)
-        row += 1 if panel.reference is None else 2
+            _show(images[column], image, f"{name}\n{_psnr(reference, image):.1f} dB", peak)
+            error = _ERROR_GAIN * (image - reference).abs()
+            _show(errors[column], error, f"error x {_ERROR_GAIN}", peak)
+    for row, (name, image) in enumerate(real.images.items()):
+        _show(axes[row][len(methods) + 1], image, f"{real.title}\n{name}", _peak(image))
     for t, multiplier in enumerate(multipliers):
-        peak = float(np.quantile(multiplier.numpy(), 0.995)) or 1.0
         label = rf"$|\lambda_{t}|$, max {float(multiplier.max()):.1e}"
-        _show(axes[row][t], multiplier, label, peak, cmap="magma")
+        _show(axes[-1][t], multiplier, label, _peak(multiplier), cmap="magma")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
 
@@ -80,13 +77,17 @@ def draw_image(path: Path, image: Tensor) -> None:
     """
     from matplotlib.image import imsave
 
-    peak = float(np.quantile(image.numpy(), 0.999)) or 1.0
-    imsave(path, image.numpy(), cmap="gray", vmin=0, vmax=peak)
+    imsave(path, image.numpy(), cmap="gray", vmin=0, vmax=_peak(image))
 
 
 def _show(axis: Any, image: Tensor, label: str, peak: float, cmap: str = "gray") -> None:
     axis.imshow(image.numpy(), cmap=cmap, vmin=0, vmax=peak, interpolation="nearest")
     axis.set_title(label, fontsize=8)
+
+
+def _peak(image: Tensor) -> float:
+    """White: nearly the largest value, so that single bright pixels do not darken the rest."""
+    return float(np.quantile(image.numpy(), 0.998)) or 1.0
 
 
 def _psnr(reference: Tensor, image: Tensor) -> float:

@@ -1,0 +1,1 @@
+"""Benchmarks, run by hand; each prints its table and the machine it ran on."""

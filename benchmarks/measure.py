@@ -1,0 +1,77 @@
+"""Peak live bytes and paired times, measured inside one process."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.profiler import profile
+
+
+def peak_live_bytes(run: Callable[[], object]) -> int:
+    """Most bytes of tensor memory alive at once during `run`, beyond those alive before.
+
+    Counted from the allocator's own record of every allocation and release, not from the resident
+    set of the process, which keeps what the allocator has not given back to the system.
+    """
+    run()
+    with profile(profile_memory=True) as recorded:
+        kept = run()
+    del kept
+    events = recorded.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    alive = peak = 0
+    for _, change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of several runs."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def paired_times(
+    runs: Sequence[Callable[[], object]], repeats: int, warm_up: int = 2
+) -> list[Timing]:
+    """Times of `runs`, taken in turn, so that a drift of the machine meets all alike."""
+    found: list[list[float]] = [[] for _ in runs]
+    for i in range(repeats + warm_up):
+        for run, seconds in zip(runs, found, strict=True):
+            began = time.perf_counter()
+            run()
+            if i >= warm_up:
+                seconds.append(time.perf_counter() - began)
+    return [Timing(tuple(seconds)) for seconds in found]
+
+
+def median_ratio(a: Timing, b: Timing) -> float:
+    """Median over the pairs of a / b."""
+    return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
+
+
+def machine() -> str:
+    """Processor, threads, versions and commit, for the head of a table."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return json.dumps(
+        {
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "commit": commit,
+        }
+    )
