@@ -160,7 +160,7 @@ def train_command(
         steps=steps if steps or seconds else 1000,
         seconds=seconds,
         learning_rate=learning_rate,
-        crop=crop if mask in (Mask.RANDOM, Mask.EQUISPACED) else 0,
+        crop=crop,
         loss=Loss(1.0, 0.3, 0.01, 1.0) if is_light else Loss(),
         seed=seed,
     )

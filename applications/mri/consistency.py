@@ -90,25 +90,55 @@ def fully_sampled_centre(mask: Tensor) -> tuple[int, int, int, int]:
     return box[0], box[1], box[2], box[3]
 
 
-def inconsistency(matrices: Tensor, state: Tensor) -> Tensor:
-    """``K u - u``.
+def low_resolution_phase(kspace: Tensor, mask: Tensor) -> Tensor:
+    r"""Phase of each coil image at the resolution of the fully sampled centre, :math:`e^{i\phi}`.
 
     Args:
-        matrices: K, shape ``(..., coils, coils, rows, columns)``.
-        state: u, shape ``(..., coils, rows, columns)``.
+        kspace: complex, shape ``(coils, rows, columns)``.
+        mask: boolean, shape ``(rows, columns)``.
 
     Returns:
-        Shape of ``state``.
+        Complex of magnitude 1, 1 where the image is 0; shape of ``kspace``.
     """
-    return torch.einsum("...oiyx,...iyx->...oyx", matrices, state) - state
+    top, bottom, left, right = fully_sampled_centre(mask)
+    centre = torch.zeros_like(kspace)
+    # A window that falls to 0 at the edge of the centre keeps its sharp edge out of the image.
+    window = torch.outer(*(_hann(n, kspace.real) for n in (bottom - top, right - left)))
+    centre[:, top:bottom, left:right] = kspace[:, top:bottom, left:right] * window
+    image = ifft2c(centre)
+    magnitude = image.abs()
+    return torch.where(magnitude > 0, image / magnitude.clamp_min(1e-30), 1.0 + 0j)
 
 
-def inconsistency_adjoint(matrices: Tensor, state: Tensor) -> Tensor:
-    """``(K - I)^H u``, the adjoint of `inconsistency`; shapes as there."""
-    return torch.einsum("...oiyx,...oyx->...iyx", matrices.conj(), state) - state
+def inconsistency_normal(matrices: Tensor) -> Tensor:
+    """``N = (K - I)^H (K - I)`` a pixel: N u is half the gradient of ``|K u - u|^2``.
+
+    Args:
+        matrices: K, shape ``(coils, coils, rows, columns)``.
+
+    Returns:
+        N, Hermitian and positive semidefinite, the same shape.
+    """
+    identity = torch.eye(matrices.shape[0], dtype=matrices.dtype, device=matrices.device)
+    defect = matrices - identity[:, :, None, None]
+    return torch.stack([times(defect.transpose(0, 1).conj(), one) for one in defect.unbind(1)], 1)
 
 
-def consistent_image(kspace: Tensor, mask: Tensor, matrices: Tensor, iterations: int) -> Tensor:
+def times(matrices: Tensor, state: Tensor) -> Tensor:
+    """One matrix-vector product a pixel.
+
+    Args:
+        matrices: shape ``(..., coils, coils, rows, columns)``.
+        state: shape ``(..., coils, rows, columns)``.
+
+    Returns:
+        ``sum_i matrices_oi state_i``, the shape of ``state``.
+    """
+    # Six times as fast as einsum, which first moves the pixels in front of the coils.
+    return (matrices * state.unsqueeze(-4)).sum(-3)
+
+
+def consistent_image(kspace: Tensor, mask: Tensor, normal: Tensor, iterations: int) -> Tensor:
     r"""Coil images by conjugate gradients on the measured data and the self-consistency.
 
     .. math:: \min_u \|P F u - f\|^2 + \|(K - I) u\|^2
@@ -118,30 +148,33 @@ def consistent_image(kspace: Tensor, mask: Tensor, matrices: Tensor, iterations:
     Args:
         kspace: f, complex, shape ``(coils, rows, columns)``, zeros where nothing was measured.
         mask: boolean, shape ``(rows, columns)``.
-        matrices: K of `calibrate`.
+        normal: N of `inconsistency_normal`.
         iterations: of conjugate gradients.
 
     Returns:
         u, shape of ``kspace``.
     """
 
-    def normal(u: Tensor) -> Tensor:
-        data = sample_adjoint(sample(u, mask), mask)
-        return data + inconsistency_adjoint(matrices, inconsistency(matrices, u))
+    def apply(u: Tensor) -> Tensor:
+        return sample_adjoint(sample(u, mask), mask) + times(normal, u)
 
-    start = ifft2c(kspace)
-    u, residual = start, start - normal(start)
-    direction, energy = residual, torch.linalg.vector_norm(residual).square()
-    floor = torch.finfo(energy.dtype).eps ** 2 * torch.linalg.vector_norm(start).square()
+    u = ifft2c(kspace)
+    floor = torch.finfo(kspace.real.dtype).eps ** 2 * _energy(u)
+    residual = u - apply(u)
+    direction, energy = residual, _energy(residual)
     for _ in range(iterations):
         if energy <= floor:
             break
-        product = normal(direction)
+        product = apply(direction)
         length = energy / (direction.conj() * product).real.sum()
         u, residual = u + length * direction, residual - length * product
-        following = torch.linalg.vector_norm(residual).square()
-        direction, energy = residual + (following / energy) * direction, following
+        before, energy = energy, _energy(residual)
+        direction = residual + (energy / before) * direction
     return u
+
+
+def _energy(u: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(u).square()
 
 
 def _image_domain(kernels: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -154,3 +187,8 @@ def _image_domain(kernels: Tensor, shape: tuple[int, int]) -> Tensor:
         angle = -2 * math.pi * offsets[:, None] * position
         waves.append(torch.polar(torch.ones_like(angle), angle))
     return torch.einsum("oiab,ay,bx->oiyx", kernels, *waves)
+
+
+def _hann(n: int, like: Tensor) -> Tensor:
+    """Hann window of n positions without its zeros."""
+    return torch.hann_window(n + 2, periodic=False, dtype=like.dtype, device=like.device)[1:-1]

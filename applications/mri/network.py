@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from applications.mri.consistency import inconsistency, inconsistency_adjoint
+from applications.mri.consistency import times
 from applications.mri.errors import InputError
 from applications.mri.layers import complex_net, soft_threshold, to_complex, to_planes
 from applications.mri.operators import ifft2c, sample, sample_adjoint
@@ -35,6 +35,8 @@ class Architecture:
             leaves the coil images to data consistency.
         self_consistency: iterations of `consistent_image` that fill k-space before g0; each phase
             then also takes a learned step towards K u = u. 0 switches both off.
+        demodulate: J and J~ see each coil image without the phase of its low-resolution image, so
+            that real and imaginary parts do not change sign with the scan.
         expand_sees_coils: J~ receives b beside the combined image, c + 1 channels. A convolution of
             the combined image alone cannot weigh a correction by the sensitivity of each coil.
         output_rss: the image is RSS(u(T)) instead of |J u(T)|.
@@ -53,6 +55,7 @@ class Architecture:
     scale_input: bool = False
     start_at_identity: bool = False
     self_consistency: int = 0
+    demodulate: bool = False
     expand_sees_coils: bool = False
     output_rss: bool = False
 
@@ -84,6 +87,7 @@ def light(n_coils: int = 8) -> Architecture:
         scale_input=True,
         start_at_identity=True,
         self_consistency=16,
+        demodulate=True,
         expand_sees_coils=True,
         output_rss=True,
     )
@@ -124,17 +128,22 @@ class Phase(nn.Module):
         self.expand_sees_coils = a.expand_sees_coils
 
     def forward(
-        self, state: Tensor, kspace: Tensor, mask: Tensor, matrices: Tensor | None
+        self,
+        state: Tensor,
+        kspace: Tensor,
+        mask: Tensor,
+        normal: Tensor | None,
+        phases: Tensor | None,
     ) -> Tensor:
         """u(t) from u(t-1), both ``(batch, coils, rows, columns)``."""
         residual = sample_adjoint(sample(state, mask) - kspace, mask)
         b = state - torch.complex(self.step[0] * residual.real, self.step[1] * residual.imag)
-        if matrices is not None:
-            defect = inconsistency_adjoint(matrices, inconsistency(matrices, state))
-            b = b - self.consistency_step * defect
-        planes = to_planes(b)
-        features = self.analyse(self.combine(planes))
+        if normal is not None:
+            b = b - self.consistency_step * times(normal, state)
+        seen = b if phases is None else b * phases.conj()
+        features = self.analyse(self.combine(to_planes(seen)))
         image = self.synthesise(soft_threshold(features, self.threshold))
         if self.expand_sees_coils:
-            image = to_planes(torch.cat([to_complex(image), b], dim=1))
-        return b + to_complex(self.expand(image))
+            image = to_planes(torch.cat([to_complex(image), seen], dim=1))
+        correction = to_complex(self.expand(image))
+        return b + (correction if phases is None else correction * phases)

@@ -7,12 +7,17 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.mri.consistency import calibrate, consistent_image
+from applications.mri.consistency import (
+    calibrate,
+    consistent_image,
+    inconsistency_normal,
+    low_resolution_phase,
+)
 from applications.mri.errors import InputError
 from applications.mri.layers import to_complex, to_planes
 from applications.mri.network import Architecture, InitialNet, Phase
 from applications.mri.operators import fft2c, ifft2c, rss
-from applications.mri.sampling import check_mask
+from applications.mri.sampling import check_mask, samples_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,15 +28,47 @@ class Scan:
         kspace: f over `scale`, zeros where nothing was measured, ``(batch, coils, rows, columns)``.
         mask: boolean, ``(batch, 1, rows, columns)``.
         start: the k-space that g0 receives: `kspace`, or filled by self-consistency.
-        matrices: K, ``(batch, coils, coils, rows, columns)``, or None.
+        normal: N of the self-consistency, ``(batch, coils, coils, rows, columns)``, or None.
+        phases: of the low-resolution coil images, complex of magnitude 1, the shape of `kspace`, or
+            None.
         scale: what the measured k-space was divided by, ``(batch, 1, 1, 1)``.
     """
 
     kspace: Tensor
     mask: Tensor
     start: Tensor
-    matrices: Tensor | None
+    normal: Tensor | None
+    phases: Tensor | None
     scale: Tensor
+
+    def crop_rows(self, top: int, n_rows: int) -> "Scan":
+        """The scan of some image rows alone.
+
+        Args:
+            top: first row.
+            n_rows: number of rows.
+
+        Returns:
+            The smaller scan; exact, since a mask of whole columns treats all image rows alike.
+
+        Raises:
+            InputError: if the mask does not sample whole columns.
+        """
+        if not samples_columns(self.mask):
+            raise InputError("a crop of rows needs masks that sample whole columns.")
+        rows = slice(top, top + n_rows)
+
+        def crop(kspace: Tensor) -> Tensor:
+            return fft2c(ifft2c(kspace)[..., rows, :])
+
+        return Scan(
+            crop(self.kspace),
+            self.mask[..., rows, :],
+            crop(self.start),
+            None if self.normal is None else self.normal[..., rows, :],
+            None if self.phases is None else self.phases[..., rows, :],
+            self.scale,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,29 +175,35 @@ class Network:
             if not bool((scale > 0).all()):
                 raise InputError("kspace is zero wherever the mask samples; check the mask.")
         f = f / scale
-        start, matrices = f, None
+        start, normal = f, None
         if a.self_consistency:
-            matrices = torch.stack([calibrate(x, m) for x, m in zip(f, masks, strict=True)])
+            pairs = zip(f, masks, strict=True)
+            normal = torch.stack([inconsistency_normal(calibrate(x, m)) for x, m in pairs])
             filled = [
                 consistent_image(x, m, k, a.self_consistency)
-                for x, m, k in zip(f, masks, matrices, strict=True)
+                for x, m, k in zip(f, masks, normal, strict=True)
             ]
             start = fft2c(torch.stack(filled))
-        return Scan(f, masks[:, None], start, matrices, scale)
+        phases = None
+        if a.demodulate:
+            found = [low_resolution_phase(x, m) for x, m in zip(f, masks, strict=True)]
+            phases = torch.stack(found)
+        return Scan(f, masks[:, None], start, normal, phases, scale)
 
     def dynamics(self, scan: Scan) -> bl.Phases:
         """The maps g and g0 for one batch of scans, whose observation is `scan.start`."""
-        return replace(self._phases, context=(scan.kspace, scan.mask, scan.matrices))
+        return replace(self._phases, context=(scan.kspace, scan.mask, scan.normal, scan.phases))
 
-    def combined(self, state: Tensor, control: bl.PerStep) -> Tensor:
+    def combined(self, scan: Scan, state: Tensor, control: bl.PerStep) -> Tensor:
         """|J u(T)| with the J of theta_T, ``(batch, rows, columns)``."""
+        seen = state if scan.phases is None else state * scan.phases.conj()
         prefix = "combine."
         weights = {
             name.removeprefix(prefix): value
             for name, value in control.steps[-1].items()
             if name.startswith(prefix)
         }
-        return to_complex(self._combine(weights, to_planes(state)))[:, 0].abs()
+        return to_complex(self._combine(weights, to_planes(seen)))[:, 0].abs()
 
     def training_problem(
         self, scan: Scan, target: Tensor, reference: Tensor, loss: Loss
@@ -182,7 +225,10 @@ class Network:
         def terminal(state: Tensor, control: bl.PerStep) -> Tensor:
             difference = torch.view_as_real(state - target)
             cost = 2 * loss.state * difference.square().mean()  # the mean is over complex values
-            cost = cost + loss.combined * (self.combined(state, control) - reference).abs().mean()
+            cost = (
+                cost
+                + loss.combined * (self.combined(scan, state, control) - reference).abs().mean()
+            )
             if loss.magnitude:
                 cost = cost + loss.magnitude * (rss(state) - reference).abs().mean()
             return cost
@@ -210,7 +256,7 @@ class Network:
         with torch.no_grad():
             horizon = self.architecture.n_phases
             state = bl.rollout(self.dynamics(scan), scan.start, control, horizon)
-            combined = self.combined(state, control)
+            combined = self.combined(scan, state, control)
         image = rss(state) if self.architecture.output_rss else combined
         return Reconstruction(
             image * scan.scale[:, 0], state * scan.scale, combined * scan.scale[:, 0]

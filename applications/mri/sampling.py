@@ -190,6 +190,11 @@ def acceleration_of(mask: Tensor) -> float:
     return mask.numel() / int(mask.sum())
 
 
+def samples_columns(mask: Tensor) -> bool:
+    """Whether a mask, shape ``(..., rows, columns)``, keeps whole columns or nothing of them."""
+    return bool((mask == mask[..., :1, :]).all())
+
+
 def check_mask(mask: Tensor, shape: tuple[int, ...], name: str = "mask") -> None:
     """Refuses a mask that does not fit.
 

@@ -13,7 +13,7 @@ from applications.mri.data import Slice, SliceDataset, fully_sampled
 from applications.mri.errors import InputError
 from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.reconstruction import Loss, Network
-from applications.mri.sampling import CartesianRandom, Sampling
+from applications.mri.sampling import CartesianRandom, Sampling, samples_columns
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TrainingSettings:
         warmup: updates.
         crop: image rows of a training crop [pixels]; 0 trains on whole slices. Masks that sample
             whole columns alias along columns only, so that a crop of rows is a smaller scan of the
-            same kind, at a fraction of the time.
+            same kind, at a fraction of the time; slices with other masks are trained on whole.
         whole: last share of the training, in [0, 1], that sees whole slices.
         loss: weights of the terms.
         checkpointing: of the sweeps.
@@ -99,10 +99,10 @@ class TrainingResult:
 
 @dataclass(frozen=True, eq=False)
 class _Example:
-    kspace: Tensor  # fully sampled, (coils, rows, columns)
-    target: Tensor
+    target: Tensor  # fully sampled coil images, (coils, rows, columns)
     reference: Tensor
     mask: Tensor
+    rows: slice  # what of it is trained on
 
 
 def train(
@@ -143,9 +143,12 @@ def train(
         return min(max(by_steps, by_time), 1.0)
 
     def build(example: _Example) -> tuple[bl.ControlProblem, Tensor]:
-        scan = network.prepare(example.kspace[None], example.mask)
+        scan = network.prepare(fft2c(example.target)[None], example.mask)
+        rows, target, reference = example.rows, example.target, example.reference
+        if rows != slice(0, target.shape[-2]):
+            scan = scan.crop_rows(rows.start, rows.stop - rows.start)
         return network.training_problem(
-            scan, example.target[None], example.reference[None], settings.loss
+            scan, target[None, :, rows], reference[None, rows], settings.loss
         )
 
     def advance(progress: bl.Progress) -> bool:
@@ -188,14 +191,15 @@ def _examples(
             for axis in (-2, -1):
                 if draw(2):
                     images, reference = images.flip(axis), reference.flip(axis)
-            rows = images.shape[-2]
-            if 0 < settings.crop < rows and share() < 1 - settings.whole:
-                top = draw(rows - settings.crop + 1)
-                images = images[:, top : top + settings.crop]
-                reference = reference[top : top + settings.crop]
+            n_rows = images.shape[-2]
             sampling = settings.samplings[draw(len(settings.samplings))]
-            mask = sampling.mask((images.shape[-2], images.shape[-1]), generator)
-            yield _Example(fft2c(images), images, reference, mask)
+            mask = sampling.mask((n_rows, images.shape[-1]), generator)
+            rows = slice(0, n_rows)
+            may_crop = samples_columns(mask) and share() < 1 - settings.whole
+            if 0 < settings.crop < n_rows and may_crop:
+                top = draw(n_rows - settings.crop + 1)
+                rows = slice(top, top + settings.crop)
+            yield _Example(images, reference, mask, rows)
 
 
 def _images(one: Slice) -> tuple[Tensor, Tensor]:
