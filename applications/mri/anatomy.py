@@ -44,7 +44,7 @@ def load_anatomies(path: Path | str | None = None) -> dict[str, Tensor]:
             bundled file, whose group attributes state source and licence.
 
     Returns:
-        By name, in alphabetical order: float32 in [0, 1], shape ``(slices, rows, columns)`` (256 x
+        The images by name in alphabetical order, float32 in [0, 1], shape ``(slices, rows, columns)`` (256 x
         256 in the bundled file), slices in anatomical order.
 
     Raises:

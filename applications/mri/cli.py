@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from enum import StrEnum
 from functools import wraps
 from io import BytesIO
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from applications.mri.data import SliceDataset, VolumeFile, implied_mask
+from applications.mri.data import Slice, SliceDataset, VolumeFile, implied_mask
 from applications.mri.demo import DemoSettings, run_demo
 from applications.mri.errors import InputError
 from applications.mri.evaluation import (
@@ -31,7 +32,7 @@ from applications.mri.evaluation import (
 from applications.mri.figures import draw_image
 from applications.mri.keeping import Keeper, Report, describe
 from applications.mri.network import Architecture, light, paper
-from applications.mri.phantoms import SimulationSettings, make_folder, simulate_folder
+from applications.mri.phantoms import SimulationSettings, make_place, simulate_folder
 from applications.mri.reconstruction import Loss, Network
 from applications.mri.sampling import (
     CartesianEquispaced,
@@ -63,10 +64,13 @@ class Mask(StrEnum):
 
 
 MaskOption = Annotated[Mask, typer.Option(help="Sampling pattern.")]
-Acceleration = Annotated[float, typer.Option(help="All positions over measured ones, > 1.")]
-Centre = Annotated[
-    float, typer.Option(help="Fully sampled centre: a fraction of the columns, or of the side.")
+Acceleration = Annotated[
+    float | None, typer.Option(help="All positions over measured ones; 4, for poisson 8.")
 ]
+Centre = Annotated[
+    float | None, typer.Option(help="random, equispaced: fully sampled share of columns; 0.08.")
+]
+Spokes = Annotated[int | None, typer.Option(help="radial: number of spokes; 32.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 Weights = Annotated[Path, typer.Option(help="Trained weights, safetensors.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")]
@@ -98,7 +102,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 @_guarded
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for figure, results and weights.")],
-    seconds: Annotated[float, typer.Option(help="Time to train [s].", min=1.0)] = 212.0,
+    seconds: Annotated[float, typer.Option(help="Seconds to train.", min=1.0)] = 212.0,
     seed: Seed = 0,
     threads: Threads = 0,
 ) -> None:
@@ -117,7 +121,7 @@ def demo(
 @_guarded
 def simulate(
     out: Annotated[Path, typer.Option(help="Folder for train/, validation/ and test/.")],
-    size: Annotated[int, typer.Option(help="Rows and columns [pixels].", min=16)] = 128,
+    size: Annotated[int, typer.Option(help="Rows and columns.", min=16)] = 128,
     coils: Annotated[int, typer.Option(help="Receive coils.", min=1)] = 8,
     noise: Annotated[float, typer.Option(help="Noise in units of image magnitude.", min=0)] = 0.01,
     repeats: Annotated[int, typer.Option(help="Training volumes an anatomy.", min=1)] = 1,
@@ -140,10 +144,11 @@ def train_command(
     preset: Annotated[str, typer.Option(help="Network: paper or light.")] = "light",
     init: Annotated[Path | None, typer.Option(help="Weights to begin with.")] = None,
     mask: MaskOption = Mask.RANDOM,
-    acceleration: Acceleration = 4.0,
-    center: Centre = 0.08,
+    acceleration: Acceleration = None,
+    center: Centre = None,
+    spokes: Spokes = None,
     steps: Annotated[int | None, typer.Option(help="Updates at most.", min=1)] = None,
-    seconds: Annotated[float | None, typer.Option(help="Time at most [s].", min=1)] = None,
+    seconds: Annotated[float | None, typer.Option(help="Seconds at most.", min=1)] = None,
     learning_rate: Annotated[float, typer.Option(help="Of Adam at its peak.")] = 2e-3,
     crop: Annotated[int, typer.Option(help="Rows of a training crop, 0: none.", min=0)] = 32,
     seed: Seed = 0,
@@ -152,11 +157,13 @@ def train_command(
     """Train a network by Algorithm 2; Ctrl-C leaves the last complete weights."""
     _use(threads)
     slices = SliceDataset(data)
-    make_folder(out.parent)
+    make_place(out)
     trained = _begin(preset, init, slices, seed)
     is_light = trained.network.architecture.output_rss
     settings = TrainingSettings(
-        samplings=(_sampling(mask, acceleration, center),),
+        samplings=(
+            _sampling(mask, acceleration=acceleration, center_fraction=center, spokes=spokes),
+        ),
         steps=steps if steps or seconds else 1000,
         seconds=seconds,
         learning_rate=learning_rate,
@@ -185,8 +192,9 @@ def evaluate_command(
         Path | None, typer.Option(help="Folder of validation scans to tune SigPy's methods on.")
     ] = None,
     mask: MaskOption = Mask.RANDOM,
-    acceleration: Acceleration = 4.0,
-    center: Centre = 0.08,
+    acceleration: Acceleration = None,
+    center: Centre = None,
+    spokes: Spokes = None,
     seed: Seed = 2,
     threads: Threads = 0,
 ) -> None:
@@ -194,8 +202,8 @@ def evaluate_command(
     _use(threads)
     trained = load_weights(weights)
     slices = SliceDataset(data)
-    make_folder(out.parent)
-    sampling = _sampling(mask, acceleration, center)
+    make_place(out)
+    sampling = _sampling(mask, acceleration=acceleration, center_fraction=center, spokes=spokes)
     with _progress() as report:
         swept = {}
         if baselines is not None:
@@ -221,14 +229,13 @@ def reconstruct(
     """Reconstruct the slices of a scan; the mask is the file's, or what was measured."""
     _use(threads)
     trained, file = load_weights(weights), VolumeFile(scan)
-    make_folder(out.parent)
+    make_place(out)
+    if png is not None:
+        make_place(png)
     images: list[torch.Tensor] = []
     with _progress() as report:
         for index in range(file.n_slices):
-            one = file.read_slice(index)
-            mask = implied_mask(one.kspace) if one.mask is None else one.mask
-            prepared = trained.network.prepare(one.kspace[None], mask)
-            images.append(trained.network.reconstruct(prepared, trained.control).image[0])
+            images.append(_reconstructed(trained, file.read_slice(index)))
             report("reconstructing", (index + 1) / file.n_slices)
     buffer = BytesIO()
     with h5py.File(buffer, "w") as written:
@@ -237,9 +244,18 @@ def reconstruct(
         written.attrs["weights"] = weights.name
     write_whole(out, buffer.getvalue())
     if png is not None:
-        make_folder(png.parent)
         draw_image(png, images[len(images) // 2])
     console.print(f"Images   {out}")
+
+
+def _reconstructed(trained: Trained, one: Slice) -> torch.Tensor:
+    """The image of a slice; an error names the file."""
+    try:
+        mask = implied_mask(one.kspace) if one.mask is None else one.mask
+        scan = trained.network.prepare(one.kspace[None], mask)
+    except InputError as error:
+        raise InputError(f"{one.path}: {error}") from error
+    return trained.network.reconstruct(scan, trained.control).image[0]
 
 
 def _begin(preset: str, init: Path | None, slices: SliceDataset, seed: int) -> Trained:
@@ -252,16 +268,20 @@ def _begin(preset: str, init: Path | None, slices: SliceDataset, seed: int) -> T
     return Trained(network, network.controls(), {})
 
 
-def _sampling(mask: Mask, acceleration: float, center: float) -> Sampling:
-    match mask:
-        case Mask.RANDOM:
-            return CartesianRandom(acceleration, center)
-        case Mask.EQUISPACED:
-            return CartesianEquispaced(acceleration, center)
-        case Mask.POISSON:
-            return PoissonDisc(acceleration)
-        case Mask.RADIAL:
-            return Radial()
+def _sampling(mask: Mask, **options: float | None) -> Sampling:
+    """The sampling of a name; an option that it does not have is an error, not ignored."""
+    kind = {
+        Mask.RANDOM: CartesianRandom,
+        Mask.EQUISPACED: CartesianEquispaced,
+        Mask.POISSON: PoissonDisc,
+        Mask.RADIAL: Radial,
+    }[mask]
+    given = {name: value for name, value in options.items() if value is not None}
+    fitting = {field.name for field in fields(kind)}
+    for name in given.keys() - fitting:
+        flag = {"center_fraction": "center"}.get(name, name)
+        raise InputError(f"--{flag} does not belong to --mask {mask}; leave it out.")
+    return kind(**given)
 
 
 def _use(threads: int) -> None:

@@ -31,6 +31,7 @@ from applications.mri.training import TrainingSettings, train
 from applications.mri.weights import Trained, write_whole
 
 LIGHT_LOSS = Loss(state=1.0, combined=0.3, initial=0.01, magnitude=1.0)
+_N_COILS = 8  # of the bundled scan
 _SHOWN = (
     "brain_t1_axial",
     "neck_t2star_axial",
@@ -45,13 +46,11 @@ class DemoSettings:
         seconds: of training [s].
         seed: of everything.
         size: rows and columns of the simulated slices.
-        n_coils: 8, the coils of the bundled scan.
     """
 
     seconds: float = 212.0
     seed: int = 0
     size: int = 128
-    n_coils: int = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +88,7 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
     """
     started = time.monotonic()
     make_folder(out)
-    simulation = SimulationSettings(settings.size, settings.n_coils, seed=settings.seed)
+    simulation = SimulationSettings(settings.size, _N_COILS, seed=settings.seed)
     files = simulate_folder(
         out / "data", simulation, lambda done, n: report("simulating scans", done / n)
     )
@@ -103,7 +102,7 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
         loss=LIGHT_LOSS,
         seed=settings.seed,
     )
-    network = Network(light(settings.n_coils), settings.seed)
+    network = Network(light(_N_COILS), settings.seed)
     weights = out / "weights.safetensors"
     keeper = Keeper(weights, network, {"training": describe(training)}, report)
     trained_for = train(network, network.controls(), data["train"], training, keeper)

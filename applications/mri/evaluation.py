@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from applications.mri.baselines import (
     zero_filled,
 )
 from applications.mri.data import SliceDataset, fully_sampled
+from applications.mri.errors import InputError
 from applications.mri.metrics import Scores, mean_scores, score
 from applications.mri.operators import centre_crop, ifft2c, rss
 from applications.mri.sampling import Sampling, acceleration_of
@@ -168,7 +170,7 @@ def evaluate(
         The scores.
 
     Raises:
-        InputError: if a scan is undersampled already.
+        InputError: if a scan is undersampled already, or a method cannot use it.
     """
     generator = torch.Generator().manual_seed(seed)
     seconds = dict.fromkeys(methods, 0.0)
@@ -183,7 +185,7 @@ def evaluate(
             undersampled = kspace * mask
             for name, method in methods.items():
                 began = time.perf_counter()
-                image = method(undersampled, mask)
+                image = _named(file.path, method, undersampled, mask)
                 seconds[name] += time.perf_counter() - began
                 images[name].append(centre_crop(image, (reference.shape[0], reference.shape[1])))
         scores = {
@@ -194,6 +196,14 @@ def evaluate(
         if after_volume is not None:
             after_volume(i, len(slices.files))
     return Evaluation(volumes, {name: spent / len(slices) for name, spent in seconds.items()})
+
+
+def _named(path: Path, method: Method, kspace: Tensor, mask: Tensor) -> Tensor:
+    """What a method makes of a slice; an error names the file."""
+    try:
+        return method(kspace, mask)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _maps(kspace: Tensor, mask: Tensor) -> Tensor:

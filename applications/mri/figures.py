@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from applications.mri.weights import write_whole
 
 _ERROR_GAIN = 5
 
@@ -37,6 +40,9 @@ def draw_reconstructions(
         real: a scan without reference.
         multipliers: root sums of squares over the coils of lambda_0, ..., lambda_T of one slice.
         title: of the figure.
+
+    Raises:
+        InputError: if the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure
@@ -65,7 +71,9 @@ def draw_reconstructions(
         label = rf"$|\lambda_{t}|$, max {float(multiplier.max()):.1e}"
         _show(axes[-1][t], multiplier, label, _peak(multiplier), cmap="magma")
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    write_whole(path, drawn.getvalue())
 
 
 def draw_image(path: Path, image: Tensor) -> None:
@@ -74,10 +82,15 @@ def draw_image(path: Path, image: Tensor) -> None:
     Args:
         path: PNG file, replaced if it exists.
         image: shape ``(rows, columns)``.
+
+    Raises:
+        InputError: if the file cannot be written.
     """
     from matplotlib.image import imsave
 
-    imsave(path, image.numpy(), cmap="gray", vmin=0, vmax=_peak(image))
+    drawn = BytesIO()
+    imsave(drawn, image.numpy(), cmap="gray", vmin=0, vmax=_peak(image), format="png")
+    write_whole(path, drawn.getvalue())
 
 
 def _show(axis: Any, image: Tensor, label: str, peak: float, cmap: str = "gray") -> None:

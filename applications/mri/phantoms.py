@@ -107,6 +107,20 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def make_place(path: Path) -> None:
+    """Makes the folder of a file to be written, and makes sure that the file can be.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: if its folder cannot be made or written, or it is a folder itself.
+    """
+    make_folder(path.parent)
+    if path.is_dir():
+        raise InputError(f"{path}: a file will be written, this is a folder; add a file name.")
+
+
 def _volume(
     name: str, images: Tensor, settings: SimulationSettings, generator: torch.Generator
 ) -> Volume:

@@ -159,11 +159,16 @@ class Network:
             )
         if kspace.shape[1] != a.n_coils:
             raise InputError(
-                f"the network was built for {a.n_coils} coils, the scan has {kspace.shape[1]}; "
+                f"the network was built for {a.n_coils} coils, kspace has {kspace.shape[1]}; "
                 "use weights trained for that count."
             )
         batch, _, rows, columns = kspace.shape
-        masks = mask.expand(batch, rows, columns) if mask.ndim == 2 else mask
+        masks = mask if mask.ndim == 3 else mask[None].expand(batch, *mask.shape)
+        if len(masks) != batch:
+            raise InputError(
+                f"mask must have shape {(rows, columns)}, or one mask for each of the {batch} "
+                f"samples, got {tuple(mask.shape)}; draw it anew."
+            )
         for one in masks:
             check_mask(one, (rows, columns))
         if not bool(torch.isfinite(kspace).all()):

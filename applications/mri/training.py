@@ -54,8 +54,12 @@ class TrainingSettings:
         """Check the fields."""
         if not self.samplings:
             raise InputError("samplings must hold at least one sampling, got none.")
-        if not (self.steps or self.seconds):
+        if self.steps is None and self.seconds is None:
             raise InputError("the training needs a number of steps or of seconds, got neither.")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps must be at least 1, or None, got {self.steps}.")
+        if self.seconds is not None and not self.seconds > 0:
+            raise InputError(f"seconds must be > 0, or None, got {self.seconds}.")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate must be > 0, got {self.learning_rate}.")
         if self.crop < 0 or self.warmup < 0 or not 0 <= self.whole <= 1:

@@ -41,7 +41,7 @@ def save_weights(path: Path | str, trained: Trained) -> None:
         trained: network, weights and record; complex weights are stored as real pairs.
 
     Raises:
-        InputError: if the folder cannot be written.
+        InputError: if the file cannot be written.
     """
     path = Path(path)
     tensors = {
@@ -82,23 +82,22 @@ def load_weights(path: Path | str) -> Trained:
     try:
         architecture = Architecture(**json.loads(metadata["architecture"]))
         record = json.loads(metadata.get("record", "{}"))
+        network = Network(architecture)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: metadata 'architecture' must describe a network of this version ({error}); "
             "use weights that `train` wrote."
         ) from error
-    network = Network(architecture)
     control = network.controls()
     template = _named(control)
-    expected = {n: [*v.shape, 2] if v.is_complex() else [*v.shape] for n, v in template.items()}
-    found = {n: [*v.shape] for n, v in stored.items()}
+    expected = {n: _stored_kind(v) for n, v in template.items()}
+    found = {n: _stored_kind(v) for n, v in stored.items()}
     if expected != found:
         differing = sorted(n for n in expected | found if expected.get(n) != found.get(n))
         first = differing[0]
         raise InputError(
             f"{path}: {len(differing)} tensors differ from the stored architecture, {first!r} must "
-            f"have shape {expected.get(first)}, got {found.get(first)}; use weights that `train` "
-            "wrote."
+            f"be {expected.get(first)}, got {found.get(first)}; use weights that `train` wrote."
         )
     values = {
         n: torch.view_as_complex(stored[n]) if v.is_complex() else stored[n]
@@ -117,7 +116,7 @@ def write_whole(path: Path, content: bytes) -> None:
         content: all of it.
 
     Raises:
-        InputError: if the folder cannot be written.
+        InputError: if the file cannot be written.
     """
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -130,9 +129,18 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
         Path(temporary).chmod(0o644)  # mkstemp makes files that only their owner reads
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{path}: the file cannot be written ({error}); choose another."
+            ) from error
         raise
+
+
+def _stored_kind(value: Tensor) -> str:
+    real = torch.view_as_real(value) if value.is_complex() else value
+    return f"{str(real.dtype).removeprefix('torch.')} {[*real.shape]}"
 
 
 def _named(control: bl.PerStep) -> dict[str, Tensor]:

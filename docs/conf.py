@@ -1,0 +1,97 @@
+"""Configuration of the documentation; `make docs` builds it, with or without a network."""
+
+import re
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.transforms import SphinxTransform
+
+from bilevel import __version__
+
+project = "bilevel"
+author = "The bilevel developers"
+copyright = "2025, The bilevel developers"
+version = release = __version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build"]
+default_role = "code"  # docstrings write names in single backticks
+myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = f"bilevel {release}"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # fields of dataclasses; as attributes they would be described twice
+
+# Inventories of other projects are optional: those that can be fetched are used, and without a
+# network names such as torch.Tensor are just not links.
+INVENTORIES = {
+    "python": "https://docs.python.org/3/",
+    "torch": "https://docs.pytorch.org/docs/stable/",
+    "numpy": "https://numpy.org/doc/stable/",
+}
+
+
+def fetched(url: str, path: Path) -> bool:
+    """Whether the inventory of `url` is at `path`, fetched now if it was not."""
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(f"{url}objects.inv", timeout=5) as answer:
+                content = answer.read()
+        except (OSError, HTTPException):
+            return False
+        if not content.startswith(b"# Sphinx inventory"):
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return True
+
+
+def add_inventories(app: Sphinx, config: Config) -> None:
+    """Give intersphinx the inventories that exist."""
+    folder = Path(app.doctreedir) / "inventories"
+    config.intersphinx_mapping = {
+        name: (url, str(folder / f"{name}.inv"))
+        for name, url in INVENTORIES.items()
+        if fetched(url, folder / f"{name}.inv")
+    }
+
+
+class Magnitudes(SphinxTransform):
+    """Text between bars is a magnitude, as docstrings write |J u(T)|, and no substitution."""
+
+    default_priority = 200  # before the substitutions themselves
+
+    def apply(self, **kwargs: object) -> None:  # noqa: ARG002
+        """Put the bars back."""
+        for node in list(self.document.findall(nodes.substitution_reference)):
+            node.replace_self(nodes.Text(f"|{node.astext()}|"))
+
+
+def readable(*event: object) -> tuple[str | None, object]:
+    """A signature whose defaults that are no Python, such as <factory>, are dots."""
+    *_, signature, returned = event
+    return (re.sub(r"<[^<>]*>", "...", signature) if signature else None), returned
+
+
+def setup(app: Sphinx) -> None:
+    """Add what is above; the inventories before intersphinx reads its mapping, at 800."""
+    app.add_transform(Magnitudes)
+    app.connect("autodoc-process-signature", readable)
+    app.connect("config-inited", add_inventories, priority=400)

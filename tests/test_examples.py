@@ -1,0 +1,35 @@
+"""The example scripts run as they stand, and reach the answers they are known to have."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str) -> dict:
+    return runpy.run_path(str(EXAMPLES / name))
+
+
+def test_every_example_has_a_test_here():
+    text = Path(__file__).read_text(encoding="utf-8")
+    names = [path.name for path in EXAMPLES.glob("*.py")]
+    assert names
+    assert [name for name in names if f'run("{name}")' not in text] == []
+
+
+def test_optimal_control_reaches_the_known_minimum_with_the_right_multipliers():
+    found = run("optimal_control.py")
+    assert found["cost"] == pytest.approx(1.048392993799, abs=5e-13, rel=0)
+    residuals = found["residuals"]
+    assert max(residuals.feasibility, residuals.costate) < 1e-12
+    assert residuals.stationarity < 1e-7
+    # Central differences with steps of 1e-5: truncation 1e-10, rounding 1e-11.
+    assert found["multiplier_error"] < 1e-8
+
+
+def test_phases_as_dynamics_has_the_gradient_of_autograd_and_learns():
+    found = run("phases_as_dynamics.py")
+    assert found["gradient_error"] < 1e-12
+    assert found["cost"] < 0.25 * found["cost_before"]
