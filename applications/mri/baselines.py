@@ -5,8 +5,8 @@ return magnitude images ``(rows, columns)``. ESPIRiT maps have root sum of squar
 not 0, therefore the magnitude of a SENSE image estimates the root sum of squares of the coil images
 and is compared with it directly.
 
-Before, k-space is divided by the maximum of its zero-filled image, and after, the image is multiplied
-by it: ``lamda`` is relative to an image of maximum about 1, whatever the scanner's units.
+Before, k-space is divided by the maximum of its zero-filled image, and after, the image is
+multiplied by it: ``lamda`` is relative to an image of maximum about 1, whatever the scanner's units.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ class Sweep:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best value is the smallest or largest tried, so that the range was too narrow."""
+        """Whether the best value is the smallest or largest tried, so the range was too narrow."""
         return self.lamda in {self.lamdas[0], self.lamdas[-1]}
 
 
