@@ -44,8 +44,8 @@ def load_anatomies(path: Path | str | None = None) -> dict[str, Tensor]:
             bundled file, whose group attributes state source and licence.
 
     Returns:
-        The images by name in alphabetical order, float32 in [0, 1], shape ``(slices, rows, columns)`` (256 x
-        256 in the bundled file), slices in anatomical order.
+        The images by name in alphabetical order, float32 in [0, 1], shape ``(slices, rows,
+        columns)`` (256 x 256 in the bundled file), slices in anatomical order.
 
     Raises:
         InputError: if the file is not of this form.

@@ -6,7 +6,7 @@ not 0, therefore the magnitude of a SENSE image estimates the root sum of square
 and is compared with it directly.
 
 Before, k-space is divided by the maximum of its zero-filled image, and after, the image is
-multiplied by it: ``lamda`` is relative to an image of maximum about 1, whatever the scanner's units.
+multiplied by it: ``lamda`` is relative to an image of maximum about 1, whatever the unit.
 """
 
 from collections.abc import Callable, Sequence
