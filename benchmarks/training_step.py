@@ -35,7 +35,7 @@ def main() -> None:
     control = network.controls()
     scan = network.prepare(one.kspace[None], mask)
     problem, start = network.training_problem(
-        scan, ifft2c(one.kspace)[None], one.reference[None], Loss(1.0, 0.3, 0.01, 1.0)
+        scan, ifft2c(one.kspace)[None], one.reference[None], Loss()
     )
 
     def autograd() -> list[torch.Tensor]:

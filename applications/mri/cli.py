@@ -33,7 +33,7 @@ from applications.mri.figures import draw_image
 from applications.mri.keeping import Keeper, Report, describe
 from applications.mri.network import Architecture, light, paper
 from applications.mri.phantoms import SimulationSettings, make_place, simulate_folder
-from applications.mri.reconstruction import Loss, Network
+from applications.mri.reconstruction import Network
 from applications.mri.sampling import (
     CartesianEquispaced,
     CartesianRandom,
@@ -159,7 +159,6 @@ def train_command(
     slices = SliceDataset(data)
     make_place(out)
     trained = _begin(preset, init, slices, seed)
-    is_light = trained.network.architecture.output_rss
     settings = TrainingSettings(
         samplings=(
             _sampling(mask, acceleration=acceleration, center_fraction=center, spokes=spokes),
@@ -168,7 +167,6 @@ def train_command(
         seconds=seconds,
         learning_rate=learning_rate,
         crop=crop,
-        loss=Loss(1.0, 0.3, 0.01, 1.0) if is_light else Loss(),
         seed=seed,
     )
     with _progress() as report:

@@ -30,7 +30,6 @@ from applications.mri.sampling import CartesianRandom, acceleration_of
 from applications.mri.training import TrainingSettings, train
 from applications.mri.weights import Trained, write_whole
 
-LIGHT_LOSS = Loss(state=1.0, combined=0.3, initial=0.01, magnitude=1.0)
 _N_COILS = 8  # of the bundled scan
 _SHOWN = (
     "brain_t1_axial",
@@ -99,7 +98,6 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
         seconds=settings.seconds,
         crop=min(32, settings.size),
         whole=0.1,
-        loss=LIGHT_LOSS,
         seed=settings.seed,
     )
     network = Network(light(_N_COILS), settings.seed)
@@ -158,9 +156,7 @@ def swept_multipliers(trained: Trained, file: VolumeFile, index: int, mask: Tens
     kspace, reference = fully_sampled(file.read_slice(index))
     network = trained.network
     scan = network.prepare(kspace[None], mask)
-    problem, start = network.training_problem(
-        scan, ifft2c(kspace)[None], reference[None], LIGHT_LOSS
-    )
+    problem, start = network.training_problem(scan, ifft2c(kspace)[None], reference[None], Loss())
     found = bl.adjoint(problem, start, trained.control, keep_multipliers=True)
     return [rss(one)[0] for one in found.multipliers or []]
 

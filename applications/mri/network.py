@@ -39,7 +39,8 @@ class Architecture:
             that real and imaginary parts do not change sign with the scan.
         expand_sees_coils: J~ receives b beside the combined image, c + 1 channels. A convolution of
             the combined image alone cannot weigh a correction by the sensitivity of each coil.
-        output_rss: the image is RSS(u(T)) instead of |J u(T)|.
+        rss_skip: the image is |J u(T) + RSS(u(T))| instead of |J u(T)|, so that J learns only what
+            the root sum of squares gets wrong.
 
     Raises:
         InputError: if a size is not positive, or a filter side is even.
@@ -57,7 +58,7 @@ class Architecture:
     self_consistency: int = 0
     demodulate: bool = False
     expand_sees_coils: bool = False
-    output_rss: bool = False
+    rss_skip: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -89,7 +90,7 @@ def light(n_coils: int = 8) -> Architecture:
         self_consistency=16,
         demodulate=True,
         expand_sees_coils=True,
-        output_rss=True,
+        rss_skip=True,
     )
 
 

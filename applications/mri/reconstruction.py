@@ -76,15 +76,12 @@ class Reconstruction:
     """What the network makes of a scan, in the units of the scan.
 
     Attributes:
-        image: the magnitude image, ``(batch, rows, columns)``; |J u(T)| or RSS(u(T)) by the option
-            `output_rss`.
+        image: |J u(T)|, or what the option `rss_skip` makes of it, ``(batch, rows, columns)``.
         coil_images: u(T), ``(batch, coils, rows, columns)``.
-        combined: |J u(T)|, ``(batch, rows, columns)``.
     """
 
     image: Tensor
     coil_images: Tensor
-    combined: Tensor
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,6 @@ class Loss:
     r"""Weights of the training loss, means over pixels.
 
     .. math:: a\,|u(T) - u^*|^2 + b\,\big||J u(T)| - RSS(u^*)\big| + c\,|u(0) - u^*|
-        + d\,|RSS(u(T)) - RSS(u^*)|
 
     The term in u(0) is the running cost at t = 1. The defaults are the paper's.
 
@@ -100,13 +96,11 @@ class Loss:
         state: a.
         combined: b.
         initial: c.
-        magnitude: d.
     """
 
     state: float = 1.0
     combined: float = 1.0
     initial: float = 0.01
-    magnitude: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,8 +193,17 @@ class Network:
         """The maps g and g0 for one batch of scans, whose observation is `scan.start`."""
         return replace(self._phases, context=(scan.kspace, scan.mask, scan.normal, scan.phases))
 
-    def combined(self, scan: Scan, state: Tensor, control: bl.PerStep) -> Tensor:
-        """|J u(T)| with the J of theta_T, ``(batch, rows, columns)``."""
+    def image(self, scan: Scan, state: Tensor, control: bl.PerStep) -> Tensor:
+        """The magnitude image of u(T), by the J of theta_T.
+
+        Args:
+            scan: what the state was made from.
+            state: u(T), ``(batch, coils, rows, columns)``.
+            control: all weights.
+
+        Returns:
+            Over `scan.scale`, ``(batch, rows, columns)``.
+        """
         seen = state if scan.phases is None else state * scan.phases.conj()
         prefix = "combine."
         weights = {
@@ -208,7 +211,8 @@ class Network:
             for name, value in control.steps[-1].items()
             if name.startswith(prefix)
         }
-        return to_complex(self._combine(weights, to_planes(seen)))[:, 0].abs()
+        image = to_complex(self._combine(weights, to_planes(seen)))[:, 0]
+        return (image + rss(state) if self.architecture.rss_skip else image).abs()
 
     def training_problem(
         self, scan: Scan, target: Tensor, reference: Tensor, loss: Loss
@@ -231,11 +235,8 @@ class Network:
             difference = torch.view_as_real(state - target)
             cost = 2 * loss.state * difference.square().mean()  # the mean is over complex values
             cost = (
-                cost
-                + loss.combined * (self.combined(scan, state, control) - reference).abs().mean()
+                cost + loss.combined * (self.image(scan, state, control) - reference).abs().mean()
             )
-            if loss.magnitude:
-                cost = cost + loss.magnitude * (rss(state) - reference).abs().mean()
             return cost
 
         def running(state: Tensor, _control: object, t: int) -> Tensor:
@@ -261,8 +262,5 @@ class Network:
         with torch.no_grad():
             horizon = self.architecture.n_phases
             state = bl.rollout(self.dynamics(scan), scan.start, control, horizon)
-            combined = self.combined(scan, state, control)
-        image = rss(state) if self.architecture.output_rss else combined
-        return Reconstruction(
-            image * scan.scale[:, 0], state * scan.scale, combined * scan.scale[:, 0]
-        )
+            image = self.image(scan, state, control)
+        return Reconstruction(image * scan.scale[:, 0], state * scan.scale)
