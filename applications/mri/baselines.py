@@ -142,7 +142,7 @@ def espirit_maps(kspace: Tensor, calibration: int, crop: float = 0.5) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(maps, dtype=np.complex64))
 
 
-def sense(kspace: Tensor, mask: Tensor, maps: Tensor, lamda: float, iterations: int = 50) -> Tensor:
+def sense(kspace: Tensor, mask: Tensor, maps: Tensor, lamda: float, iterations: int = 30) -> Tensor:
     r"""SENSE by conjugate gradients.
 
     .. math:: \min_m \tfrac12 \|P F S m - f\|^2 + \tfrac{\lambda}{2} \|m\|^2
@@ -178,7 +178,7 @@ def sense(kspace: Tensor, mask: Tensor, maps: Tensor, lamda: float, iterations: 
 
 
 def l1_wavelet(
-    kspace: Tensor, mask: Tensor, maps: Tensor, lamda: float, iterations: int = 100
+    kspace: Tensor, mask: Tensor, maps: Tensor, lamda: float, iterations: int = 60
 ) -> Tensor:
     r"""Compressed sensing with Daubechies-4 wavelets ``W``.
 

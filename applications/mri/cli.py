@@ -102,7 +102,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 @_guarded
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for figure, results and weights.")],
-    seconds: Annotated[float, typer.Option(help="Seconds to train.", min=1.0)] = 212.0,
+    seconds: Annotated[float, typer.Option(help="Seconds to train.", min=1.0)] = 211.0,
     seed: Seed = 0,
     threads: Threads = 0,
 ) -> None:
@@ -149,7 +149,7 @@ def train_command(
     spokes: Spokes = None,
     steps: Annotated[int | None, typer.Option(help="Updates at most.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="Seconds at most.", min=1)] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam at its peak.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam at its peak.")] = 3e-3,
     crop: Annotated[int, typer.Option(help="Rows of a training crop, 0: none.", min=0)] = 32,
     seed: Seed = 0,
     threads: Threads = 0,
@@ -171,7 +171,8 @@ def train_command(
     )
     with _progress() as report:
         keeper = Keeper(out, trained.network, describe(settings), report)
-        found = train(trained.network, trained.control, slices, settings, keeper)
+        with keeper:
+            found = train(trained.network, trained.control, slices, settings, keeper)
     keeper.save(found.control)
     mean = sum(found.costs[-20:]) / len(found.costs[-20:])
     console.print(

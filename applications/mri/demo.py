@@ -47,7 +47,7 @@ class DemoSettings:
         size: rows and columns of the simulated slices.
     """
 
-    seconds: float = 212.0
+    seconds: float = 211.0
     seed: int = 0
     size: int = 128
 
@@ -103,7 +103,8 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
     network = Network(light(_N_COILS), settings.seed)
     weights = out / "weights.safetensors"
     keeper = Keeper(weights, network, {"training": describe(training)}, report)
-    trained_for = train(network, network.controls(), data["train"], training, keeper)
+    with keeper:
+        trained_for = train(network, network.controls(), data["train"], training, keeper)
     keeper.save(trained_for.control)
     trained = Trained(network, trained_for.control, {})
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from applications.mri.sampling import Sampling, acceleration_of
 from applications.mri.weights import Trained
 
 Method = Callable[[Tensor, Tensor], Tensor]  # (kspace, mask) -> magnitude image, all unbatched
+_Value = TypeVar("_Value")
 _REGULARISED = {"CG-SENSE": sense, "l1-wavelet": l1_wavelet}
 _LAMDAS = {"CG-SENSE": (1e-3, 1e-2, 1e-1), "l1-wavelet": (3e-3, 1e-2, 3e-2)}
 _SMALLEST_CALIBRATION = 4
@@ -52,7 +54,7 @@ class Evaluation:
 
     Attributes:
         volumes: one record a volume.
-        seconds: time a slice by method [s].
+        seconds: time a slice by method [s]; what methods share counts for the first that needs it.
     """
 
     volumes: list[VolumeScores]
@@ -92,13 +94,13 @@ def network_methods(trained: Trained) -> dict[str, Method]:
         By the name that tables show.
     """
     network = trained.network
+    prepare = _of_the_last(lambda kspace, mask: network.prepare(kspace[None], mask))
 
     def ours(kspace: Tensor, mask: Tensor) -> Tensor:
-        scan = network.prepare(kspace[None], mask)
-        return network.reconstruct(scan, trained.control).image[0]
+        return network.reconstruct(prepare(kspace, mask), trained.control).image[0]
 
     def start(kspace: Tensor, mask: Tensor) -> Tensor:
-        scan = network.prepare(kspace[None], mask)
+        scan = prepare(kspace, mask)
         return (rss(ifft2c(scan.start)) * scan.scale[:, 0])[0]
 
     if network.architecture.self_consistency:
@@ -115,12 +117,7 @@ def classical_methods(swept: dict[str, Sweep]) -> dict[str, Method]:
     Returns:
         By the name that tables show.
     """
-    kept: list[tuple[Tensor, Tensor]] = []  # both methods use the maps of the last slice
-
-    def maps_of(kspace: Tensor, mask: Tensor) -> Tensor:
-        if not (kept and kept[0][0] is kspace):
-            kept[:] = [(kspace, _maps(kspace, mask))]
-        return kept[0][1]
+    maps_of = _of_the_last(_maps)
 
     def regularised(name: str, lamda: float) -> Method:
         return lambda kspace, mask: _REGULARISED[name](kspace, mask, maps_of(kspace, mask), lamda)
@@ -204,6 +201,20 @@ def _named(path: Path, method: Method, kspace: Tensor, mask: Tensor) -> Tensor:
         return method(kspace, mask)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _of_the_last(
+    function: Callable[[Tensor, Tensor], _Value],
+) -> Callable[[Tensor, Tensor], _Value]:
+    """`function`, evaluated once for the methods that ask for the same slice in turn."""
+    kept: list[tuple[Tensor, _Value]] = []
+
+    def call(kspace: Tensor, mask: Tensor) -> _Value:
+        if not (kept and kept[0][0] is kspace):
+            kept[:] = [(kspace, function(kspace, mask))]
+        return kept[0][1]
+
+    return call
 
 
 def _maps(kspace: Tensor, mask: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class TrainingSettings:
     samplings: tuple[Sampling, ...] = (CartesianRandom(4.0, 0.08),)
     steps: int | None = None
     seconds: float | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup: int = 20
     crop: int = 0
     whole: float = 0.2
