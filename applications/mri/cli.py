@@ -277,7 +277,7 @@ def _sampling(mask: Mask, **options: float | None) -> Sampling:
     }[mask]
     given = {name: value for name, value in options.items() if value is not None}
     fitting = {field.name for field in fields(kind)}
-    for name in given.keys() - fitting:
+    for name in sorted(given.keys() - fitting):
         flag = {"center_fraction": "center"}.get(name, name)
         raise InputError(f"--{flag} does not belong to --mask {mask}; leave it out.")
     return kind(**given)

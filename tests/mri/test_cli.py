@@ -1,0 +1,539 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from applications.mri.anatomy import bundled_scan_path, load_anatomies
+from applications.mri.cli import app
+from applications.mri.data import SliceDataset, Volume, VolumeFile, implied_mask, write_volume
+from applications.mri.demo import DemoSettings, swept_multipliers
+from applications.mri.evaluation import (
+    classical_methods,
+    evaluate,
+    network_methods,
+    sweep_regularisation,
+)
+from applications.mri.network import light, paper
+from applications.mri.reconstruction import Network
+from applications.mri.sampling import CartesianEquispaced, CartesianRandom, PoissonDisc, Radial
+from applications.mri.training import TrainingSettings, train
+from applications.mri.weights import Trained, load_weights, save_weights
+from bilevel import tree
+
+ROOT = Path(__file__).parents[2]
+COILS, SIZE = 2, 24
+SAMPLING = CartesianRandom(2.0, 0.25)
+MASK = ("--acceleration", 2, "--center", 0.25)
+SAMPLING_OPTIONS = ["--mask", "--acceleration", "--center", "--spokes"]
+COMMANDS = {
+    "demo": ["--out", "--seconds", "--seed", "--threads"],
+    "simulate": ["--out", "--size", "--coils", "--noise", "--repeats", "--anatomies", "--seed"],
+    "train": [
+        *("--data", "--out", "--preset", "--init", *SAMPLING_OPTIONS, "--steps", "--seconds"),
+        *("--learning-rate", "--crop", "--seed", "--threads"),
+    ],
+    "evaluate": [
+        *("--data", "--weights", "--out", "--baselines", *SAMPLING_OPTIONS, "--seed", "--threads")
+    ],
+    "reconstruct": ["--scan", "--weights", "--out", "--png", "--threads"],
+}
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+def succeed(*arguments):
+    found = call(*arguments)
+    assert found.exit_code == 0, found.output
+    assert found.stderr == ""
+    return found.stdout
+
+
+def refused(*arguments):
+    """The message of a call that must fail: one line, exit code 2."""
+    found = call(*arguments)
+    assert found.exit_code == 2, found.output
+    assert "Traceback" not in found.output
+    assert found.stderr.startswith("error: ")
+    assert found.stderr.count("\n") == 1
+    return found.stderr
+
+
+def everything_in(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def anatomies(tmp_path_factory):
+    path = tmp_path_factory.mktemp("anatomies") / "own.h5"
+    with h5py.File(path, "w") as file:
+        images = load_anatomies()["brain_t1_axial"][4:13, 64:192, 64:192] * 255
+        file["head/images"] = images.numpy().round().astype(np.uint8)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, anatomies):
+    folder = tmp_path_factory.mktemp("data")
+    settings = ["--size", SIZE, "--coils", COILS, "--noise", 0.001, "--anatomies", anatomies]
+    text = succeed("simulate", "--out", folder, *settings, "--repeats", 2)
+    assert re.findall(r"(\w+): (\d) files", text) == [
+        ("train", "2"),
+        ("validation", "1"),
+        ("test", "1"),
+    ]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    network = Network(replace(light(COILS), n_phases=2, filters=3, features=2), 1)
+    save_weights(path, Trained(network, network.controls(), {}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory, data):
+    """Undersampled, with its mask."""
+    path = tmp_path_factory.mktemp("scan") / "scan.h5"
+    kspace = torch.stack([s.kspace for s in SliceDataset(data / "train")])[:2]
+    mask = SAMPLING.mask((SIZE, SIZE), torch.Generator().manual_seed(1))
+    write_volume(path, Volume(kspace * mask, mask=mask[0]))
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_option(command):
+    text = succeed(command, "--help")
+    assert sorted(set(re.findall(r"--[a-z][a-z-]*", text))) == sorted(
+        [*COMMANDS[command], "--help"]
+    )
+
+
+def test_help_names_every_command():
+    text = succeed("--help")
+    assert all(command in text for command in COMMANDS)
+
+
+def test_simulated_scans_are_fully_sampled_and_of_the_size_asked_for(data):
+    for role, n_files in (("train", 2), ("validation", 1), ("test", 1)):
+        files = SliceDataset(data / role).files
+        assert len(files) == n_files
+        for file in files:
+            assert (file.shape, file.n_coils) == ((SIZE, SIZE), COILS)
+            assert implied_mask(file.read_slice(0).kspace).all()
+
+
+@pytest.mark.parametrize("preset", [light, paper])
+def test_training_writes_the_weights_that_the_settings_lead_to(data, tmp_path, preset):
+    out = tmp_path / "new" / "w.safetensors"
+    settings = ["--steps", 2, "--crop", 8, "--seed", 3, "--learning-rate", 0.001]
+    text = succeed(
+        "train",
+        "--data",
+        data / "train",
+        "--out",
+        out,
+        "--preset",
+        preset.__name__,
+        *MASK,
+        *settings,
+    )
+    assert "2 updates" in text
+    assert [path.name for path in out.parent.iterdir()] == ["w.safetensors"]
+    found = load_weights(out)
+    assert found.network.architecture == preset(COILS)
+    assert found.record["steps"] == 2
+    assert found.record["samplings"] == repr((SAMPLING,))
+    network = Network(preset(COILS), 3)
+    expected = train(
+        network,
+        network.controls(),
+        SliceDataset(data / "train"),
+        TrainingSettings(
+            (SAMPLING,),
+            steps=2,
+            learning_rate=0.001,
+            crop=8,
+            seed=3,
+        ),
+    )
+    for new, old in zip(
+        tree.leaves_of(found.control), tree.leaves_of(expected.control), strict=True
+    ):
+        assert new is old is None or torch.equal(new, old)
+
+
+@pytest.mark.parametrize(
+    ("mask", "sampling"),
+    [
+        ("random --acceleration 2.5 --center 0.25", CartesianRandom(2.5, 0.25)),
+        ("equispaced --acceleration 2.5 --center 0.25", CartesianEquispaced(2.5, 0.25)),
+        ("equispaced", CartesianEquispaced()),
+        ("poisson --acceleration 2.5", PoissonDisc(2.5)),
+        ("poisson", PoissonDisc()),
+        ("radial --spokes 16", Radial(16)),
+    ],
+)
+def test_training_goes_on_from_given_weights_with_any_mask(
+    data, weights, tmp_path, monkeypatch, mask, sampling
+):
+    seen = {}
+
+    def probe(network, control, slices, settings, keeper):
+        seen.update(network=network, control=control, settings=settings)
+        return train(network, control, slices, replace(settings, samplings=(SAMPLING,)), keeper)
+
+    monkeypatch.setattr("applications.mri.cli.train", probe)
+    options = ["--init", weights, "--mask", *mask.split()]
+    succeed("train", "--data", data / "train", "--out", tmp_path / "w", *options, "--steps", 1)
+    begun = load_weights(weights)
+    assert seen["settings"].samplings == (sampling,)
+    assert seen["network"].architecture == begun.network.architecture
+    for new, old in zip(
+        tree.leaves_of(seen["control"]), tree.leaves_of(begun.control), strict=True
+    ):
+        assert new is old is None or torch.equal(new, old)
+
+
+def test_evaluation_writes_the_scores_of_every_method(data, weights, tmp_path):
+    out = tmp_path / "new" / "scores.json"
+    folders = ["--data", data / "test", "--baselines", data / "validation"]
+    text = succeed("evaluate", *folders, "--weights", weights, "--out", out, *MASK, "--seed", 4)
+    found = json.loads(out.read_text())
+    assert (found["seed"], found["sampling"]) == (4, repr(SAMPLING))
+    swept = sweep_regularisation(SliceDataset(data / "validation"), SAMPLING, 5)
+    methods = classical_methods(swept) | network_methods(load_weights(weights))
+    expected = evaluate(methods, SliceDataset(data / "test"), SAMPLING, 4)
+    assert list(found["mean"]) == list(expected.mean)
+    for name, scores in expected.mean.items():
+        assert found["mean"][name] == pytest.approx(vars(scores), rel=1e-4)
+        assert name in text
+        assert f"{scores.psnr:.2f}" in text
+    assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
+
+
+def test_evaluation_without_validation_scans_leaves_out_what_must_be_tuned(data, weights, tmp_path):
+    out = tmp_path / "scores.json"
+    succeed("evaluate", "--data", data / "test", "--weights", weights, "--out", out, *MASK)
+    methods = ["zero-filled", "self-consistent start", "ours"]
+    assert list(json.loads(out.read_text())["mean"]) == methods
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_a_reconstruction_is_that_of_the_network(scan, weights, tmp_path, with_mask):
+    source, out, png = scan, tmp_path / "new" / "image.h5", tmp_path / "pictures" / "image.png"
+    if not with_mask:
+        source = tmp_path / "bare.h5"
+        kspace = torch.stack([s.kspace for s in SliceDataset([scan])])
+        write_volume(source, Volume(kspace))
+    succeed("reconstruct", "--scan", source, "--weights", weights, "--out", out, "--png", png)
+    trained = load_weights(weights)
+    with h5py.File(out) as file:
+        found = torch.from_numpy(file["reconstruction"][()])
+        assert (file.attrs["source"], file.attrs["weights"]) == (source.name, weights.name)
+    for one, image in zip(SliceDataset([scan]), found, strict=True):
+        prepared = trained.network.prepare(one.kspace[None], one.mask)
+        expected = trained.network.reconstruct(prepared, trained.control).image[0]
+        torch.testing.assert_close(image, expected, rtol=1e-5, atol=1e-6)
+    from matplotlib.image import imread
+
+    shown = found[1].numpy()
+    gray = np.clip(shown / np.quantile(shown, 0.998), 0, 1)
+    assert np.abs(imread(png)[..., 0] - gray).max() <= 2 / 255  # 256 levels, rounded twice
+    assert [path.name for path in out.parent.iterdir()] == ["image.h5"]
+
+
+def test_the_demo_leaves_figure_results_and_weights(tmp_path, monkeypatch):
+    few = {"brain_t1_axial": load_anatomies()["brain_t1_axial"][4:13]}
+    monkeypatch.setattr("applications.mri.phantoms.load_anatomies", lambda path: few)
+    # The centre of the real scan, and one value of each regularisation, for the sake of time.
+    real = VolumeFile(bundled_scan_path()).read_slice(0).kspace[:, 83:147, 58:122]
+    write_volume(tmp_path / "real.h5", Volume(real[None]))
+    monkeypatch.setattr("applications.mri.demo.bundled_scan_path", lambda: tmp_path / "real.h5")
+    values = {"CG-SENSE": (0.01,), "l1-wavelet": (0.01,)}
+    monkeypatch.setattr("applications.mri.evaluation._LAMDAS", values)
+    monkeypatch.setattr(
+        "applications.mri.cli.DemoSettings", lambda seconds, seed: DemoSettings(seconds, seed, 64)
+    )
+    text = succeed("demo", "--out", tmp_path / "demo", "--seconds", 1, "--seed", 2)
+    names = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert names == {"data", "figure.png", "results.json", "weights.safetensors"}
+    assert all(name in text.replace("\n", "") for name in ("figure.png", "results.json"))
+    assert (tmp_path / "demo" / "figure.png").read_bytes().startswith(b"\x89PNG\r\n")
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert results["settings"]["size"] == 64
+    assert results["settings"]["seed"] == 2
+    assert results["training"]["updates"] == len(results["costs"]) >= 1
+    trained = load_weights(tmp_path / "demo" / "weights.safetensors")
+    assert trained.network.architecture == light(8)
+    test = SliceDataset(tmp_path / "demo" / "data" / "test")
+    sampling = CartesianRandom(4.0, 0.08)
+    expected = evaluate(network_methods(trained), test, sampling, 2 + 2).mean
+    found = results["evaluation"]["mean"]
+    assert list(found) == ["zero-filled", "CG-SENSE", "l1-wavelet", *expected]
+    for name, scores in expected.items():
+        assert found[name] == pytest.approx(vars(scores), rel=1e-3)
+    mask = sampling.mask((64, 64), torch.Generator().manual_seed(4))
+    multipliers = swept_multipliers(trained, test.files[0], 0, mask)
+    assert [m.shape for m in multipliers] == [(64, 64)] * 5
+    assert all(float(m.max()) > 0 for m in multipliers)
+
+
+def write_raw(path, **datasets):
+    with h5py.File(path, "w") as file:
+        for name, value in datasets.items():
+            file[name] = value
+
+
+def good(n_coils=COILS):
+    return (
+        np.random.default_rng(0)
+        .normal(size=(1, n_coils, SIZE, SIZE, 2))
+        .view(complex)[..., 0]
+        .astype(np.complex64)
+    )
+
+
+def cut(path):
+    write_raw(path, kspace=good())
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def not_finite(path):
+    kspace = good()
+    kspace[0, 1, 2, 3] = np.nan
+    write_raw(path, kspace=kspace)
+
+
+def narrow_centre(path):
+    mask = np.zeros(SIZE)
+    mask[11:14] = 1
+    write_raw(path, kspace=good(), mask=mask)
+
+
+def outer_columns(path):
+    write_raw(path, kspace=good() * (np.arange(SIZE) < 6))
+
+
+BAD_SCANS = {
+    "missing": (
+        lambda path: None,
+        "an HDF5 file was needed, there is no such file; check the path",
+    ),
+    "truncated": (cut, r"a complete HDF5 file was needed, .* copy or download it again"),
+    "text": (lambda p: p.write_text("no scan"), r"a complete HDF5 file was needed, .* again"),
+    "name": (
+        lambda p: write_raw(p, data=good()),
+        r"dataset 'kspace' was needed, the file has \['data'\]; rename or convert",
+    ),
+    "rank": (
+        lambda p: write_raw(p, kspace=good()[0]),
+        r"kspace must have the axes \(slice, coil, row, column\), got .*; add or remove axes",
+    ),
+    "dtype": (
+        lambda p: write_raw(p, kspace=good().real),
+        "kspace must be complex64, got float32; convert it",
+    ),
+    "not finite": (not_finite, r"kspace must be finite, slice 0 holds 1 values .*leave the slice"),
+    "empty mask": (
+        lambda p: write_raw(p, kspace=good(), mask=np.zeros(SIZE)),
+        "mask must keep at least one position, it keeps none; lower the acceleration",
+    ),
+    "mask width": (
+        lambda p: write_raw(p, kspace=good(), mask=np.ones(SIZE + 1)),
+        r"mask must have shape \(24, 24\), got \(25,\); draw it anew",
+    ),
+    "coils": (
+        lambda p: write_raw(p, kspace=good(3)),
+        "built for 2 coils, kspace has 3; use weights trained for that count",
+    ),
+    "zero": (lambda p: write_raw(p, kspace=0 * good()), "mask must keep at least one position"),
+    "centre": (narrow_centre, r"centre of 5 x 5 .* has 24 x 3; sample more of the centre"),
+    "no centre": (outer_columns, r"centre of 5 x 5 .* has 0 x 0; sample more of the centre"),
+}
+
+
+@pytest.mark.parametrize(("write", "message"), BAD_SCANS.values(), ids=BAD_SCANS)
+def test_a_scan_that_cannot_be_reconstructed_is_one_line(weights, tmp_path, write, message):
+    path, out = tmp_path / "bad.h5", tmp_path / "out"
+    write(path)
+    options = ["--weights", weights, "--out", out / "image.h5", "--png", out / "image.png"]
+    found = refused("reconstruct", "--scan", path, *options)
+    assert re.search(rf"bad\.h5: .*{message}", found)
+    assert not out.exists() or list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "a weights file was needed, there is none; train one first"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "a complete safetensors file was"),
+        (lambda path: path.write_text("?"), "a complete safetensors file was needed"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_one_line(data, scan, weights, tmp_path, change, message):
+    path, out = tmp_path / "w.safetensors", tmp_path / "out"
+    path.write_bytes(weights.read_bytes())
+    change(path)
+    before = everything_in(tmp_path)
+    for command, *source in (
+        ("reconstruct", "--scan", scan, "--weights", path),
+        ("evaluate", "--data", data / "test", "--weights", path),
+        ("train", "--data", data / "train", "--init", path),
+    ):
+        assert re.search(f"w.safetensors: {message}", refused(command, *source, "--out", out / "x"))
+    assert everything_in(tmp_path) == before
+
+
+def test_places_that_cannot_be_written_are_one_line_before_any_work(
+    data, scan, weights, tmp_path, monkeypatch
+):
+    def worked(*_):
+        pytest.fail("worked in vain")
+
+    for name in ("train", "evaluate", "_reconstructed"):
+        monkeypatch.setattr(f"applications.mri.cli.{name}", worked)
+    monkeypatch.setattr("applications.mri.phantoms.write_volume", worked)
+    (tmp_path / "file").write_text("kept")
+    calls = [
+        ("demo",),
+        ("simulate", "--size", 16),
+        ("train", "--data", data / "train"),
+        ("evaluate", "--data", data / "test", "--weights", weights),
+        ("reconstruct", "--scan", scan, "--weights", weights),
+        ("reconstruct", "--scan", scan, "--weights", weights, "--out", tmp_path / "o", "--png"),
+    ]
+    for arguments in calls:
+        last = () if arguments[-1] == "--png" else ("--out",)
+        found = refused(*arguments, *last, tmp_path / "file" / "below" / "out")
+        assert re.search(r"file/below.*: the folder cannot be made .*; choose another", found)
+        if arguments[0] in ("train", "evaluate", "reconstruct"):
+            found = refused(*arguments, *last, tmp_path)
+            assert "a file will be written, this is a folder; add a file name" in found
+    assert everything_in(tmp_path) == {Path("file"): b"kept"}
+
+
+def test_training_data_that_cannot_be_used_are_one_line(scan, data, tmp_path):
+    out = tmp_path / "out" / "w.safetensors"
+    options = ["--out", out, *MASK, "--steps", 1]
+    found = refused("train", "--data", tmp_path / "none", *options)
+    assert re.search("none: a folder of .h5 files was needed; this is none. Check the path", found)
+    (tmp_path / "empty").mkdir()
+    found = refused("train", "--data", tmp_path / "empty", *options)
+    assert "empty: at least one .h5 file was needed, the folder has none" in found
+    found = refused("train", "--data", scan.parent, *options)
+    assert re.search(r"scan.h5: fully sampled k-space was needed, .*use other scans", found)
+    found = refused("train", "--data", data / "train", *options, "--preset", "heavy")
+    assert "preset must be one of paper, light, got 'heavy'" in found
+    found = refused("train", "--data", data / "train", *options, "--learning-rate", -1)
+    assert "learning_rate must be > 0, got -1" in found
+    found = refused("train", "--data", data / "train", *options, "--center", 0.7)
+    assert "center_fraction must be below 1 / acceleration = 0.5, got 0.7" in found
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("mask", "option"),
+    [("random", "--spokes"), ("poisson", "--center"), ("radial", "--acceleration")],
+)
+def test_an_option_of_another_mask_is_refused_not_ignored(data, tmp_path, mask, option):
+    options = ["--data", data / "train", "--out", tmp_path / "w", "--mask", mask, option, 3]
+    assert f"{option} does not belong to --mask {mask}; leave it out" in refused("train", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_another_coil_count_are_refused_by_every_command(data, tmp_path):
+    network = Network(replace(light(3), n_phases=1, filters=2, features=2))
+    path, out = tmp_path / "w.safetensors", tmp_path / "out"
+    save_weights(path, Trained(network, network.controls(), {}))
+    options = ["--out", out, *MASK]
+    found = refused("train", "--data", data / "train", "--init", path, *options, "--steps", 1)
+    assert re.search(r"head_0.h5: the network was built for 3 coils, the scan has 2; train", found)
+    found = refused("evaluate", "--data", data / "test", "--weights", path, *options)
+    assert re.search(r"head.h5: the network was built for 3 coils, kspace has 2; use", found)
+    assert not out.exists()
+
+
+def test_an_interrupt_is_exit_code_130_and_one_line(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("applications.mri.keeping._SAVE_EVERY", -1.0)
+    real, out = train, tmp_path / "w.safetensors"
+
+    def interrupted(network, control, slices, settings, keeper):
+        def stop(state):
+            keeper(state)
+            if state.step == 2:
+                raise KeyboardInterrupt
+
+        return real(network, control, slices, settings, stop)
+
+    monkeypatch.setattr("applications.mri.cli.train", interrupted)
+    found = call("train", "--data", data / "train", "--out", out, *MASK, "--steps", 9)
+    assert found.exit_code == 130
+    assert found.stderr == "interrupted: the files that were written are complete.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+    assert load_weights(out).network.architecture == light(COILS)
+
+
+SLOWLY = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+import applications.mri.keeping as keeping
+keeping._SAVE_EVERY = -1.0
+from applications.mri.cli import main
+main()
+"""
+
+
+def started(*arguments):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_processes_end_with_the_right_code_and_no_traceback(data, weights, tmp_path):
+    out = tmp_path / "w.safetensors"
+    options = ["--data", data / "train", "--out", out, *MASK, "--seconds", 20]
+    training = started("-c", SLOWLY, "train", *options)
+    scan = tmp_path / "none.h5"
+    paths = ["--scan", scan, "--weights", weights, "--out", tmp_path / "image.h5"]
+    failing = started("-m", "applications.mri", "reconstruct", *paths)
+    try:
+        until = time.monotonic() + 60
+        while not out.exists() and training.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        training.send_signal(signal.SIGINT)
+        _, message = training.communicate(timeout=60)
+        _, refusal = failing.communicate(timeout=60)
+    finally:
+        for process in (training, failing):
+            process.kill()
+    assert training.returncode == 130
+    assert message == "interrupted: the files that were written are complete.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+    assert load_weights(out).network.architecture == light(COILS)
+    assert failing.returncode == 2
+    assert refusal == (
+        f"error: {scan}: an HDF5 file was needed, there is no such file; check the path.\n"
+    )

@@ -1,0 +1,392 @@
+import signal
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import bilevel as bl
+from applications.mri.data import SliceDataset, Volume, write_volume
+from applications.mri.errors import InputError
+from applications.mri.keeping import Keeper, describe
+from applications.mri.network import light, paper
+from applications.mri.operators import ifft2c, rss
+from applications.mri.reconstruction import Loss, Network
+from applications.mri.sampling import CartesianRandom, PoissonDisc, Sampling
+from applications.mri.simulate import simulate
+from applications.mri.training import TrainingSettings, train
+from applications.mri.weights import load_weights
+from bilevel import tree
+
+COILS, SIZE = 2, 24
+SAMPLING = CartesianRandom(2, 0.25)
+BASE = TrainingSettings(samplings=(SAMPLING,), steps=4, warmup=2)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def simulated(n_slices, seed=0):
+    axis = (torch.arange(SIZE) - SIZE // 2) / (SIZE / 2)
+    disc = ((axis[:, None] ** 2 + axis[None, :] ** 2) < 0.6).float() * 0.8
+    disc[8:12, 6:14] = 0.3
+    generator = seeded(seed)
+    return [simulate(disc, COILS, generator, noise_std=1e-3) for _ in range(n_slices)]
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    for name, seed in (("a", 0), ("b", 1)):
+        kspace = torch.stack([one.kspace for one in simulated(2, seed)])
+        write_volume(folder / f"{name}.h5", Volume(kspace, rss(ifft2c(kspace))))
+    return SliceDataset(folder)
+
+
+def network(preset=paper, kind=Network):
+    sizes = {"n_phases": 2, "filters": 3, "features": 2, "feature_kernel": 3}
+    return kind(replace(preset(COILS), **sizes), seed=1)
+
+
+def trained(scans, settings, net=None, **arguments):
+    net = net or network()
+    return train(net, net.controls(), scans, settings, **arguments)
+
+
+def same(one, other):
+    pairs = zip(tree.leaves_of(one.control), tree.leaves_of(other.control), strict=True)
+    return all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+
+def test_training_is_deterministic_by_its_seed(scans):
+    first, again = trained(scans, BASE), trained(scans, BASE)
+    assert first.costs == again.costs
+    assert same(first, again)
+    assert len(first.costs) == 4
+
+
+def test_training_does_not_change_the_weights_it_begins_with(scans):
+    net = network()
+    control = net.controls()
+    before = tree.map_leaves(lambda x: x if x is None else x.clone(), control)
+    train(net, control, scans, BASE)
+    for new, old in zip(tree.leaves_of(control), tree.leaves_of(before), strict=True):
+        assert new is old is None or torch.equal(new, old)
+
+
+CHANGES = {
+    "samplings": {"samplings": (CartesianRandom(3, 0.25),)},
+    "steps": {"steps": 3},
+    "learning_rate": {"learning_rate": 1e-3},
+    "warmup": {"warmup": 0},
+    "crop": {"crop": 8},
+    "loss": {"loss": Loss(combined=0.1)},
+    "seed": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_setting_matters(scans, change):
+    assert not same(trained(scans, BASE), trained(scans, replace(BASE, **change)))
+
+
+def test_the_share_of_whole_slices_matters(scans):
+    cropped = replace(BASE, crop=8, whole=0.0)
+    assert not same(trained(scans, cropped), trained(scans, replace(cropped, whole=0.9)))
+
+
+def test_a_training_by_seconds_ends_in_time(scans):
+    found = trained(scans, replace(BASE, steps=None, seconds=0.3))
+    assert 0.3 <= found.seconds < 5
+    assert len(found.costs) > 1
+    shares = []
+    trained(
+        scans,
+        replace(BASE, steps=None, seconds=0.3),
+        after_step=lambda state: shares.append(state.share),
+    )
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_the_limit_that_is_reached_first_counts(scans):
+    assert len(trained(scans, replace(BASE, steps=2, seconds=1000.0)).costs) == 2
+    assert trained(scans, replace(BASE, steps=10**6, seconds=0.1)).seconds < 5
+
+
+@dataclass(frozen=True, eq=False)
+class Counting(Network):
+    """Counts the phases evaluated."""
+
+    def dynamics(self, scan):
+        made = super().dynamics(scan)
+        calls = COUNT
+
+        @dataclass(frozen=True)
+        class Counted(bl.Phases):
+            def step(self, state, control, t):
+                calls.append(t)
+                return super().step(state, control, t)
+
+        return Counted(made.modules, made.initial, made.context)
+
+
+COUNT = []
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "evaluated"),
+    [(bl.Checkpointing(), [1, 2, 1]), (bl.Checkpointing(block=None), [1, 2])],
+    ids=repr,
+)
+def test_the_checkpointing_is_that_of_the_sweeps(scans, checkpointing, evaluated):
+    COUNT.clear()
+    settings = replace(BASE, steps=1, checkpointing=checkpointing)
+    trained(scans, settings, network(kind=Counting))
+    assert evaluated == COUNT
+
+
+def test_the_learning_rate_rises_and_falls_as_a_cosine(scans):
+    """Adam moves every weight by about the rate at its first update; the rates are read there."""
+    rates = []
+
+    class Probe(torch.optim.Adam):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("applications.mri.training.torch.optim.Adam", Probe)
+        trained(scans, replace(BASE, steps=8, warmup=4, learning_rate=0.01))
+    shares = torch.arange(8) / 8
+    rise = ((torch.arange(8) + 1) / 4).clamp(max=1)
+    expected = 0.01 * rise * (1 + torch.cos(torch.pi * shares)) / 2
+    torch.testing.assert_close(torch.tensor(rates), expected)
+
+
+def mean_cost(net, scans, control):
+    """Of all slices, each with its own mask."""
+    costs = []
+    for k in range(len(scans)):
+        one = scans[k]
+        mask = SAMPLING.mask((SIZE, SIZE), seeded(k))
+        scan = net.prepare(one.kspace[None], mask)
+        problem, start = net.training_problem(
+            scan, ifft2c(one.kspace)[None], one.reference[None], Loss()
+        )
+        costs.append(float(bl.adjoint(problem, start, control).cost))
+    return sum(costs) / len(costs)
+
+
+@pytest.mark.parametrize("preset", [paper, light])
+def test_the_loss_falls_on_a_small_problem(scans, preset):
+    net = network(preset)
+    settings = TrainingSettings((SAMPLING,), steps=25, learning_rate=1e-2, warmup=3)
+    found = trained(scans, settings, net)
+    assert mean_cost(net, scans, found.control) < 0.9 * mean_cost(net, scans, net.controls())
+
+
+@dataclass(frozen=True, eq=False)
+class Watched(Network):
+    """Notes what each update is trained on."""
+
+    def training_problem(self, scan, target, reference, loss):
+        SEEN.append((tuple(scan.kspace.shape[1:]), target.clone(), reference.clone(), scan))
+        return super().training_problem(scan, target, reference, loss)
+
+
+SEEN = []
+
+
+@dataclass(frozen=True)
+class Probe(Sampling):
+    """Notes the matrix sizes that masks are drawn for."""
+
+    inner: Sampling
+    shapes: list
+
+    def mask(self, shape, generator):
+        self.shapes.append(tuple(shape))
+        return self.inner.mask(shape, generator)
+
+
+def watched(scans, settings):
+    SEEN.clear()
+    trained(scans, settings, network(kind=Watched))
+    return list(SEEN)
+
+
+def test_crops_of_rows_are_trained_on_first_and_whole_slices_at_the_end(scans):
+    shapes = []
+    settings = replace(BASE, samplings=(Probe(SAMPLING, shapes),), steps=10, crop=8, whole=0.3)
+    seen = watched(scans, settings)
+    assert [shape for shape, *_ in seen] == [(COILS, 8, SIZE)] * 7 + [(COILS, SIZE, SIZE)] * 3
+    assert set(shapes) == {(SIZE, SIZE)}  # the mask is that of the whole slice
+    for _, target, reference, scan in seen:
+        # What is trained on is consistent: the measured k-space of the target.
+        torch.testing.assert_close(reference, rss(target), rtol=1e-4, atol=1e-5)
+        measured = scan.kspace * scan.scale
+        difference = (ifft2c(measured) - target).abs().square().sum()
+        assert difference < 0.5 * target.abs().square().sum()
+
+
+@pytest.mark.parametrize("crop", [0, SIZE, 2 * SIZE])
+def test_a_crop_that_is_none_leaves_slices_whole(scans, crop):
+    seen = watched(scans, replace(BASE, crop=crop))
+    assert {shape for shape, *_ in seen} == {(COILS, SIZE, SIZE)}
+
+
+def test_masks_that_do_not_sample_columns_are_trained_on_whole(scans):
+    seen = watched(scans, replace(BASE, samplings=(PoissonDisc(3, 6),), crop=8, whole=0.0))
+    assert {shape for shape, *_ in seen} == {(COILS, SIZE, SIZE)}
+
+
+def test_every_sampling_and_every_slice_and_every_flip_is_used(scans):
+    shapes, others = [], []
+    settings = replace(BASE, samplings=(Probe(SAMPLING, shapes), Probe(SAMPLING, others)), steps=24)
+    seen = watched(scans, settings)
+    assert len(shapes) + len(others) == 24
+    assert min(len(shapes), len(others)) >= 6
+    uses = torch.zeros(len(scans), 4)
+    for which in range(len(scans)):
+        images = ifft2c(scans[which].kspace)
+        turned = [images, images.flip(-1), images.flip(-2), images.flip(-1, -2)]
+        for way, one in enumerate(turned):
+            uses[which, way] = sum(torch.equal(one, target[0]) for _, target, *_ in seen)
+    assert uses.sum(1).tolist() == [6] * 4  # a round takes every slice once
+    assert uses.sum(0).min() >= 2  # 6 are expected of each way to flip
+
+
+def test_a_stored_reference_that_was_cropped_is_replaced(tmp_path):
+    kspace = torch.stack([one.kspace for one in simulated(1)])
+    write_volume(tmp_path / "a.h5", Volume(kspace, rss(ifft2c(kspace))[:, 2:-2, 2:-2]))
+    ((_, target, reference, _),) = watched(SliceDataset(tmp_path), replace(BASE, steps=1))
+    torch.testing.assert_close(reference, rss(target))
+
+
+def test_the_callback_sees_every_update(scans):
+    states = []
+    found = trained(scans, BASE, after_step=states.append)
+    assert [state.step for state in states] == [1, 2, 3, 4]
+    assert [state.share for state in states] == [0.25, 0.5, 0.75, 1.0]
+    assert [state.cost for state in states] == found.costs
+    assert same(states[-1], found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samplings": ()}, "samplings must hold at least one sampling, got none"),
+        ({"steps": None}, "a number of steps or of seconds, got neither"),
+        ({"steps": 0}, "steps must be at least 1, or None, got 0"),
+        ({"steps": -1}, "steps must be at least 1, or None, got -1"),
+        ({"steps": None, "seconds": 0.0}, "seconds must be > 0, or None, got 0.0"),
+        ({"steps": None, "seconds": -1.0}, "seconds must be > 0, or None, got -1.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be > 0, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be > 0, got nan"),
+        ({"crop": -1}, r"crop and warmup must be >= 0 and whole in \[0, 1\], got -1, 2 and 0.2"),
+        ({"warmup": -1}, "got 0, -1 and 0.2"),
+        ({"whole": 1.5}, "got 0, 2 and 1.5"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        replace(BASE, **settings)
+
+
+def test_undersampled_scans_are_refused(tmp_path):
+    kspace = torch.stack([one.kspace for one in simulated(1)])
+    mask = SAMPLING.mask((SIZE, SIZE), seeded())[0]
+    write_volume(tmp_path / "a.h5", Volume(kspace * mask, mask=mask))
+    message = r"a.h5: fully sampled k-space .* the mask in the file leaves out .* use other scans"
+    with pytest.raises(InputError, match=message):
+        trained(SliceDataset(tmp_path), BASE)
+
+
+def test_scans_of_another_coil_count_are_refused_before_anything_is_trained(scans, tmp_path):
+    kspace = torch.randn(1, 3, SIZE, SIZE, dtype=torch.complex64)
+    write_volume(tmp_path / "three.h5", Volume(kspace))
+    mixed = SliceDataset([*(file.path for file in scans.files), tmp_path / "three.h5"])
+    with pytest.raises(InputError, match=r"three.h5: .* for 2 coils, the scan has 3; train a"):
+        trained(mixed, BASE, after_step=lambda state: pytest.fail("trained"))
+
+
+def test_a_training_that_diverges_names_the_iteration(scans):
+    with pytest.raises(bl.DivergenceError, match=r"iteration .*smaller learning rate"):
+        trained(scans, replace(BASE, steps=40, warmup=0, learning_rate=1e30))
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_an_interrupt_leaves_the_last_complete_weights(scans, tmp_path, monkeypatch, stop_at):
+    monkeypatch.setattr("applications.mri.keeping._SAVE_EVERY", -1.0)
+    net, path, reported = network(), tmp_path / "w.safetensors", []
+    keeper = Keeper(path, net, {"x": 1}, lambda stage, share: reported.append((stage, share)))
+    kept = []
+
+    def after_step(state):
+        if state.step == stop_at:
+            raise KeyboardInterrupt
+        keeper(state)
+        kept[:] = [tree.map_leaves(lambda x: x if x is None else x.clone(), state.control)]
+
+    with pytest.raises(KeyboardInterrupt):
+        train(net, net.controls(), scans, BASE, after_step)
+    assert reported == [("training", 0.25), ("training", 0.5)][: stop_at - 1]
+    if stop_at == 1:
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+    found = load_weights(path)
+    assert found.record == {"x": 1}
+    for new, old in zip(tree.leaves_of(found.control), tree.leaves_of(kept[0]), strict=True):
+        assert new is old is None or torch.equal(new, old)
+
+
+def test_a_keeper_saves_only_now_and_then(scans, tmp_path):
+    net, path = network(), tmp_path / "w.safetensors"
+    keeper = Keeper(path, net, {}, lambda stage, share: None)
+    found = train(net, net.controls(), scans, BASE, keeper)
+    assert not path.exists()  # four updates are done within _SAVE_EVERY
+    keeper.save(found.control)
+    assert same(load_weights(path), found)
+
+
+@dataclass(frozen=True)
+class Interrupted(Sampling):
+    """Raises signals while the third update draws its mask."""
+
+    n_signals: int
+    events: list
+
+    def mask(self, shape, generator):
+        if len(self.events) == 2:
+            for _ in range(self.n_signals):
+                signal.raise_signal(signal.SIGINT)
+            self.events.append("went on")
+        return SAMPLING.mask(shape, generator)
+
+
+@pytest.mark.parametrize(("n_signals", "expected"), [(1, [0.25, 0.5, "went on"]), (2, [0.25, 0.5])])
+def test_an_interrupt_waits_for_the_end_of_the_update_and_a_second_does_not(
+    scans, tmp_path, n_signals, expected
+):
+    net, events = network(), []
+    keeper = Keeper(tmp_path / "w", net, {}, lambda stage, share: events.append(share))
+    settings = replace(BASE, samplings=(Interrupted(n_signals, events),))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), keeper:
+            trained(scans, settings, net, after_step=keeper)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert events == expected
+
+
+def test_settings_are_described_by_plain_values():
+    found = describe(replace(BASE, seconds=2.0))
+    assert found["steps"] == 4
+    assert found["seconds"] == 2.0
+    assert found["samplings"] == repr((SAMPLING,))
+    assert found["loss"] == repr(Loss())
+    assert set(found) == set(vars(BASE))
