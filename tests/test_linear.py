@@ -345,24 +345,22 @@ def test_the_damping_is_zero_by_default(solver):
 # Conjugate gradients
 
 
-@pytest.mark.parametrize("condition", [10, 1e4])
+# Rounding is magnified from iterate to iterate, faster the larger the condition number is.
+@pytest.mark.parametrize(("condition", "steps"), [(2, 15), (10, 15), (1e4, 5)])
 @pytest.mark.parametrize("warm", [False, True])
-def test_cg_agrees_with_scipy_iterate_for_iterate(condition, warm):
-    n = 15
-    A, b = positive(1, n, condition), real(2, n)
-    start = real(3, n) if warm else None
+def test_cg_agrees_with_scipy_iterate_for_iterate(condition, steps, warm):
+    A, b = positive(1, 15, condition), real(2, 15)
+    start = real(3, 15) if warm else None
     iterates = []
     sla.cg(
-        A.numpy(), b.numpy(), x0=start.numpy() if warm else None, rtol=0, atol=0, maxiter=n,
-        callback=lambda x: iterates.append(x.copy()),
+        A.numpy(), b.numpy(), x0=start.numpy() if warm else None, rtol=0, atol=0, maxiter=steps,
+        callback=lambda x: iterates.append(torch.from_numpy(x.copy())),
     )  # fmt: skip
-    assert len(iterates) == n
+    assert len(iterates) == steps
     for k, x in enumerate(iterates, 1):
         found = bl.CG(rtol=0, max_steps=k).solve(operator(A), b, start)
         assert (found.steps, found.products) == (k, k + warm)
-        # Rounding in the last digit grows with the condition along the iteration.
-        close = 1e-15 * condition**2
-        torch.testing.assert_close(found.solution, torch.from_numpy(x), rtol=close, atol=close)
+        assert float((found.solution - x).norm() / x.norm()) < 1e-12
 
 
 def test_cg_stops_where_scipy_stops():
