@@ -16,9 +16,11 @@ from bilevel.tree import Tree
 class _Piece(NamedTuple):
     """One leaf and its part of the flat vector."""
 
-    place: int
+    place: int  # of the leaf in the tree
+    start: int
     size: int
     like: Tensor
+    strides: tuple[int, ...]
     dtype: torch.dtype  # the leaf's, in the precision of the flat vector
     as_it_is: bool  # whether the leaf is real and of the flat vector's precision and device
 
@@ -57,19 +59,25 @@ class Flat:
         self.device = present[0][1].device if present else torch.device("cpu")
         # Complex leaves first: a complex view has to begin at an even place.
         present.sort(key=lambda item: not item[1].is_complex())
-        self._pieces = [self._piece(index, leaf) for index, leaf in present]
-        self._sizes = [piece.size for piece in self._pieces]
-        self.n = sum(self._sizes)
+        self.n = 0
+        self._pieces: list[_Piece] = []
+        for place, leaf in present:
+            piece = self._piece(place, leaf)
+            self._pieces.append(piece)
+            self.n += piece.size
         # The common cases cost least: the tree is one real tensor, a flat vector even.
         self._is_tensor = isinstance(vector, Tensor) and self._pieces[0].as_it_is
         self._is_vector = self._is_tensor and vector.ndim == 1
+        self._shape = vector.shape if isinstance(vector, Tensor) else torch.Size()
 
-    def _piece(self, index: int, leaf: Tensor) -> _Piece:
+    def _piece(self, place: int, leaf: Tensor) -> _Piece:
         complex_ = leaf.is_complex()
         return _Piece(
-            index,
+            place,
+            self.n,
             leaf.numel() * (2 if complex_ else 1),
             leaf,
+            leaf.contiguous().stride(),
             self.dtype.to_complex() if complex_ else self.dtype,
             leaf.dtype == self.dtype and leaf.device == self.device,
         )
@@ -99,9 +107,9 @@ class Flat:
 
     def vector(self, vector: Tree) -> Tensor:
         """The flat vector of a tree; it may share memory with the tree."""
-        if self._is_tensor and vector is not None:
+        if self._is_tensor and isinstance(vector, Tensor):
             return vector if self._is_vector else vector.reshape(-1)
-        leaves = [vector] if isinstance(vector, Tensor) else tree.leaves_of(vector)
+        leaves: list[Any] = self._structure.flatten_up_to(vector)
         parts = [
             leaves[piece.place].reshape(-1)
             if piece.as_it_is and leaves[piece.place] is not None
@@ -119,20 +127,29 @@ class Flat:
         return leaf.reshape(-1)
 
     def tree(self, vector: Tensor) -> Tree:
-        """The tree of a flat vector, a contiguous one that is no view; it may share its memory."""
+        """The tree of a contiguous vector, sharing its memory where it can.
+
+        Args:
+            vector: at an even place of its storage if there are complex leaves.
+
+        Returns:
+            The tree.
+        """
         if self._is_tensor:
-            return vector if self._is_vector else vector.view(self._template.shape)
+            return vector if self._is_vector else vector.view(self._shape)
         leaves: list[Any] = [None] * self._n_leaves
-        parts = (vector,) if len(self._sizes) == 1 else vector.split_with_sizes(self._sizes)
-        for piece, part in zip(self._pieces, parts, strict=True):
-            like = piece.like
-            leaves[piece.place] = (
-                part.view(like.shape)
-                if piece.as_it_is
-                else part.view(piece.dtype).view(like.shape).to(like.device, like.dtype)
+        base = vector.storage_offset()
+        for place, start, size, like, strides, dtype, as_it_is in self._pieces:
+            leaves[place] = (
+                # One call where a slice and a view would be two.
+                vector.as_strided(like.shape, strides, base + start)
+                if as_it_is
+                else vector[start : start + size]
+                .view(dtype)
+                .view(like.shape)
+                .to(like.device, like.dtype)
             )
-        single = isinstance(self._template, Tensor)
-        return leaves[0] if single else tree.unflatten(self._structure, leaves)
+        return tree.unflatten(self._structure, leaves)
 
     def copied(self, vector: Tensor) -> Tree:
         """The tree of a flat vector, each leaf in memory of its own; at most `vector` itself."""

@@ -58,9 +58,9 @@ class GMRES(LinearSolver):
         return solve_flat(self._iterate, operator, rhs, start, self.damping)
 
     def _iterate(self, system: System) -> LinearResult:
-        x, r = system.begin()
+        x, r, norm = system.begin()
         limit, target = limit_of(self.max_steps, system), self.rtol * system.rhs_norm
-        norm, size, steps, stuck = math.sqrt(finite(dot(r, r), 0)), 0.0, 0, False
+        size, steps, stuck = 0.0, 0, False
         while True:
             floor = system.floor(size, math.sqrt(dot(x, x)))
             if norm <= max(target, floor) or steps == limit or stuck:

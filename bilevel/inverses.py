@@ -57,9 +57,8 @@ class Neumann(LinearSolver):
         return solve_flat(self._iterate, operator, rhs, start)
 
     def _iterate(self, system: System) -> LinearResult:
-        x, r = system.begin()
-        target, steps = self.rtol * system.rhs_norm, 0
-        norm, size = math.sqrt(finite(dot(r, r), 0)), 0.0
+        x, r, norm = system.begin()
+        target, size, steps = self.rtol * system.rhs_norm, 0.0, 0
         while norm > target and steps < self.terms:
             steps += 1
             x.add_(r, alpha=self.step)
@@ -115,7 +114,7 @@ class Nystrom(LinearSolver):
 
     def _correct(self, system: System) -> LinearResult:
         n, eps = system.flat.n, system.eps
-        x, r = system.begin()
+        x, r, _ = system.begin()
         # On the CPU: the same numbers on every device.
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randn(n, min(self.rank, n), generator=generator, dtype=torch.float64)
@@ -176,7 +175,7 @@ class Dense(LinearSolver):
         return solve_flat(method, operator, rhs, start, self.damping)
 
     def _symmetric(self, system: System) -> LinearResult:
-        x, r = system.begin()
+        x, r, _ = system.begin()
         A = _image(system, torch.eye(system.flat.n).to(x))
         eps, size = system.eps, A.norm().item()
         gap = (A - A.T).norm().item()
@@ -192,7 +191,7 @@ class Dense(LinearSolver):
         return self._result(system, x, A, ritz=smallest, indefinite=indefinite)
 
     def _general(self, system: System) -> LinearResult:
-        x, r = system.begin()
+        x, r, _ = system.begin()
         A = _image(system, torch.eye(system.flat.n).to(x))
         U, values, Vh = torch.linalg.svd(A)
         x.add_(Vh.T @ _divided(U.T @ r, values))
@@ -216,7 +215,7 @@ class Dense(LinearSolver):
 
 def _image(system: System, vectors: Tensor) -> Tensor:
     """The products with the rows of `vectors`, as columns."""
-    columns = [system.apply(v.clone()) for v in vectors]
+    columns = [system.apply(v.clone()).clone() for v in vectors]
     for k, column in enumerate(columns, 1):
         finite(dot(column, column), k)
     return torch.stack(columns, 1)

@@ -67,18 +67,18 @@ class CG(LinearSolver):
         return solve_flat(self._iterate, operator, rhs, start, self.damping)
 
     def _iterate(self, system: System) -> LinearResult:
-        x, r = system.begin()
+        x, r, norm = system.begin()
         limit, target = limit_of(self.max_steps, system), self.rtol * system.rhs_norm
-        rr = finite(dot(r, r), 0)
+        rr = norm * norm
         p, pp, beta = r, rr, 0.0
         # With y = x - start, r is orthogonal to y and to the last p. So the lengths of p and y
         # follow from scalars (Steihaug 1983), and with them what rounding allows.
-        first, yy, yp, size = math.sqrt(dot(x, x)), 0.0, 0.0, 0.0
+        yy, yp, size = 0.0, 0.0, 0.0
         pivots: list[float] = []  # of the Lanczos matrix T = L diag(pivots) L^T
         ratios: list[float] = []  # squares of the entries below the diagonal of L
         indefinite = False
         while True:
-            norm, floor = math.sqrt(rr), system.floor(size, first + math.sqrt(yy))
+            norm, floor = math.sqrt(rr), system.floor(size, system.start_norm + math.sqrt(yy))
             if norm <= max(target, floor) or len(pivots) == limit:
                 break
             if pivots:
@@ -202,12 +202,12 @@ class NormalCG(LinearSolver):
         return solve_flat(self._iterate, operator, rhs, start, self.damping)
 
     def _iterate(self, system: System) -> LinearResult:
-        x, r = system.begin()
+        x, r, norm = system.begin()
         limit, target = limit_of(self.max_steps, system), self.rtol * system.rhs_norm
-        norm, size, steps = math.sqrt(finite(dot(r, r), 0)), 0.0, 0
+        size, steps = 0.0, 0
         s = system.adjoint(r)
         ss = finite(dot(s, s), 0)
-        p = s
+        p = s.clone()  # the operator may write its products to one buffer
         while True:
             floor = system.floor(size, math.sqrt(dot(x, x)))
             stationary = math.sqrt(ss) <= 4 * system.eps * size * norm

@@ -23,7 +23,8 @@ class System:
         flat: the layout of the trees.
         rhs: `b`, scaled; not to be written to.
         rhs_norm: of the scaled `b`.
-        eps: of its dtype.
+        start_norm: of the scaled first iterate.
+        eps: of the dtype of both.
         products: made so far.
     """
 
@@ -54,17 +55,20 @@ class System:
         self.eps = torch.finfo(b.dtype).eps
         self.rhs_norm = math.sqrt(dot(self.rhs, self.rhs))
         self._start: Tensor | None = None
+        self.start_norm = 0.0
         if start is not None:
             self.flat.check(start, "start", "start must match rhs")
             self._start = self.flat.vector(start).detach() / self._scale
-            if not math.isfinite(torch.linalg.vector_norm(self._start).item()):
+            self.start_norm = torch.linalg.vector_norm(self._start).item()
+            if not math.isfinite(self.start_norm):
                 raise DivergenceError("start is not finite: pass None to start at zero.")
 
-    def begin(self) -> tuple[Tensor, Tensor]:
-        """The first iterate and its residual, both free to be written to; 0 or 1 product."""
+    def begin(self) -> tuple[Tensor, Tensor, float]:
+        """The first iterate, its residual, not to be written to, and the norm; 0 or 1 product."""
         if self._start is None:
-            return self.flat.zeros(), self.rhs.clone()
-        return self._start, self.rhs - self.apply(self._start)
+            return self.flat.zeros(), self.rhs, self.rhs_norm
+        r = self.rhs - self.apply(self._start)
+        return self._start, r, math.sqrt(finite(dot(r, r), 0))
 
     def apply(self, v: Tensor) -> Tensor:
         """`(A + damping I) v`; not to be written to."""

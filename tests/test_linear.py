@@ -100,6 +100,13 @@ def test_a_bare_tensor_is_flattened_and_put_back(leaf):
     assert_same(flat.vector(None), torch.zeros(flat.n, dtype=F64), rtol=0)
 
 
+def test_a_flat_vector_inside_a_storage_is_put_back():
+    rhs = {"a": real(1, 2, 2).mT, "b": real(2, 1, 3), "c": real(3)}
+    flat = Flat(rhs, "rhs")
+    row = torch.stack([real(4, flat.n), flat.vector(rhs)])[1]
+    assert_same(flat.tree(row), rhs, rtol=0)
+
+
 def test_leaves_of_several_precisions_meet_in_the_widest():
     mixed = {"a": real(1, 2).float(), "b": real(2, 2), "c": cplx(3, 2).to(torch.complex64)}
     flat = Flat(mixed, "mixed")
@@ -226,6 +233,17 @@ def test_an_operator_that_returns_its_argument_is_solved(solver):
     solver = dataclasses.replace(solver, **({"step": 1.0} if hasattr(solver, "step") else {}))
     found = solver.solve(bl.Operator(lambda v: v, symmetric=True), b)
     torch.testing.assert_close(found.solution, b / (1 + damping_of(solver)))
+
+
+@every
+def test_an_operator_that_writes_every_product_to_one_buffer_is_solved(solver):
+    A, b, buffer = positive(1, 6), real(2, 6), torch.empty(6, dtype=F64)
+
+    def apply(v):
+        return torch.mv(A, v, out=buffer)
+
+    found = solver.solve(bl.Operator(apply, apply, symmetric=True), b)
+    torch.testing.assert_close(found.solution, truth(A, b, solver), rtol=1e-9, atol=1e-11)
 
 
 @every
