@@ -14,13 +14,19 @@ from bilevel.errors import (
     StructureError,
     UnsupportedError,
 )
+from bilevel.gmres import GMRES
+from bilevel.inverses import Dense, Neumann, Nystrom
+from bilevel.krylov import CG, NormalCG
 from bilevel.lagrangian import KKT, Adjoint, adjoint, kkt, lagrangian
+from bilevel.linear import LinearResult, LinearSolver, Operator
 from bilevel.modules import Phases, functional
 from bilevel.rollout import rollout
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CG",
+    "GMRES",
     "KKT",
     "Adjoint",
     "ArgumentError",
@@ -31,10 +37,17 @@ __all__ = [
     "ControlSolver",
     "ConvergenceError",
     "ConvergenceWarning",
+    "Dense",
     "DivergenceError",
     "Dynamics",
+    "LinearResult",
+    "LinearSolver",
     "LostGradientError",
     "Map",
+    "Neumann",
+    "NormalCG",
+    "Nystrom",
+    "Operator",
     "PerStep",
     "Phases",
     "Progress",

@@ -33,7 +33,7 @@ def unflatten(structure: optree.PyTreeSpec, leaves: list[Any]) -> Tree:
 
 def leaves_of(tree: Tree) -> list[Any]:
     """Leaves of `tree`, None included."""
-    return flatten(tree)[0]
+    return optree.tree_leaves(tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
 def distinct_leaves(tree: Tree) -> list[Any]:
