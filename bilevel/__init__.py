@@ -1,6 +1,6 @@
 """Bilevel optimisation and discrete optimal control by the Method of Lagrangian Multipliers."""
 
-from bilevel.checkpointing import Checkpointing
+from bilevel.checkpointing import Budget, Checkpointing, plan
 from bilevel.control import ControlProblem
 from bilevel.control_solver import ControlSolution, ControlSolver, Progress
 from bilevel.dynamics import Dynamics, Map, PerStep
@@ -11,12 +11,15 @@ from bilevel.errors import (
     ConvergenceWarning,
     DivergenceError,
     LostGradientError,
+    StorageError,
     StructureError,
     UnsupportedError,
 )
 from bilevel.lagrangian import KKT, Adjoint, adjoint, kkt, lagrangian
 from bilevel.modules import Phases, functional
 from bilevel.rollout import rollout
+from bilevel.storage import InMemory, OnDisk, OnHost
+from bilevel.sweep import Measurement, measure
 
 __version__ = "0.1.0"
 
@@ -25,6 +28,7 @@ __all__ = [
     "Adjoint",
     "ArgumentError",
     "BilevelError",
+    "Budget",
     "Checkpointing",
     "ControlProblem",
     "ControlSolution",
@@ -33,16 +37,23 @@ __all__ = [
     "ConvergenceWarning",
     "DivergenceError",
     "Dynamics",
+    "InMemory",
     "LostGradientError",
     "Map",
+    "Measurement",
+    "OnDisk",
+    "OnHost",
     "PerStep",
     "Phases",
     "Progress",
+    "StorageError",
     "StructureError",
     "UnsupportedError",
     "adjoint",
     "functional",
     "kkt",
     "lagrangian",
+    "measure",
+    "plan",
     "rollout",
 ]

@@ -1,15 +1,21 @@
 """The final state as a differentiable function, its backward a multiplier sweep."""
 
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bilevel import autodiff, tree
-from bilevel.checkpointing import Checkpointing
-from bilevel.dynamics import Dynamics, check_control, initial_control, step_control
-from bilevel.errors import ArgumentError
+from bilevel.checkpointing import Budget, Checkpointing
+from bilevel.control import ControlProblem
+from bilevel.dynamics import Dynamics, GradientSum, check_control, initial_control, step_control
 from bilevel.lagrangian import multiplier_sweep
 from bilevel.randomness import preserved
-from bilevel.sweep import GradientSum, forward_sweep
+from bilevel.storage import MemorySnapshots
+from bilevel.sweep import forward_sweep, planned
+from bilevel.trajectory import Trajectory
 from bilevel.tree import Tree
 
 
@@ -19,7 +25,7 @@ def rollout(
     control: Tree,
     horizon: int,
     *,
-    checkpointing: Checkpointing | None = None,
+    checkpointing: Checkpointing | Budget | None = None,
 ) -> Tree:
     """u(T), differentiable in the observation and the control.
 
@@ -31,7 +37,8 @@ def rollout(
         observation: f.
         control: Theta, shared or `PerStep`.
         horizon: number of steps, T >= 0.
-        checkpointing: what is kept between forward and backward; None is `Checkpointing()`.
+        checkpointing: what is kept between forward and backward, or a `Budget`; None is
+            `Checkpointing()`.
 
     Returns:
         The final state, the structure that `dynamics.init` returns.
@@ -50,11 +57,10 @@ def rollout(
         >>> rate.grad
         tensor(6.)
     """
-    if horizon < 0:
-        raise ArgumentError(f"horizon must be an integer >= 0, got {horizon}.")
-    checkpointing = checkpointing or Checkpointing()
     check_control(control, horizon)
-    if checkpointing.keeps_graphs:
+    problem = ControlProblem(dynamics, _no_cost, horizon)
+    chosen = planned(checkpointing, problem, observation, control)
+    if chosen.keeps_graphs:
         state = dynamics.init(observation, initial_control(control))
         for t in range(1, horizon + 1):
             following = dynamics.step(state, step_control(control, t), t)
@@ -68,29 +74,56 @@ def rollout(
 
     def run(inputs: list[Any]) -> tuple[list[Any], list[Any], autodiff.Reverse]:
         f, theta = tree.unflatten(structure, inputs)
-        swept = forward_sweep(dynamics, f, theta, horizon, checkpointing, tape_last=False)
+        swept = forward_sweep(dynamics, f, theta, horizon, chosen, tape_last=False)
         outputs, output_structure = tree.flatten(swept.final)
         shape.append(output_structure)
-        kept, kept_structure = tree.flatten((swept.starts, swept.final))
-        bare = replace(swept, observation=None, control=None, starts=[], final=None)
+        # Snapshots that no other will replace are saved with the graph, and serve every backward.
+        # Others are used up by the first; another one has to sweep forward again.
+        lasting = _lasting(swept)
+        kept, kept_structure = tree.flatten((lasting, swept.final))
+        random, random_start = dict(swept.random), swept.random_start
+        unused = [] if lasting else [swept.snapshots]
+        bare = replace(
+            swept, observation=None, control=None, final=None, snapshots=MemorySnapshots()
+        )
 
         def reverse(inputs: list[Any], kept: list[Any], cotangent: list[Any]) -> list[Any]:
             f, theta = tree.unflatten(structure, inputs)
-            starts, final = tree.unflatten(kept_structure, kept)
-            again = replace(
-                bare,
-                observation=autodiff.variables(f),
-                control=autodiff.variables(theta),
-                starts=tree.detach(starts),
-                final=tree.detach(final),
-            )
-            gradient = GradientSum(again.control)
-            multiplier = tree.negative(tree.unflatten(output_structure, cotangent))
-            with preserved(again.devices):
-                found = multiplier_sweep(again, multiplier, gradient)
+            lasting, final = tree.unflatten(kept_structure, kept)
+            with preserved(bare.devices):
+                if lasting or unused:
+                    again = replace(
+                        bare,
+                        observation=autodiff.variables(f),
+                        control=autodiff.variables(theta),
+                        snapshots=MemorySnapshots(tree.detach(lasting))
+                        if lasting
+                        else unused.pop(),
+                        random=dict(random),
+                        final=tree.detach(final),
+                    )
+                else:
+                    if random_start is not None:
+                        random_start.restore()
+                    again = forward_sweep(dynamics, f, theta, horizon, chosen, tape_last=True)
+                gradient = GradientSum(again.control)
+                multiplier = tree.negative(tree.unflatten(output_structure, cotangent))
+                with closing(again):
+                    found = multiplier_sweep(again, multiplier, gradient)
             return tree.leaves_of((found.observation_gradient, gradient.sums()))
 
         return outputs, kept, reverse
 
     outputs = autodiff.reversible(run, leaves)
     return tree.unflatten(shape[0], list(outputs))
+
+
+def _no_cost(state: Tree, control: Tree) -> Tensor:  # noqa: ARG001
+    return torch.zeros(())
+
+
+def _lasting(swept: Trajectory) -> dict[int, Tree]:
+    """The snapshots, if no other will take the place of one."""
+    schedule = swept.schedule
+    every = schedule.snapshots >= schedule.n_blocks - 1
+    return swept.snapshots.states if every and isinstance(swept.snapshots, MemorySnapshots) else {}
