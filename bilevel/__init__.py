@@ -18,6 +18,7 @@ from bilevel.errors import (
 from bilevel.lagrangian import KKT, Adjoint, adjoint, kkt, lagrangian
 from bilevel.modules import Phases, functional
 from bilevel.rollout import rollout
+from bilevel.second_order import HessianProduct, hvp
 from bilevel.storage import InMemory, OnDisk, OnHost
 from bilevel.sweep import Measurement, measure
 
@@ -37,6 +38,7 @@ __all__ = [
     "ConvergenceWarning",
     "DivergenceError",
     "Dynamics",
+    "HessianProduct",
     "InMemory",
     "LostGradientError",
     "Map",
@@ -51,6 +53,7 @@ __all__ = [
     "UnsupportedError",
     "adjoint",
     "functional",
+    "hvp",
     "kkt",
     "lagrangian",
     "measure",

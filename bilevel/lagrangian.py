@@ -213,7 +213,7 @@ def multiplier_sweep(
     states, multipliers = [trajectory.final], [_with_zeros(multiplier, trajectory.final)]
     with autodiff.recording():
         for block in trajectory.taped_in_reverse():
-            costs = _block_costs(dynamics, running, block)
+            costs = block_costs(dynamics, running, block)
             known = (block.states[:-1], trajectory.control)
             autodiff.refuse_hidden(costs, known, "the running cost")
             inner_states = block.states[:-1] if keep_multipliers else block.states[:1]
@@ -302,7 +302,7 @@ def kkt(
             u, theta_t = autodiff.variables(states[t - 1]), step_control(theta, t)
             step = problem.dynamics.step(u, theta_t, t)
             block = Block(range(t - 1, t), [u, step], [theta_t])
-            costs = _block_costs(problem.dynamics, problem.running, block)
+            costs = block_costs(problem.dynamics, problem.running, block)
             autodiff.refuse_hidden((step, costs), (u, theta), f"step {t} or its running cost")
             swept, control_part = autodiff.pull(
                 (step, costs), (multipliers[t], [-torch.ones_like(r) for r in costs]), (u, theta_t)
@@ -328,7 +328,7 @@ def _terminal(problem: ControlProblem, state: Tree, control: Tree) -> Tensor:
     return autodiff.check_scalar(cost, "the terminal cost")
 
 
-def _block_costs(dynamics: Dynamics, running: RunningCost | None, block: Block) -> list[Tensor]:
+def block_costs(dynamics: Dynamics, running: RunningCost | None, block: Block) -> list[Tensor]:
     """r(u(t-1), theta_t, t) for every step t of a block."""
     if running is None:
         return []

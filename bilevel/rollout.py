@@ -12,7 +12,8 @@ from bilevel.checkpointing import Budget, Checkpointing
 from bilevel.control import ControlProblem
 from bilevel.dynamics import Dynamics, GradientSum, check_control, initial_control, step_control
 from bilevel.lagrangian import multiplier_sweep
-from bilevel.randomness import preserved
+from bilevel.randomness import RandomState, preserved
+from bilevel.second_order import paired, tangent_of, tangent_plan, tangent_sweep, unpaired
 from bilevel.storage import MemorySnapshots
 from bilevel.sweep import forward_sweep, planned
 from bilevel.trajectory import Trajectory
@@ -30,7 +31,10 @@ def rollout(
     """u(T), differentiable in the observation and the control.
 
     The backward of a cotangent v is the multiplier sweep of the terminal cost Re<v, u(T)>,
-    that is lambda_T = -v; with `Checkpointing(block=None)` it is plain autograd.
+    that is lambda_T = -v; with `Checkpointing(block=None)` it is plain autograd. A gradient that
+    is differentiated again, with `create_graph=True`, costs one sweep of the tangent system with
+    the same checkpointing. A backward uses up what was kept, unless every state was kept in memory:
+    another one through a retained graph then sweeps forward again.
 
     Args:
         dynamics: g and g0.
@@ -46,8 +50,8 @@ def rollout(
     Raises:
         ArgumentError: if `horizon` is negative.
         StructureError: if the control does not fit the horizon, or a step changes the structure.
-        UnsupportedError: under a `torch.func` transform, or when its gradient is differentiated
-            again, with states kept.
+        UnsupportedError: under a `torch.func` transform, or when its second derivative is
+            differentiated again, with states kept.
 
     Example:
         >>> import torch, bilevel as bl
@@ -59,7 +63,8 @@ def rollout(
     """
     check_control(control, horizon)
     problem = ControlProblem(dynamics, _no_cost, horizon)
-    chosen = planned(checkpointing, problem, observation, control)
+    with autodiff.no_transforms():
+        chosen = planned(checkpointing, problem, observation, control)
     if chosen.keeps_graphs:
         state = dynamics.init(observation, initial_control(control))
         for t in range(1, horizon + 1):
@@ -71,6 +76,7 @@ def rollout(
 
     leaves, structure = tree.flatten((observation, control))
     shape: list[Any] = []
+    beginning: list[tuple[frozenset[torch.device], RandomState | None]] = []
 
     def run(inputs: list[Any]) -> tuple[list[Any], list[Any], autodiff.Reverse]:
         f, theta = tree.unflatten(structure, inputs)
@@ -82,6 +88,7 @@ def rollout(
         lasting = _lasting(swept)
         kept, kept_structure = tree.flatten((lasting, swept.final))
         random, random_start = dict(swept.random), swept.random_start
+        beginning.append((swept.devices, random_start))
         unused = [] if lasting else [swept.snapshots]
         bare = replace(
             swept, observation=None, control=None, final=None, snapshots=MemorySnapshots()
@@ -114,7 +121,30 @@ def rollout(
 
         return outputs, kept, reverse
 
-    outputs = autodiff.reversible(run, leaves)
+    def again(
+        inputs: list[Any], cotangents: list[Any], directions: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """One sweep of the tangent system along `directions`, of the cost Re<cotangents, v(T)>."""
+        (f, theta), (e, d) = (tree.unflatten(structure, x) for x in (inputs, directions))
+        tangent, pair = tangent_of(dynamics, theta), paired(theta, d)
+        start, pair = tree.detach(((f, e), pair))
+        devices, random_start = beginning[0]
+        with preserved(devices):
+            chosen = tangent_plan(checkpointing, tangent, problem, start, pair)
+            if random_start is not None:
+                random_start.restore()
+            swept = forward_sweep(tangent, start, pair, horizon, chosen, tape_last=True)
+            state, moved = swept.final
+            multiplier = tree.negative(tree.unflatten(shape[0], cotangents))
+            nothing = tree.map_leaves(lambda _: None, state)
+            point, _ = unpaired(swept.control)
+            gradient, product = GradientSum(point), GradientSum(point)
+            with closing(swept):
+                found = tangent_sweep(swept, (multiplier, nothing), gradient, product)
+        parts = found.observation_product, product.sums()
+        return tree.leaves_of(parts), tree.leaves_of(moved)
+
+    outputs = autodiff.reversible(run, again, leaves)
     return tree.unflatten(shape[0], list(outputs))
 
 

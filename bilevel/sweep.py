@@ -235,6 +235,8 @@ def planned(
     problem: ControlProblem,
     observation: Tree,
     control: Tree,
+    *,
+    graphs: int = 1,
 ) -> Checkpointing:
     """The checkpointing that was asked for, or the one that a budget allows.
 
@@ -243,6 +245,7 @@ def planned(
         problem: dynamics, horizon and costs.
         observation: f.
         control: Theta.
+        graphs: how many times its graph a taped step takes.
 
     Returns:
         A checkpointing.
@@ -264,7 +267,7 @@ def planned(
         problem.horizon,
         checkpointing.bytes,
         found.state_bytes,
-        found.graph_bytes,
+        graphs * found.graph_bytes,
         checkpointing.storage,
         working_bytes=found.working_bytes,
     )
