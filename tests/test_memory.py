@@ -1,6 +1,7 @@
 """Measurements of a step, budgets, and the bytes that sweeps really use."""
 
 import importlib
+import time
 
 import pytest
 import torch
@@ -224,3 +225,36 @@ def test_twenty_thousand_steps_run_in_the_memory_of_their_schedule():
             plain[i] = plain[i] + 1e-4 * torch.sin((control + sign * h * direction) * plain[i])
     slope = float(square(plain[0]) - square(plain[1])) / (2 * h)
     assert float(found.gradient @ direction) == pytest.approx(slope, rel=1e-6)
+
+
+def test_a_hessian_vector_product_stays_within_its_budget_beyond_what_it_returns():
+    problem, observation, control = tanh_problem(60)
+    budget = bl.Budget("300 KiB")
+
+    def run():
+        return bl.hvp(problem, observation, control, control, checkpointing=budget)
+
+    returned = 2 * control.nbytes
+    assert measure.peak_live_bytes(run) <= 300 * KIB + returned
+
+
+def test_a_hundred_thousand_steps_of_a_control_per_step_begin_at_once():
+    class StopError(Exception):
+        pass
+
+    calls = []
+
+    def step(u, c, t):
+        calls.append(t)
+        if len(calls) == 500:
+            raise StopError
+        return u + c
+
+    horizon = 10**5
+    control = bl.PerStep([torch.zeros(())] * horizon)
+    problem = bl.ControlProblem(bl.Map(step), lambda u, c: u.sum(), horizon)
+    chosen = bl.Checkpointing(snapshots=100, block=50)
+    began = time.perf_counter()
+    with pytest.raises(StopError):
+        bl.adjoint(problem, torch.zeros(()), control, checkpointing=chosen)
+    assert time.perf_counter() - began < 10  # a second: every leaf is looked at a few times
