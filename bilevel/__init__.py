@@ -1,6 +1,6 @@
 """Bilevel optimisation and discrete optimal control by the Method of Lagrangian Multipliers."""
 
-from bilevel.checkpointing import Checkpointing
+from bilevel.checkpointing import Budget, Checkpointing, plan
 from bilevel.control import ControlProblem
 from bilevel.control_solver import ControlSolution, ControlSolver, Progress
 from bilevel.dynamics import Dynamics, Map, PerStep
@@ -11,6 +11,7 @@ from bilevel.errors import (
     ConvergenceWarning,
     DivergenceError,
     LostGradientError,
+    StorageError,
     StructureError,
     UnsupportedError,
 )
@@ -21,6 +22,9 @@ from bilevel.lagrangian import KKT, Adjoint, adjoint, kkt, lagrangian
 from bilevel.linear import LinearResult, LinearSolver, Operator
 from bilevel.modules import Phases, functional
 from bilevel.rollout import rollout
+from bilevel.second_order import HessianProduct, hvp
+from bilevel.storage import InMemory, OnDisk, OnHost
+from bilevel.sweep import Measurement, measure
 
 __version__ = "0.1.0"
 
@@ -31,6 +35,7 @@ __all__ = [
     "Adjoint",
     "ArgumentError",
     "BilevelError",
+    "Budget",
     "Checkpointing",
     "ControlProblem",
     "ControlSolution",
@@ -40,22 +45,31 @@ __all__ = [
     "Dense",
     "DivergenceError",
     "Dynamics",
+    "HessianProduct",
+    "InMemory",
     "LinearResult",
     "LinearSolver",
     "LostGradientError",
     "Map",
+    "Measurement",
     "Neumann",
     "NormalCG",
     "Nystrom",
+    "OnDisk",
+    "OnHost",
     "Operator",
     "PerStep",
     "Phases",
     "Progress",
+    "StorageError",
     "StructureError",
     "UnsupportedError",
     "adjoint",
     "functional",
+    "hvp",
     "kkt",
     "lagrangian",
+    "measure",
+    "plan",
     "rollout",
 ]

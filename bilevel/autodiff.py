@@ -5,6 +5,7 @@ it is a graph of its own, connected to nothing the caller holds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,13 +43,14 @@ def told_apart(values: Tree) -> Tree:
     )
 
 
-def pull(outputs: Tree, cotangent: Tree, inputs: Tree) -> Tree:
+def pull(outputs: Tree, cotangent: Tree, inputs: Tree, *, keep: bool = False) -> Tree:
     """Adjoint of the derivative of `outputs` in `inputs`, applied to `cotangent`; frees the graph.
 
     Args:
         outputs: computed from `inputs` with grad enabled.
         cotangent: a vector of the space of `outputs`.
         inputs: variable trees, or trees computed on the way to `outputs`.
+        keep: keep the graph, and attach the result, so that it can be pulled back once more.
 
     Returns:
         A vector of the space of `inputs`; None also where `outputs` do not depend on the leaf.
@@ -63,7 +65,7 @@ def pull(outputs: Tree, cotangent: Tree, inputs: Tree) -> Tree:
     if not pairs or not wanted:
         return tree.unflatten(structure, [None] * len(leaves))
     ys, vs = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(ys, wanted, vs, allow_unused=True))
+    found = iter(torch.autograd.grad(ys, wanted, vs, create_graph=keep, allow_unused=True))
     return tree.unflatten(
         structure,
         [next(found) if tree.is_variable(x) and x.requires_grad else None for x in leaves],
@@ -166,20 +168,88 @@ def paused() -> torch.no_grad:
     return torch.no_grad()
 
 
+def pushforward(
+    function: Callable[..., Tree], arguments: tuple[Tree, ...], directions: tuple[Tree, ...]
+) -> tuple[Tree, Tree]:
+    """Value of `function`, and its derivative in its arguments along `directions`.
+
+    The derivative is that of the pullback, which is linear, in its cotangent: it needs nothing
+    but reverse derivatives of what `function` uses. It is detached on purpose: third derivatives
+    of some kernels of torch (batch normalisation) are wrong in silence.
+
+    Args:
+        function: of trees.
+        arguments: where; attached ones keep the outputs attached.
+        directions: vectors of the spaces of the arguments; None in them stands for zero.
+
+    Returns:
+        The value, detached if every argument is; and a vector of its space, detached.
+
+    Raises:
+        LostGradientError: if nothing is attached and the value is nevertheless.
+    """
+    tensors = [x for x in tree.leaves_of(arguments) if isinstance(x, Tensor)]
+    attached = any(x.requires_grad for x in tensors)
+    with torch.enable_grad():
+        inputs = told_apart(arguments)
+        value = function(*inputs)
+        if not attached:
+            refuse_hidden(value, inputs, "the function")
+        leaves, structure = tree.flatten(value)
+        found: list[Tensor | None] = [
+            torch.zeros_like(y) if tree.is_variable(y) else None for y in leaves
+        ]
+        places = [i for i, y in enumerate(leaves) if isinstance(y, Tensor) and y.requires_grad]
+        moved = [
+            (x, d)
+            for x, d in zip(
+                tree.leaves_of(inputs), tree.leaves_of(tree.detach(directions)), strict=True
+            )
+            if tree.is_variable(x) and d is not None
+        ]
+        if places and moved:
+            xs, ds = zip(*moved, strict=True)
+            cotangents = [torch.zeros_like(leaves[i], requires_grad=True) for i in places]
+            ys = [leaves[i] for i in places]
+            pulled = torch.autograd.grad(ys, xs, cotangents, create_graph=True, allow_unused=True)
+            pairs = [(p, d) for p, d in zip(pulled, ds, strict=True) if p is not None]
+            if pairs:
+                ps, ds = zip(*pairs, strict=True)
+                tangents = torch.autograd.grad(
+                    ps, cotangents, ds, retain_graph=attached, allow_unused=True
+                )
+                for i, tangent in zip(places, tangents, strict=True):
+                    found[i] = found[i] if tangent is None else tangent
+    return value if attached else tree.detach(value), tree.unflatten(structure, found)
+
+
 Reverse = Callable[[list[Any], list[Any], list[Any]], list[Any]]
+Again = Callable[[list[Any], list[Any], list[Any]], tuple[list[Any], list[Any]]]
+
+
+def _save(ctx: Any, values: list[Any]) -> None:
+    """Tensors with the graph, which frees them and guards them against writes; others aside."""
+    ctx.constants = [None if isinstance(x, Tensor) else x for x in values]
+    ctx.is_tensor = [isinstance(x, Tensor) for x in values]
+    ctx.save_for_backward(*(x for x in values if isinstance(x, Tensor)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [
+        next(tensors) if is_tensor else constant
+        for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+    ]
 
 
 class _Reversible(torch.autograd.Function):
     """A function of leaves whose backward is a callable of what its forward kept."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable, *inputs: Any) -> tuple[Any, ...]:
+    def forward(ctx: Any, run: Callable, again: Again, *inputs: Any) -> tuple[Any, ...]:
         outputs, kept, ctx.reverse = run(list(inputs))
-        ctx.n_inputs = len(inputs)
-        everything = [*inputs, *kept]
-        ctx.constants = [None if isinstance(x, Tensor) else x for x in everything]
-        ctx.is_tensor = [isinstance(x, Tensor) for x in everything]
-        ctx.save_for_backward(*(x for x in everything if isinstance(x, Tensor)))
+        ctx.n_inputs, ctx.again = len(inputs), again
+        _save(ctx, [*inputs, *kept])
         ctx.is_variable = [tree.is_variable(y) for y in outputs]
         # Copies, so that the caller may write to them: the originals are kept for the backward.
         outputs = tuple(y.clone() if isinstance(y, Tensor) else y for y in outputs)
@@ -190,25 +260,43 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
-        everything = [
-            next(saved) if is_tensor else constant
-            for is_tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
-        ]
+        everything = _saved(ctx)
         inputs, kept = everything[: ctx.n_inputs], everything[ctx.n_inputs :]
         vectors = [v if ok else None for v, ok in zip(cotangents, ctx.is_variable, strict=True)]
         create_graph = torch.is_grad_enabled()
         gradients = ctx.reverse(inputs, kept, vectors)
         if create_graph:
-            gradients = [
-                g if g is None else _FirstDerivative.apply(g, *inputs, *cotangents)
-                for g in gradients
-            ]
-        return (None, *gradients)
+            gradients = _FirstDerivative.apply(
+                ctx.again, ctx.n_inputs, *gradients, *inputs, *vectors
+            )
+        return (None, None, *gradients)
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """The identity on a gradient; to differentiate it again is an error, never a silent zero."""
+    """The identity on gradients, whose backward is the second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, again: Again, n_inputs: int, *values: Any) -> tuple[Any, ...]:
+        gradients, sources = values[:n_inputs], values[n_inputs:]
+        ctx.again, ctx.n_inputs = again, n_inputs
+        _save(ctx, list(sources))
+        ctx.set_materialize_grads(False)
+        return tuple(g if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Any) -> tuple[Any, ...]:
+        sources = _saved(ctx)
+        create_graph = torch.is_grad_enabled()
+        inputs, cotangents = sources[: ctx.n_inputs], sources[ctx.n_inputs :]
+        first, second = ctx.again(inputs, cotangents, list(directions))
+        found = [*first, *second]
+        if create_graph:
+            found = [g if g is None else _Last.apply(g, *sources, *directions) for g in found]
+        return (None, None, *[None] * ctx.n_inputs, *found)
+
+
+class _Last(torch.autograd.Function):
+    """The identity on a second derivative; a third is an error, never a silent zero."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *_sources: Any) -> Tensor:  # noqa: ARG004
@@ -217,14 +305,35 @@ class _FirstDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_cotangents: Any) -> Any:  # noqa: ARG004
         raise UnsupportedError(
-            "the gradient of a rollout cannot be differentiated again with states kept; pass "
+            "a rollout with states kept has no third derivative; pass "
             "checkpointing=Checkpointing(block=None), which keeps the graphs and differentiates "
             "any number of times."
         )
 
 
+@contextmanager
+def no_transforms() -> Iterator[None]:
+    """Under a `torch.func` transform, say so and what to do.
+
+    Raises:
+        UnsupportedError: instead of what torch raises there.
+        RuntimeError: any other.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(name in str(error) for name in ("functorch", "vmap")):
+            raise
+        raise UnsupportedError(
+            "torch.func transforms cannot pass through a rollout with states kept; use "
+            "torch.autograd.grad, or checkpointing=Checkpointing(block=None)."
+        ) from error
+
+
 def reversible(
-    run: Callable[[list[Any]], tuple[list[Any], list[Any], Reverse]], inputs: list[Any]
+    run: Callable[[list[Any]], tuple[list[Any], list[Any], Reverse]],
+    again: Again,
+    inputs: list[Any],
 ) -> tuple[Any, ...]:
     """Outputs of `run`, whose backward is the reverse that `run` returns.
 
@@ -232,6 +341,8 @@ def reversible(
         run: `inputs -> (outputs, kept, reverse)` with
             `reverse(inputs, kept, cotangents) -> gradients` of the inputs, None where there is
             none. What is kept is freed with the graph, and guarded against writes in place.
+        again: `(inputs, cotangents, directions) -> (for inputs, for cotangents)`: the derivative
+            of Re<directions, gradients> in both.
         inputs: leaves.
 
     Returns:
@@ -239,14 +350,6 @@ def reversible(
 
     Raises:
         UnsupportedError: under a `torch.func` transform.
-        RuntimeError: any other that `run` raises.
     """
-    try:
-        return _Reversible.apply(run, *inputs)  # pyright: ignore[reportReturnType]
-    except RuntimeError as error:
-        if "functorch" not in str(error):
-            raise
-        raise UnsupportedError(
-            "torch.func transforms cannot pass through a rollout with states kept; use "
-            "torch.autograd.grad, or checkpointing=Checkpointing(block=None)."
-        ) from error
+    with no_transforms():
+        return _Reversible.apply(run, again, *inputs)  # pyright: ignore[reportReturnType]

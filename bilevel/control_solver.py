@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import autodiff, tree
-from bilevel.checkpointing import Checkpointing
+from bilevel.checkpointing import Budget, Checkpointing
 from bilevel.control import ControlProblem
+from bilevel.dynamics import initial_control, step_control
 from bilevel.errors import ArgumentError, ConvergenceError, ConvergenceWarning, DivergenceError
 from bilevel.lagrangian import Adjoint, adjoint
-from bilevel.sweep import forward_sweep
 from bilevel.tree import Tree
 
 Build = Callable[[Any], tuple[ControlProblem, Tree]]  # batch -> (problem, observation)
@@ -101,7 +101,7 @@ class ControlSolver:
 
     problem: ControlProblem | Build
     optimizer: Callable[[list[Tensor]], Optimizer] = _adam
-    checkpointing: Checkpointing | None = None
+    checkpointing: Checkpointing | Budget | None = None
     on_failure: Literal["warn", "raise", "ignore"] = "warn"
 
     def __post_init__(self) -> None:
@@ -272,10 +272,11 @@ class _Closure:
 
 def _where(problem: ControlProblem, observation: Tree, control: Tree) -> str:
     """Which state is the first that is not finite."""
-    swept = forward_sweep(
-        problem.dynamics, observation, control, problem.horizon, Checkpointing(), tape_last=False
-    )
-    for t, state in enumerate([*swept.starts, swept.final]):
+    observation, control = tree.detach((observation, control))
+    state = problem.dynamics.init(observation, initial_control(control))
+    for t in range(problem.horizon + 1):
+        if t:
+            state = problem.dynamics.step(state, step_control(control, t), t)
         if not math.isfinite(tree.norm(state)):
             return f"u({t}) is the first state that is not finite"
     return "every state is finite, so a cost or a derivative is not"

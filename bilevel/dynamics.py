@@ -9,7 +9,7 @@ import optree
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.errors import StructureError
+from bilevel.errors import LostGradientError, StructureError
 from bilevel.tree import Tree
 
 
@@ -142,3 +142,47 @@ def check_control(control: Tree, horizon: int) -> None:
             f"got {len(control.steps)}."
         )
     tree.check_leaves(control, "control")
+
+
+class GradientSum:
+    """A gradient in a control, gathered from the parts of the control that steps receive."""
+
+    def __init__(self, control: Tree) -> None:
+        """Start from nothing; `control` is the variable tree whose parts will be named."""
+        self._leaves, self._structure = tree.flatten(control)
+        self._names = tree.leaf_names(control, "control")
+        self._index = {id(leaf): i for i, leaf in enumerate(self._leaves)}
+        self._sums: list[Tensor | None] = [None] * len(self._leaves)
+
+    def add(self, part: Tree, vector: Tree) -> None:
+        """Add `vector`, None where nothing is to be added, in the places of `part`."""
+        for leaf, term in zip(tree.leaves_of(part), tree.leaves_of(vector), strict=True):
+            if term is not None:
+                i = self._index[id(leaf)]
+                total = self._sums[i]
+                self._sums[i] = term if total is None else total + term
+
+    def subtract(self, part: Tree, vector: Tree) -> None:
+        """Subtract `vector` in the places of `part`."""
+        self.add(part, tree.negative(vector))
+
+    def sums(self) -> Tree:
+        """What was gathered, None where nothing was."""
+        return tree.unflatten(self._structure, self._sums)
+
+    def total(self) -> Tree:
+        """The gradient of the whole problem.
+
+        Returns:
+            A vector of the space of the control.
+
+        Raises:
+            LostGradientError: if nothing read some part of the control.
+        """
+        for leaf, total, name in zip(self._leaves, self._sums, self._names, strict=True):
+            if tree.is_variable(leaf) and total is None:
+                raise LostGradientError(
+                    f"{name} reaches no cost, neither directly nor through the dynamics, so that "
+                    "its gradient would be a silent zero: use it, or leave it out of the control."
+                )
+        return self.sums()

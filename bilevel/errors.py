@@ -21,6 +21,10 @@ class UnsupportedError(BilevelError, NotImplementedError):
     """A combination this version does not compute; the message names one that works."""
 
 
+class StorageError(BilevelError, OSError):
+    """Snapshots could not be written or read; the message names the path."""
+
+
 class ConvergenceError(BilevelError, RuntimeError):
     """An iteration stopped before its tolerance and the user asked for an error."""
 

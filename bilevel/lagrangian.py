@@ -12,18 +12,26 @@ running cost, the control in l and the gradient in theta_0 generalise it.
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bilevel import autodiff, tree
-from bilevel.checkpointing import Checkpointing
+from bilevel.checkpointing import Budget, Checkpointing
 from bilevel.control import ControlProblem, RunningCost
-from bilevel.dynamics import Dynamics, check_control, initial_control, step_control
+from bilevel.dynamics import (
+    Dynamics,
+    GradientSum,
+    check_control,
+    initial_control,
+    step_control,
+)
 from bilevel.errors import StructureError
 from bilevel.randomness import preserved
-from bilevel.sweep import Block, GradientSum, Trajectory, forward_sweep
+from bilevel.sweep import forward_sweep, planned
+from bilevel.trajectory import Block, Trajectory
 from bilevel.tree import Tree
 
 
@@ -90,7 +98,7 @@ def adjoint(
     observation: Tree,
     control: Tree,
     *,
-    checkpointing: Checkpointing | None = None,
+    checkpointing: Checkpointing | Budget | None = None,
     keep_states: bool = False,
     keep_multipliers: bool = False,
 ) -> Adjoint:
@@ -102,7 +110,7 @@ def adjoint(
         problem: dynamics, horizon and costs.
         observation: f; its integer and boolean leaves have no gradient.
         control: Theta, shared by all steps or a `PerStep`.
-        checkpointing: what is kept of the trajectory; None is `Checkpointing()`.
+        checkpointing: what is kept of the trajectory, or a `Budget`; None is `Checkpointing()`.
         keep_states: return u(0), ..., u(T).
         keep_multipliers: return lambda_0, ..., lambda_T.
 
@@ -130,11 +138,11 @@ def adjoint(
         observation,
         control,
         problem.horizon,
-        checkpointing or Checkpointing(),
+        planned(checkpointing, problem, observation, control),
         tape_last=True,
     )
     gradient = GradientSum(trajectory.control)
-    with preserved(trajectory.devices):
+    with closing(trajectory), preserved(trajectory.devices):
         cost, (state_gradient, control_gradient) = autodiff.value_and_gradient(
             lambda state, theta: _terminal(problem, state, theta),
             trajectory.final,
@@ -205,7 +213,7 @@ def multiplier_sweep(
     states, multipliers = [trajectory.final], [_with_zeros(multiplier, trajectory.final)]
     with autodiff.recording():
         for block in trajectory.taped_in_reverse():
-            costs = _block_costs(dynamics, running, block)
+            costs = block_costs(dynamics, running, block)
             known = (block.states[:-1], trajectory.control)
             autodiff.refuse_hidden(costs, known, "the running cost")
             inner_states = block.states[:-1] if keep_multipliers else block.states[:1]
@@ -224,7 +232,7 @@ def multiplier_sweep(
             # (8): grad_{theta_t} L = -(dg/dtheta)^* lambda_t + grad_theta r
             gradient.subtract(parts, control_part)
             total = sum((cost.detach() for cost in costs), total)
-            del block, costs, inner_states
+            del block, known, costs, inner_states, earlier, control_part  # before the next tape
         # (8) at t = 0: grad_{theta_0} L = -(dg0/dtheta_0)^* lambda_0
         inputs = (trajectory.observation, trajectory.control)
         start = trajectory.taped_initial()
@@ -294,7 +302,7 @@ def kkt(
             u, theta_t = autodiff.variables(states[t - 1]), step_control(theta, t)
             step = problem.dynamics.step(u, theta_t, t)
             block = Block(range(t - 1, t), [u, step], [theta_t])
-            costs = _block_costs(problem.dynamics, problem.running, block)
+            costs = block_costs(problem.dynamics, problem.running, block)
             autodiff.refuse_hidden((step, costs), (u, theta), f"step {t} or its running cost")
             swept, control_part = autodiff.pull(
                 (step, costs), (multipliers[t], [-torch.ones_like(r) for r in costs]), (u, theta_t)
@@ -320,7 +328,7 @@ def _terminal(problem: ControlProblem, state: Tree, control: Tree) -> Tensor:
     return autodiff.check_scalar(cost, "the terminal cost")
 
 
-def _block_costs(dynamics: Dynamics, running: RunningCost | None, block: Block) -> list[Tensor]:
+def block_costs(dynamics: Dynamics, running: RunningCost | None, block: Block) -> list[Tensor]:
     """r(u(t-1), theta_t, t) for every step t of a block."""
     if running is None:
         return []

@@ -1,15 +1,22 @@
 """The final state as a differentiable function, its backward a multiplier sweep."""
 
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bilevel import autodiff, tree
-from bilevel.checkpointing import Checkpointing
-from bilevel.dynamics import Dynamics, check_control, initial_control, step_control
-from bilevel.errors import ArgumentError
+from bilevel.checkpointing import Budget, Checkpointing
+from bilevel.control import ControlProblem
+from bilevel.dynamics import Dynamics, GradientSum, check_control, initial_control, step_control
 from bilevel.lagrangian import multiplier_sweep
-from bilevel.randomness import preserved
-from bilevel.sweep import GradientSum, forward_sweep
+from bilevel.randomness import RandomState, preserved
+from bilevel.second_order import paired, tangent_of, tangent_plan, tangent_sweep, unpaired
+from bilevel.storage import MemorySnapshots
+from bilevel.sweep import forward_sweep, planned
+from bilevel.trajectory import Trajectory
 from bilevel.tree import Tree
 
 
@@ -19,19 +26,23 @@ def rollout(
     control: Tree,
     horizon: int,
     *,
-    checkpointing: Checkpointing | None = None,
+    checkpointing: Checkpointing | Budget | None = None,
 ) -> Tree:
     """u(T), differentiable in the observation and the control.
 
     The backward of a cotangent v is the multiplier sweep of the terminal cost Re<v, u(T)>,
-    that is lambda_T = -v; with `Checkpointing(block=None)` it is plain autograd.
+    that is lambda_T = -v; with `Checkpointing(block=None)` it is plain autograd. A gradient that
+    is differentiated again, with `create_graph=True`, costs one sweep of the tangent system with
+    the same checkpointing. A backward uses up what was kept, unless every state was kept in memory:
+    another one through a retained graph then sweeps forward again.
 
     Args:
         dynamics: g and g0.
         observation: f.
         control: Theta, shared or `PerStep`.
         horizon: number of steps, T >= 0.
-        checkpointing: what is kept between forward and backward; None is `Checkpointing()`.
+        checkpointing: what is kept between forward and backward, or a `Budget`; None is
+            `Checkpointing()`.
 
     Returns:
         The final state, the structure that `dynamics.init` returns.
@@ -39,8 +50,8 @@ def rollout(
     Raises:
         ArgumentError: if `horizon` is negative.
         StructureError: if the control does not fit the horizon, or a step changes the structure.
-        UnsupportedError: under a `torch.func` transform, or when its gradient is differentiated
-            again, with states kept.
+        UnsupportedError: under a `torch.func` transform, or when its second derivative is
+            differentiated again, with states kept.
 
     Example:
         >>> import torch, bilevel as bl
@@ -50,11 +61,11 @@ def rollout(
         >>> rate.grad
         tensor(6.)
     """
-    if horizon < 0:
-        raise ArgumentError(f"horizon must be an integer >= 0, got {horizon}.")
-    checkpointing = checkpointing or Checkpointing()
     check_control(control, horizon)
-    if checkpointing.keeps_graphs:
+    problem = ControlProblem(dynamics, _no_cost, horizon)
+    with autodiff.no_transforms():
+        chosen = planned(checkpointing, problem, observation, control)
+    if chosen.keeps_graphs:
         state = dynamics.init(observation, initial_control(control))
         for t in range(1, horizon + 1):
             following = dynamics.step(state, step_control(control, t), t)
@@ -65,32 +76,84 @@ def rollout(
 
     leaves, structure = tree.flatten((observation, control))
     shape: list[Any] = []
+    beginning: list[tuple[frozenset[torch.device], RandomState | None]] = []
 
     def run(inputs: list[Any]) -> tuple[list[Any], list[Any], autodiff.Reverse]:
         f, theta = tree.unflatten(structure, inputs)
-        swept = forward_sweep(dynamics, f, theta, horizon, checkpointing, tape_last=False)
+        swept = forward_sweep(dynamics, f, theta, horizon, chosen, tape_last=False)
         outputs, output_structure = tree.flatten(swept.final)
         shape.append(output_structure)
-        kept, kept_structure = tree.flatten((swept.starts, swept.final))
-        bare = replace(swept, observation=None, control=None, starts=[], final=None)
+        # Snapshots that no other will replace are saved with the graph, and serve every backward.
+        # Others are used up by the first; another one has to sweep forward again.
+        lasting = _lasting(swept)
+        kept, kept_structure = tree.flatten((lasting, swept.final))
+        random, random_start = dict(swept.random), swept.random_start
+        beginning.append((swept.devices, random_start))
+        unused = [] if lasting else [swept.snapshots]
+        bare = replace(
+            swept, observation=None, control=None, final=None, snapshots=MemorySnapshots()
+        )
 
         def reverse(inputs: list[Any], kept: list[Any], cotangent: list[Any]) -> list[Any]:
             f, theta = tree.unflatten(structure, inputs)
-            starts, final = tree.unflatten(kept_structure, kept)
-            again = replace(
-                bare,
-                observation=autodiff.variables(f),
-                control=autodiff.variables(theta),
-                starts=tree.detach(starts),
-                final=tree.detach(final),
-            )
-            gradient = GradientSum(again.control)
-            multiplier = tree.negative(tree.unflatten(output_structure, cotangent))
-            with preserved(again.devices):
-                found = multiplier_sweep(again, multiplier, gradient)
+            lasting, final = tree.unflatten(kept_structure, kept)
+            with preserved(bare.devices):
+                if lasting or unused:
+                    again = replace(
+                        bare,
+                        observation=autodiff.variables(f),
+                        control=autodiff.variables(theta),
+                        snapshots=MemorySnapshots(tree.detach(lasting))
+                        if lasting
+                        else unused.pop(),
+                        random=dict(random),
+                        final=tree.detach(final),
+                    )
+                else:
+                    if random_start is not None:
+                        random_start.restore()
+                    again = forward_sweep(dynamics, f, theta, horizon, chosen, tape_last=True)
+                gradient = GradientSum(again.control)
+                multiplier = tree.negative(tree.unflatten(output_structure, cotangent))
+                with closing(again):
+                    found = multiplier_sweep(again, multiplier, gradient)
             return tree.leaves_of((found.observation_gradient, gradient.sums()))
 
         return outputs, kept, reverse
 
-    outputs = autodiff.reversible(run, leaves)
+    def again(
+        inputs: list[Any], cotangents: list[Any], directions: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """One sweep of the tangent system along `directions`, of the cost Re<cotangents, v(T)>."""
+        (f, theta), (e, d) = (tree.unflatten(structure, x) for x in (inputs, directions))
+        tangent, pair = tangent_of(dynamics, theta), paired(theta, d)
+        start, pair = tree.detach(((f, e), pair))
+        devices, random_start = beginning[0]
+        with preserved(devices):
+            chosen = tangent_plan(checkpointing, tangent, problem, start, pair)
+            if random_start is not None:
+                random_start.restore()
+            swept = forward_sweep(tangent, start, pair, horizon, chosen, tape_last=True)
+            state, moved = swept.final
+            multiplier = tree.negative(tree.unflatten(shape[0], cotangents))
+            nothing = tree.map_leaves(lambda _: None, state)
+            point, _ = unpaired(swept.control)
+            gradient, product = GradientSum(point), GradientSum(point)
+            with closing(swept):
+                found = tangent_sweep(swept, (multiplier, nothing), gradient, product)
+        parts = found.observation_product, product.sums()
+        return tree.leaves_of(parts), tree.leaves_of(moved)
+
+    outputs = autodiff.reversible(run, again, leaves)
     return tree.unflatten(shape[0], list(outputs))
+
+
+def _no_cost(state: Tree, control: Tree) -> Tensor:  # noqa: ARG001
+    return torch.zeros(())
+
+
+def _lasting(swept: Trajectory) -> dict[int, Tree]:
+    """The snapshots, if no other will take the place of one."""
+    schedule = swept.schedule
+    every = schedule.snapshots >= schedule.n_blocks - 1
+    return swept.snapshots.states if every and isinstance(swept.snapshots, MemorySnapshots) else {}

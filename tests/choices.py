@@ -1,10 +1,26 @@
 """Every choice a user can make, for tests that are the product of cases and choices."""
 
+import tempfile
+
 import torch
 
 import bilevel as bl
 
-CHECKPOINTINGS = [bl.Checkpointing(), bl.Checkpointing(block=None)]
+# Files of sweeps appear here for as long as a sweep runs; the tests of storage look for leftovers.
+FOLDER = tempfile.gettempdir()
+
+CHECKPOINTINGS = [
+    bl.Checkpointing(),
+    bl.Checkpointing(block=None),
+    bl.Checkpointing(snapshots=1),
+    bl.Checkpointing(snapshots=2),
+    bl.Checkpointing(snapshots=1, block=2),
+    bl.Checkpointing(snapshots=2, block=2, storage=bl.OnHost()),
+    bl.Checkpointing(block=3),
+    bl.Checkpointing(snapshots=2, storage=bl.OnDisk(FOLDER)),
+    bl.Checkpointing(block=2, storage=bl.OnDisk(FOLDER)),
+    bl.Checkpointing(block=100),
+]
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.02),

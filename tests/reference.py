@@ -107,6 +107,13 @@ def assert_same(found, truth, rtol=1e-12):
         torch.testing.assert_close(new, old, rtol=0, atol=rtol * largest)
 
 
+def assert_same_vector(found, truth, rtol=1e-12):
+    """As a whole; for vectors with parts that are zero but for rounding."""
+    largest = max([float(x.abs().max()) for x in wanted(truth) if x.numel()], default=0.0)
+    for new, old in zip(wanted(found), wanted(truth), strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=rtol * largest)
+
+
 def random_like(values, generator, scale=1.0):
     """A random vector in the space of `values`."""
     return tree.map_leaves(

@@ -12,6 +12,7 @@ BUILT_IN = {
     "StructureError": ValueError,
     "LostGradientError": ValueError,
     "UnsupportedError": NotImplementedError,
+    "StorageError": OSError,
     "ConvergenceError": RuntimeError,
     "DivergenceError": ArithmeticError,
 }
