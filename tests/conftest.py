@@ -2,7 +2,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tensors here are tiny: threads only wait for each other, seconds on a busy machine."""
     before = torch.get_num_threads()
