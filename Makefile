@@ -39,6 +39,7 @@ docs: $(STAMPS)/docs
 
 bench: $(STAMPS)/mri
 	$(VENV)/bin/python -m benchmarks.training_step
+	$(VENV)/bin/python -m benchmarks.memory
 
 clean:
 	rm -rf $(VENV) docs/_build
