@@ -1,4 +1,4 @@
-"""The layers of STYLE section 2 and DESIGN section 1, read from the source."""
+"""The layers of the library, read from the source: a file imports only from files above it."""
 
 import ast
 import subprocess
