@@ -30,6 +30,7 @@ from applications.mri.evaluation import (
     table_rows,
 )
 from applications.mri.figures import draw_image
+from applications.mri.files import write_whole
 from applications.mri.keeping import Keeper, Report, describe
 from applications.mri.network import Architecture, light, paper
 from applications.mri.phantoms import SimulationSettings, make_place, simulate_folder
@@ -42,7 +43,7 @@ from applications.mri.sampling import (
     Sampling,
 )
 from applications.mri.training import TrainingSettings, train
-from applications.mri.weights import Trained, load_weights, write_whole
+from applications.mri.weights import Trained, load_weights
 from bilevel.errors import BilevelError
 
 app = typer.Typer(

@@ -6,8 +6,6 @@ over the columns or over rows and columns; ``ismrmrd_header``, XML; attributes `
 ``max``, ``norm``, ``patient_id``.
 """
 
-import os
-import tempfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from applications.mri.errors import InputError
+from applications.mri.files import whole_file
 from applications.mri.hdf5 import minimal_header, opened, read_facts, read_finite, read_mask
 from applications.mri.operators import ifft2c, rss
 
@@ -226,35 +225,27 @@ def write_volume(path: Path | str, volume: Volume) -> None:
         volume: what to write.
 
     Raises:
-        InputError: if the folder does not exist.
+        InputError: if the folder does not exist or cannot be written.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist; create it first.")
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        with h5py.File(temporary, "w") as file:
-            file["kspace"] = volume.kspace.detach().cpu().to(torch.complex64).numpy()
-            header = volume.header
-            if header is None:
-                shown = volume.kspace if volume.reference is None else volume.reference
-                header = minimal_header(volume.kspace.shape[2:], shown.shape[-2:])
-            file.create_dataset("ismrmrd_header", data=header, dtype=h5py.string_dtype())
-            file.attrs["acquisition"] = volume.acquisition
-            file.attrs["patient_id"] = volume.patient_id
-            if volume.mask is not None:
-                file["mask"] = volume.mask.cpu().numpy()
-            if volume.reference is not None:
-                reference = volume.reference.detach().cpu().float().numpy()
-                file["reconstruction_rss"] = reference
-                file.attrs["max"] = float(reference.max())
-                file.attrs["norm"] = float(np.linalg.norm(reference))
-        Path(temporary).chmod(0o644)  # mkstemp makes files that only their owner reads
-        os.replace(temporary, path)  # noqa: PTH105 - one rename, also over an existing file
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as temporary, h5py.File(temporary, "w") as file:
+        file["kspace"] = volume.kspace.detach().cpu().to(torch.complex64).numpy()
+        header = volume.header
+        if header is None:
+            shown = volume.kspace if volume.reference is None else volume.reference
+            header = minimal_header(volume.kspace.shape[2:], shown.shape[-2:])
+        file.create_dataset("ismrmrd_header", data=header, dtype=h5py.string_dtype())
+        file.attrs["acquisition"] = volume.acquisition
+        file.attrs["patient_id"] = volume.patient_id
+        if volume.mask is not None:
+            file["mask"] = volume.mask.cpu().numpy()
+        if volume.reference is not None:
+            reference = volume.reference.detach().cpu().float().numpy()
+            file["reconstruction_rss"] = reference
+            file.attrs["max"] = float(reference.max())
+            file.attrs["norm"] = float(np.linalg.norm(reference))
 
 
 def implied_mask(kspace: Tensor) -> Tensor:

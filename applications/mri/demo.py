@@ -21,6 +21,7 @@ from applications.mri.evaluation import (
     sweep_regularisation,
 )
 from applications.mri.figures import Panel, draw_reconstructions
+from applications.mri.files import write_whole
 from applications.mri.keeping import Keeper, Report, describe
 from applications.mri.network import light
 from applications.mri.operators import ifft2c, rss
@@ -28,7 +29,7 @@ from applications.mri.phantoms import SimulationSettings, make_folder, simulate_
 from applications.mri.reconstruction import Loss, Network
 from applications.mri.sampling import CartesianRandom, acceleration_of
 from applications.mri.training import TrainingSettings, train
-from applications.mri.weights import Trained, write_whole
+from applications.mri.weights import Trained
 
 _N_COILS = 8  # of the bundled scan
 _SHOWN = (

@@ -1,8 +1,6 @@
 """Trained weights as safetensors files that know their architecture."""
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor
 
 import bilevel as bl
 from applications.mri.errors import InputError
+from applications.mri.files import write_whole
 from applications.mri.network import Architecture
 from applications.mri.reconstruction import Network
 
@@ -106,36 +105,6 @@ def load_weights(path: Path | str) -> Trained:
     steps = [{n: values[f"step{t}.{n}"] for n in step} for t, step in enumerate(control.steps, 1)]
     initial = {n: values[f"initial.{n}"] for n in control.initial}
     return Trained(network, bl.PerStep(steps, initial), record)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes `content` beside `path`, then renames it into place.
-
-    Args:
-        path: the file, replaced if it exists.
-        content: all of it.
-
-    Raises:
-        InputError: if the file cannot be written.
-    """
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise InputError(
-            f"{path}: the folder cannot be written ({error}); choose another."
-        ) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)  # mkstemp makes files that only their owner reads
-        Path(temporary).replace(path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(
-                f"{path}: the file cannot be written ({error}); choose another."
-            ) from error
-        raise
 
 
 def _stored_kind(value: Tensor) -> str:

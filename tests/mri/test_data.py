@@ -119,8 +119,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("applications.mri.data.os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("applications.mri.files.Path.replace", fail)
+    with pytest.raises(InputError, match=r"scan.h5: the file cannot be written .disk full"):
         write_volume(tmp_path / "scan.h5", volume(n_slices=2))
     assert [path.name for path in tmp_path.iterdir()] == ["scan.h5"]
     assert (tmp_path / "scan.h5").read_bytes() == before
