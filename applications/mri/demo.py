@@ -32,6 +32,7 @@ from applications.mri.training import TrainingSettings, train
 from applications.mri.weights import Trained
 
 _N_COILS = 8  # of the bundled scan
+_SAMPLING = CartesianRandom(4.0, 0.08)  # trained for, evaluated and drawn
 _SHOWN = (
     "brain_t1_axial",
     "neck_t2star_axial",
@@ -93,9 +94,8 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
         out / "data", simulation, lambda done, n: report("simulating scans", done / n)
     )
     data = {role: SliceDataset(paths) for role, paths in files.items()}
-    sampling = CartesianRandom(4.0, 0.08)
     training = TrainingSettings(
-        samplings=(sampling,),
+        samplings=(_SAMPLING,),
         seconds=settings.seconds,
         crop=min(32, settings.size),
         whole=0.1,
@@ -110,7 +110,7 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
     trained = Trained(network, trained_for.control, {})
 
     report("tuning the baselines", 0.0)
-    swept = sweep_regularisation(data["validation"], sampling, settings.seed + 1)
+    swept = sweep_regularisation(data["validation"], _SAMPLING, settings.seed + 1)
     methods = {
         **classical_methods(swept),
         **network_methods(trained),
@@ -118,7 +118,7 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
     evaluation = evaluate(
         methods,
         data["test"],
-        sampling,
+        _SAMPLING,
         settings.seed + 2,
         lambda done, n: report("evaluating held-out slices", done / n),
     )
@@ -172,7 +172,7 @@ def _draw(
 ) -> None:
     shown = {name: methods[name] for name in ("zero-filled", "l1-wavelet", "ours")}
     generator = torch.Generator().manual_seed(settings.seed + 2)  # the masks of the evaluation
-    masks = [CartesianRandom(4.0, 0.08).mask(file.shape, generator) for file in test.files]
+    masks = [_SAMPLING.mask(file.shape, generator) for file in test.files]
     panels: list[Panel] = []
     chosen = [i for i, f in enumerate(test.files) if f.path.stem in _SHOWN] or [0]
     for i in chosen:
