@@ -21,6 +21,7 @@ from bilevel.krylov import CG, NormalCG
 from bilevel.lagrangian import KKT, Adjoint, adjoint, kkt, lagrangian
 from bilevel.linear import LinearResult, LinearSolver, Operator
 from bilevel.modules import Phases, functional
+from bilevel.problem import BilevelProblem, ByStep
 from bilevel.rollout import rollout
 from bilevel.second_order import HessianProduct, hvp
 from bilevel.storage import InMemory, OnDisk, OnHost
@@ -35,7 +36,9 @@ __all__ = [
     "Adjoint",
     "ArgumentError",
     "BilevelError",
+    "BilevelProblem",
     "Budget",
+    "ByStep",
     "Checkpointing",
     "ControlProblem",
     "ControlSolution",
