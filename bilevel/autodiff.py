@@ -113,14 +113,182 @@ def value_and_gradient(
         return value.detach(), pull(value, torch.ones_like(value), inputs)
 
 
-def _graph_leaves(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The tensors that accumulate a gradient in the graph behind `tensors`."""
+def gradient(
+    function: Callable[[Tree, Tree], Tensor],
+    params: Tree,
+    control: Tree,
+    *,
+    name: str,
+    check: bool = False,
+) -> Tree:
+    """Gradient of `function(params, control)` in `params`; a function of both.
+
+    Where an argument requires grad the gradient is attached to its graph, so that it can be
+    differentiated once more; else no graph is left.
+
+    Args:
+        function: real scalar.
+        params: tree whose variables are differentiated.
+        control: tree.
+        name: what to call `function` in an error.
+        check: look for tensors closed over, and whether anything in `params` is read.
+
+    Returns:
+        A vector of the space of `params`, zero where `function` does not depend on the leaf.
+
+    Raises:
+        StructureError: if the value is no real scalar.
+        LostGradientError: if asked to check, and a gradient would be lost.
+    """
+    leaves, structure = ([params], None) if isinstance(params, Tensor) else tree.flatten(params)
+    attached = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (*leaves, *tree.leaves_of(control))
+    )
+    known = (params, control) if attached else ()
+    with torch.enable_grad():
+        inputs: list[Any] = []
+        for x in leaves:
+            if not tree.is_variable(x):
+                inputs.append(x.detach() if isinstance(x, Tensor) else x)
+            elif attached and x.requires_grad:
+                # A tensor in two places would collect the gradients of both.
+                inputs.append(x.view_as(x) if any(x is y for y in inputs) else x)
+            else:
+                inputs.append(x.detach().requires_grad_())
+        point = inputs[0] if structure is None else tree.unflatten(structure, inputs)
+        value = check_scalar(function(point, control), name)
+        if check:
+            refuse_hidden(value, (known, point), name)
+        wanted = inputs if structure is None else [x for x in inputs if tree.is_variable(x)]
+        found: Sequence[Tensor | None] = (
+            torch.autograd.grad(value, wanted, create_graph=attached, allow_unused=True)
+            if value.requires_grad and wanted
+            else [None] * len(wanted)
+        )
+        if check and all(g is None for g in found):
+            raise LostGradientError(
+                f"the {name} does not depend on the params, so that nothing would be minimised: "
+                "use them, and look for a detach() or a no_grad() inside."
+            )
+        filled = [
+            torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found, strict=True)
+        ]
+    if structure is None:
+        return filled[0]
+    each = iter(filled)
+    return tree.unflatten(structure, [next(each) if tree.is_variable(x) else None for x in inputs])
+
+
+class Linearisation:
+    """The derivative of a function at a point, its graph built once; many products from it."""
+
+    def __init__(self, function: Callable[..., Tree], *arguments: Tree, name: str) -> None:
+        """Evaluate `function` and keep its graph.
+
+        Args:
+            function: of `arguments`; differentiable.
+            arguments: trees; what they were computed from is not differentiated.
+            name: what to call `function` in an error.
+
+        Raises:
+            LostGradientError: if the function closes over a tensor that requires grad.
+        """
+        self._inputs = tuple(variables(argument) for argument in arguments)
+        with torch.enable_grad():
+            self._outputs = function(*self._inputs)
+            refuse_hidden(self._outputs, self._inputs, name)
+        self.value = tree.detach(self._outputs)
+        self._places = [
+            i
+            for i, y in enumerate(tree.leaves_of(self._outputs))
+            if isinstance(y, Tensor) and y.requires_grad
+        ]
+        leaves = tree.leaves_of(self._outputs)
+        self._ys = [leaves[i] for i in self._places]
+        self._slopes: dict[int, tuple[list[Tensor], list[Tensor | None]]] = {}
+
+    def pull(self, cotangent: Tree, argument: int = 0) -> Tree:
+        """The adjoint of the derivative in one argument, applied to a vector of the values.
+
+        Args:
+            cotangent: no None in places of variables.
+            argument: which.
+
+        Returns:
+            A vector of the space of the argument; None where the value does not depend on it.
+        """
+        point = self._inputs[argument]
+        if isinstance(point, Tensor) and isinstance(cotangent, Tensor):
+            if not self._ys:
+                return None
+            return torch.autograd.grad(
+                self._ys, point, cotangent, retain_graph=True, allow_unused=True
+            )[0]
+        leaves, structure = tree.flatten(point)
+        wanted = [x for x in leaves if tree.is_variable(x)]
+        vectors = tree.leaves_of(cotangent)
+        if not self._ys or not wanted:
+            return tree.unflatten(structure, [None] * len(leaves))
+        given = [vectors[i] for i in self._places]
+        found = iter(
+            torch.autograd.grad(self._ys, wanted, given, retain_graph=True, allow_unused=True)
+        )
+        return tree.unflatten(
+            structure, [next(found) if tree.is_variable(x) else None for x in leaves]
+        )
+
+    def push(self, direction: Tree, argument: int = 0) -> Tree:
+        """The derivative in one argument along a direction: that of the pullback in its cotangent.
+
+        Args:
+            direction: a vector of the space of the argument.
+            argument: which.
+
+        Returns:
+            A vector of the space of the values; None where they do not depend on the argument.
+        """
+        leaves, structure = tree.flatten(self._outputs)
+        inputs, directions = (
+            tree.leaves_of(self._inputs[argument]),
+            tree.leaves_of(direction),
+        )
+        moved = [i for i, d in enumerate(directions) if d is not None]
+        if argument not in self._slopes:
+            wanted = [x for x in inputs if tree.is_variable(x)]
+            cotangents = [torch.zeros_like(y, requires_grad=True) for y in self._ys]
+            pulled: Sequence[Tensor | None] = (
+                torch.autograd.grad(
+                    self._ys, wanted, cotangents, create_graph=True, allow_unused=True
+                )
+                if self._ys and wanted
+                else [None] * len(wanted)
+            )
+            each = iter(pulled)
+            slopes = [next(each) if tree.is_variable(x) else None for x in inputs]
+            self._slopes[argument] = cotangents, slopes
+        cotangents, slopes = self._slopes[argument]
+        pairs = [
+            (p, directions[i]) for i in moved if (p := slopes[i]) is not None and p.requires_grad
+        ]
+        tangents: Sequence[Tensor | None] = [None] * len(cotangents)
+        if pairs:
+            ps, ds = zip(*pairs, strict=True)
+            tangents = torch.autograd.grad(ps, cotangents, ds, retain_graph=True, allow_unused=True)
+        found: list[Tensor | None] = [
+            torch.zeros_like(y) if tree.is_variable(y) else None for y in leaves
+        ]
+        for i, tangent in zip(self._places, tangents, strict=True):
+            found[i] = found[i] if tangent is None else tangent
+        return tree.unflatten(structure, found)
+
+
+def _graph_leaves(tensors: Sequence[Tensor], seen: set[Node]) -> Iterator[Tensor]:
+    """The tensors that accumulate a gradient in the graph behind `tensors`, not behind `seen`."""
     pending: list[Node | None] = []
     for tensor in tensors:
         if tensor.grad_fn is None and tensor.requires_grad:
             yield tensor
         pending.append(tensor.grad_fn)
-    seen: set[Node] = set()
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -139,7 +307,7 @@ def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
 
     Args:
         outputs: what the user's function returned.
-        inputs: the variable trees it was given.
+        inputs: the trees it was given; what lies behind them is no concern of the function.
         name: what to call the function.
 
     Raises:
@@ -148,8 +316,9 @@ def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
     tensors = [y for y in tree.leaves_of(outputs) if isinstance(y, Tensor) and y.requires_grad]
     if not tensors:
         return
-    known = {id(x) for x in tree.leaves_of(inputs)}
-    for leaf in _graph_leaves(tensors):
+    given = [x for x in tree.leaves_of(inputs) if isinstance(x, Tensor)]
+    known, behind = {id(x) for x in given}, {x.grad_fn for x in given if x.grad_fn is not None}
+    for leaf in _graph_leaves(tensors, behind):
         if id(leaf) not in known:
             raise LostGradientError(
                 f"{name} uses a tensor of shape {tuple(leaf.shape)} that requires grad but is not "

@@ -11,7 +11,7 @@ running cost, the control in l and the gradient in theta_0 generalise it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -101,6 +101,7 @@ def adjoint(
     checkpointing: Checkpointing | Budget | None = None,
     keep_states: bool = False,
     keep_multipliers: bool = False,
+    stop: Callable[["Swept"], bool] | None = None,
 ) -> Adjoint:
     """Cost and gradient by the forward sweep (6), the multiplier sweep (7) and equation (8).
 
@@ -113,6 +114,8 @@ def adjoint(
         checkpointing: what is kept of the trajectory, or a `Budget`; None is `Checkpointing()`.
         keep_states: return u(0), ..., u(T).
         keep_multipliers: return lambda_0, ..., lambda_T.
+        stop: asked after each block of the multiplier sweep; True leaves out the earlier steps and
+            g0, so that the gradient is a part of the whole, and the observation gradient is None.
 
     Returns:
         The cost, the gradients, and what was asked for.
@@ -157,6 +160,7 @@ def adjoint(
             problem.running,
             keep_states=keep_states,
             keep_multipliers=keep_multipliers,
+            stop=stop,
         )
     return Adjoint(
         cost=cost + swept.running,
@@ -167,6 +171,26 @@ def adjoint(
         multipliers=swept.multipliers,
         forward_steps=trajectory.forward_steps,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """Where a multiplier sweep has come to, after steps a+1, ..., b were reversed.
+
+    Attributes:
+        steps: `range(a, b)`.
+        multiplier: lambda_a, None in it standing for zero.
+        following: lambda_b, likewise.
+        part: what the steps add to grad_Theta L, with the opposite sign: of the leaves of their
+            controls, each once.
+        gradient: of (8) gathered so far, None where nothing was.
+    """
+
+    steps: range
+    multiplier: Tree
+    following: Tree
+    part: list[Tensor | None]
+    gradient: Tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +218,7 @@ def multiplier_sweep(
     *,
     keep_states: bool = False,
     keep_multipliers: bool = False,
+    stop: Callable[[Swept], bool] | None = None,
 ) -> MultiplierSweep:
     """Equations (7b), (7c) and (8), from the last block of the trajectory to g0.
 
@@ -204,6 +229,7 @@ def multiplier_sweep(
         running: r.
         keep_states: return the states.
         keep_multipliers: return the multipliers.
+        stop: as in `adjoint`.
 
     Returns:
         Running cost, observation gradient, and what was asked for.
@@ -211,6 +237,7 @@ def multiplier_sweep(
     dynamics = trajectory.dynamics
     total: Tensor | float = 0.0
     states, multipliers = [trajectory.final], [_with_zeros(multiplier, trajectory.final)]
+    observation_gradient = None
     with autodiff.recording():
         for block in trajectory.taped_in_reverse():
             costs = block_costs(dynamics, running, block)
@@ -225,22 +252,30 @@ def multiplier_sweep(
                 (inner_states, parts := tree.distinct_leaves(block.controls)),
             )
             # (7b), (7c): lambda_{t-1} = (dg/du)^* lambda_t - grad_u r, for every t of the block
-            multiplier = earlier[0]
+            following, multiplier = multiplier, earlier[0]
             if keep_multipliers:
                 likes = reversed(list(zip(earlier, inner_states, strict=True)))
                 multipliers += [_with_zeros(found, state) for found, state in likes]
             # (8): grad_{theta_t} L = -(dg/dtheta)^* lambda_t + grad_theta r
             gradient.subtract(parts, control_part)
             total = sum((cost.detach() for cost in costs), total)
+            stopped = stop is not None and stop(
+                Swept(block.steps, multiplier, following, control_part, gradient.sums())
+            )
             del block, known, costs, inner_states, earlier, control_part  # before the next tape
-        # (8) at t = 0: grad_{theta_0} L = -(dg0/dtheta_0)^* lambda_0
-        inputs = (trajectory.observation, trajectory.control)
-        start = trajectory.taped_initial()
-        observation_part, control_part = autodiff.pull(start, multiplier, inputs)
-        gradient.subtract(trajectory.control, control_part)
+            del following
+            if stopped:
+                break
+        else:
+            # (8) at t = 0: grad_{theta_0} L = -(dg0/dtheta_0)^* lambda_0
+            inputs = (trajectory.observation, trajectory.control)
+            start = trajectory.taped_initial()
+            observation_part, control_part = autodiff.pull(start, multiplier, inputs)
+            gradient.subtract(trajectory.control, control_part)
+            observation_gradient = _with_zeros(tree.negative(observation_part), inputs[0])
     return MultiplierSweep(
         running=total,
-        observation_gradient=_with_zeros(tree.negative(observation_part), inputs[0]),
+        observation_gradient=observation_gradient,
         states=states[::-1] if keep_states else None,
         multipliers=multipliers[::-1] if keep_multipliers else None,
     )

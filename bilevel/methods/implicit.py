@@ -1,0 +1,78 @@
+r"""Multipliers at the stationary point of the inner iteration.
+
+With R(theta, alpha) = 0 at the inner solution (the gradient of f, or the fixed point equation of
+proximal gradient) the implicit function theorem gives
+
+.. math::
+    \Big(\frac{\partial R}{\partial\theta}\Big)^* q = \nabla_\theta F, \qquad
+    h = \nabla_\alpha F - \Big(\frac{\partial R}{\partial\alpha}\Big)^* q .
+
+For gradient descent with step eta, q = -eta lambda, and lambda is the sum of the multipliers of the
+sweep (7) frozen at the solution: a Neumann series, which conjugate gradients accelerate.
+"""
+
+from dataclasses import dataclass, field
+from typing import final
+
+from bilevel import tree
+from bilevel.autodiff import Linearisation
+from bilevel.dynamics import GradientSum
+from bilevel.errors import ArgumentError
+from bilevel.krylov import CG
+from bilevel.linear import LinearSolver, Operator
+from bilevel.methods.base import Found, HypergradientMethod, Instance
+from bilevel.tree import Tree
+
+
+@final
+@dataclass(frozen=True)
+class Implicit(HypergradientMethod):
+    """Exact for the exact inner minimiser; keeps no trajectory.
+
+    Attributes:
+        linear: solver of the linear system; `CG` for descent methods, `GMRES` or `NormalCG` for
+            `ProximalGradient`, whose system is not symmetric.
+
+    Raises:
+        ArgumentError: if it is no linear solver.
+    """
+
+    linear: LinearSolver = field(default_factory=lambda: CG(rtol=1e-8))
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        if not isinstance(self.linear, LinearSolver):
+            raise ArgumentError(
+                f"linear must be a linear solver such as CG(), got {type(self.linear).__name__}."
+            )
+
+    def find(self, instance: Instance) -> Found:
+        """See `HypergradientMethod`."""
+        reached = instance.iterated
+        params = instance.dynamics.readout(reached.state)
+        outer = instance.outer_gradient(params)
+        residual = instance.linearised(params)
+        solved = self.linear.solve(
+            transposed(residual, instance),
+            filled(outer.in_params, params),
+            instance.warm.linear if instance.warm else None,
+        )
+        gradient = GradientSum(instance.control)
+        gradient.add(instance.control, outer.in_control)
+        gradient.subtract(instance.control, residual.pull(solved.solution, 1))
+        return Found(outer.value, gradient.total(), reached.state, reached.steps, solved, residual)
+
+
+def transposed(residual: Linearisation, instance: Instance) -> Operator:
+    """The adjoint of the derivative of the residual in the params."""
+    symmetric = instance.optimizer.symmetric
+    return Operator(
+        residual.pull,
+        adjoint=None if symmetric else residual.push,
+        symmetric=symmetric,
+    )
+
+
+def filled(vector: Tree, like: Tree) -> Tree:
+    """`vector` with zeros where it has None and `like` a variable."""
+    return tree.map_leaves(lambda z, v: z if v is None else v, tree.zeros_like(like), vector)

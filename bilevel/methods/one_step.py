@@ -1,0 +1,21 @@
+"""Multipliers by the last inner step alone."""
+
+from dataclasses import dataclass
+from typing import final
+
+from bilevel.methods.base import Found, HypergradientMethod, Instance
+from bilevel.methods.mlm import MLM
+
+
+@final
+@dataclass(frozen=True)
+class OneStep(HypergradientMethod):
+    """The last step of the sweep (7): T1-T2 (Luketina et al. 2016, arXiv 1511.06727).
+
+    Exact for nothing: a descent direction under further conditions (Shaban et al. 2019), and
+    scaled by the step size. It costs one step beyond the inner iteration, and keeps one state.
+    """
+
+    def find(self, instance: Instance) -> Found:
+        """See `HypergradientMethod`."""
+        return MLM(last=1).find(instance)

@@ -1,0 +1,30 @@
+"""Multipliers by autograd through the stored trajectory."""
+
+from dataclasses import dataclass
+from typing import final
+
+from bilevel import autodiff, tree
+from bilevel.dynamics import GradientSum
+from bilevel.methods.base import Found, HypergradientMethod, Instance
+
+
+@final
+@dataclass(frozen=True)
+class Unrolled(HypergradientMethod):
+    """Exact for the k-step inner solution; the graph of all k steps is in memory at once."""
+
+    def find(self, instance: Instance) -> Found:
+        """See `HypergradientMethod`."""
+        dynamics = instance.dynamics
+        control, start = autodiff.variables((instance.control, instance.observation))
+        with autodiff.recording():
+            state = dynamics.init(start, control)
+            autodiff.refuse_hidden(state, (start, control), "start")
+            for t in range(1, instance.horizon + 1):
+                state = dynamics.step(state, control, t)
+            outer = instance.outer_gradient(dynamics.readout(state))
+            through = autodiff.pull(dynamics.readout(state), outer.in_params, control)
+        gradient = GradientSum(control)
+        gradient.add(control, outer.in_control)
+        gradient.add(control, through)
+        return Found(outer.value, gradient.total(), tree.detach(state), instance.horizon)

@@ -1,0 +1,7 @@
+"""Proximal operators (placeholder until the branch lands)."""
+
+from abc import ABC
+
+
+class Prox(ABC):
+    """Proximal operator."""
