@@ -133,10 +133,7 @@ class Instance:
         return OuterGradient(value, in_params, in_control)
 
     def linearised(self, params: Tree) -> Linearisation:
-        """The residual of the inner problem at some params, as a function of params and control.
-
-        Its batch is that of the last inner step.
-        """
+        """The inner residual at some params, in params and control; batch of the last step."""
         t = max(self.horizon, 1)
         return Linearisation(
             lambda p, c: self.dynamics.residual(p, c, t),
