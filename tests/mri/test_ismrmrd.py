@@ -140,6 +140,13 @@ def test_phase_oversampling_is_left_to_the_image(tmp_path):
     assert_same(centre_crop(images_of(volume), volume.image_shape), WIDE[:, 4:12, 2:8])
 
 
+def test_what_scanners_round_is_no_contradiction(tmp_path):
+    views = {"shown_y": 9, "shown_y_mm": 15.1, "shown_x_mm": 16.3}
+    volume = VolumeFile(written(tmp_path, lines_of(KSPACE), header((SAMPLES, COLUMNS), **views)))
+    assert (volume.shape, volume.image_shape) == ((8, 10), (8, 10))
+    assert_same(images_of(volume), WIDE[:, 4:12])
+
+
 ANGLE = 0.3
 TILTED = np.array(
     [[np.cos(ANGLE), np.sin(ANGLE), 0], [-np.sin(ANGLE), np.cos(ANGLE), 0], [0, 0, 1.0]]

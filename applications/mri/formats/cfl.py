@@ -61,10 +61,11 @@ class Cfl:
         shape = _sizes(header)
         needed, found = _BYTES * math.prod(shape), values.stat().st_size
         if found != needed:
-            kind = "values are real, not complex: convert" if 2 * found == needed else "copy"
+            half = 2 * found == needed
+            what = "the values are real, or half of them missing: convert" if half else "copy"
             raise InputError(
                 f"{values}: {needed} bytes were needed, complex64 of the shape "
-                f"{' x '.join(map(str, _used(shape)))} in {header.name}, got {found}; {kind} or "
+                f"{' x '.join(map(str, _used(shape)))} in {header.name}, got {found}; {what} or "
                 "export the pair again."
             )
         object.__setattr__(self, "path", values)

@@ -12,6 +12,7 @@ from applications.mri.errors import InputError
 from applications.mri.formats.base import Geometry, optional
 
 _EMBEDDED = {"embedded", "interleaved"}
+_LOOSE = 1.05  # scanners round what they declare
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,15 @@ def _inside(measured: Any, shown: Any, axis: str, path: Path) -> int:
             f"{n_shown}, {length} and {length_shown} mm; correct the header."
         )
     inside = round(n * length_shown / length)
-    # A larger shown matrix is interpolation, which is left out; a smaller one would lose data.
-    if inside > n or n_shown < inside - 1:
+    # A larger shown matrix is interpolation, which is left out. A smaller one is a coarser image,
+    # usual along the phase encoding; along the readout it says oversampling, as the views must too.
+    if inside > _LOOSE * n or (axis == "x" and _LOOSE * n_shown < inside):
         raise InputError(
             f"{path}: oversampling along {axis} must be the same in matrix size and field of view, "
             f"got {n} of {length:g} mm encoded for {n_shown} of {length_shown:g} mm shown; correct "
             "the header."
         )
-    return inside
+    return min(inside, n)
 
 
 def geometry_of(
