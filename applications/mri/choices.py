@@ -63,16 +63,16 @@ def chosen_sampling(mask: str, **options: float | None) -> Sampling:
     Raises:
         InputError: if there is no such name, an option does not belong to it, or the file is bad.
     """
-    kind = _NAMED.get(mask, FromFile)
-    if kind is FromFile and Path(mask).suffix not in SUFFIXES:
+    kind = _NAMED.get(mask)
+    if kind is None and Path(mask).suffix not in SUFFIXES:
         raise InputError(
             f"--mask must be one of {', '.join(_NAMED)}, or a file ending in one of "
             f"{', '.join(SUFFIXES)}, got {mask!r}."
         )
     given = {name: value for name, value in options.items() if value is not None}
-    fitting = {field.name for field in fields(kind)}
+    fitting = set() if kind is None else {field.name for field in fields(kind)}
     for name in sorted(given.keys() - fitting):
         raise InputError(
             f"--{_FLAGS.get(name, name)} does not belong to --mask {mask}; leave it out."
         )
-    return FromFile(Path(mask)) if kind is FromFile else kind(**given)
+    return FromFile(Path(mask)) if kind is None else kind(**given)

@@ -246,7 +246,7 @@ BAD_PAIRS = {
     "header missing": (lambda b: b.with_name("s.hdr").unlink(), r"s.hdr: a pair .* copy both"),
     "values missing": (lambda b: b.with_name("s.cfl").unlink(), r"s.cfl: a pair .* copy both"),
     "truncated": (cut_values, r"s.cfl: 5760 bytes were needed, .* got 5752; copy or export"),
-    "real": (real_values, "got 2880; the values are real, or half of them missing: convert or export"),
+    "real": (real_values, "got 2880; the values are real, or half of them missing: convert"),
     "sizes": (
         lambda b: b.with_name("s.hdr").write_text("# Dimensions\n1 12 11 2 1\n"),
         r"2112 bytes were needed, complex64 of the shape 1 x 12 x 11 x 2 in s.hdr, got 5760",

@@ -1,5 +1,6 @@
 import re
 
+import h5py
 import ismrmrd
 import numpy as np
 import pytest
@@ -280,6 +281,11 @@ BAD = {
         XML,
         "a line must be measured once a volume and average, slice 0 has phase encoding column 2",
     ),
+    "calibrated twice": (
+        lambda: lines_of(KSPACE) + 2 * lines_of(KSPACE[..., :3], flags=[20], average=1),
+        XML,
+        "a line must be measured once a volume and average, slice 0 has phase encoding column 0",
+    ),
     "two encodings": (
         lambda: changed(setting("encoding_space_ref", 1)),
         XML,
@@ -358,6 +364,13 @@ def test_damaged_and_ambiguous_files_are_refused(tmp_path):
     message = "one scan was needed, the file holds ['dataset', 'second']; copy one out"
     with pytest.raises(InputError, match=re.escape(message)):
         VolumeFile(path)
+
+
+def test_groups_that_are_no_acquisitions_are_not_taken_for_them(tmp_path):
+    with h5py.File(tmp_path / "scan.h5", "w") as file:
+        file["dataset/xml"], file["dataset/data"] = XML, np.zeros(3)
+    with pytest.raises(InputError, match=r"dataset 'kspace' was needed, the file has .'dataset'."):
+        VolumeFile(tmp_path / "scan.h5")
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):

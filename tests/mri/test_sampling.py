@@ -165,7 +165,7 @@ def test_gaussian_points_reach_the_acceleration_exactly_and_keep_the_calibration
 @pytest.mark.parametrize("width", [0.1, 1 / 6, 0.3])
 def test_few_gaussian_columns_follow_their_density(width):
     """Of few draws without replacement the frequency is proportional to the density."""
-    n, draws = 64, 20_000
+    n, draws = 64, 4000
     generator, sampling = seeded(), GaussianColumns(n / 2.4, 0.015, width)  # 2 kept, 1 of them low
     kept = torch.stack([sampling.mask((1, n), generator)[0] for _ in range(draws)]).double()
     outside = torch.arange(n) != n // 2

@@ -152,15 +152,15 @@ def _volume(
         heads, numbers, columns = heads[~embedded], numbers[~embedded], columns[~embedded]
         embedded = embedded[~embedded]
     where = np.stack([heads["idx"]["slice"], columns, heads["idx"]["average"]], axis=1)
-    repeated = repeated_line(where[~embedded])
+    # A line may be measured for the image and for calibration too; the image's is taken.
+    image = {tuple(row) for row in where[~embedded]}
+    kept = ~embedded | np.array([tuple(row) not in image for row in where], dtype=bool)
+    repeated = repeated_line(where[kept])
     if repeated is not None:
         raise InputError(
             f"{path}: a line must be measured once a volume and average, slice {repeated[0]} has "
             f"phase encoding column {repeated[1]} twice; split segments and other loops."
         )
-    # A line may be measured for the image and for calibration too; the image's is taken.
-    image = {tuple(row) for row in where[~embedded]}
-    kept = ~embedded | np.array([tuple(row) not in image for row in where], dtype=bool)
     heads, numbers, columns = heads[kept], numbers[kept], columns[kept]
     if not len(heads):
         raise InputError(f"{path}: every volume must have lines of an image, one has none.")
@@ -180,11 +180,13 @@ def _volume(
 
 
 def _groups(file: h5py.File) -> list[str]:
-    return [
-        name
-        for name, one in file.items()
-        if isinstance(one, h5py.Group) and "xml" in one and "data" in one
-    ]
+    """The groups that hold a header and acquisitions."""
+    found = []
+    for name, one in file.items():
+        data = one.get("data") if isinstance(one, h5py.Group) and "xml" in one else None
+        if isinstance(data, h5py.Dataset) and {"head", "data"} <= set(data.dtype.names or ()):
+            found.append(name)
+    return found
 
 
 def _recognises(path: Path) -> bool:
