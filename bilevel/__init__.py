@@ -1,8 +1,11 @@
 """Bilevel optimisation and discrete optimal control by the Method of Lagrangian Multipliers."""
 
+from bilevel.adaptation import adapt
+from bilevel.certificate import Certificate, Iterate, Minimiser, Newton
 from bilevel.checkpointing import Budget, Checkpointing, plan
 from bilevel.control import ControlProblem
-from bilevel.control_solver import ControlSolution, ControlSolver, Progress
+from bilevel.control_solver import ControlSolution, ControlSolver
+from bilevel.descent import Progress
 from bilevel.dynamics import Dynamics, Map, PerStep
 from bilevel.errors import (
     ArgumentError,
@@ -20,10 +23,18 @@ from bilevel.inverses import Dense, Neumann, Nystrom
 from bilevel.krylov import CG, NormalCG
 from bilevel.lagrangian import KKT, Adjoint, adjoint, kkt, lagrangian
 from bilevel.linear import LinearResult, LinearSolver, Operator
+from bilevel.methods.base import Found, HypergradientMethod, Instance, Truncation, Warm
+from bilevel.methods.implicit import Implicit
+from bilevel.methods.mlm import MLM, Bounds
+from bilevel.methods.one_step import OneStep
+from bilevel.methods.unrolled import Unrolled
 from bilevel.modules import Phases, functional
+from bilevel.optimizers import Adam, GradientDescent, HeavyBall, InnerOptimizer, ProximalGradient
 from bilevel.problem import BilevelProblem, ByStep
 from bilevel.rollout import rollout
 from bilevel.second_order import HessianProduct, hvp
+from bilevel.solution import Hypergradient, Solution
+from bilevel.solver import BilevelSolver
 from bilevel.storage import InMemory, OnDisk, OnHost
 from bilevel.sweep import Measurement, measure
 
@@ -33,12 +44,17 @@ __all__ = [
     "CG",
     "GMRES",
     "KKT",
+    "MLM",
+    "Adam",
     "Adjoint",
     "ArgumentError",
     "BilevelError",
     "BilevelProblem",
+    "BilevelSolver",
+    "Bounds",
     "Budget",
     "ByStep",
+    "Certificate",
     "Checkpointing",
     "ControlProblem",
     "ControlSolution",
@@ -48,25 +64,43 @@ __all__ = [
     "Dense",
     "DivergenceError",
     "Dynamics",
+    "Found",
+    "GradientDescent",
+    "HeavyBall",
     "HessianProduct",
+    "Hypergradient",
+    "HypergradientMethod",
+    "Implicit",
     "InMemory",
+    "InnerOptimizer",
+    "Instance",
+    "Iterate",
     "LinearResult",
     "LinearSolver",
     "LostGradientError",
     "Map",
     "Measurement",
+    "Minimiser",
     "Neumann",
+    "Newton",
     "NormalCG",
     "Nystrom",
     "OnDisk",
     "OnHost",
+    "OneStep",
     "Operator",
     "PerStep",
     "Phases",
     "Progress",
+    "ProximalGradient",
+    "Solution",
     "StorageError",
     "StructureError",
+    "Truncation",
+    "Unrolled",
     "UnsupportedError",
+    "Warm",
+    "adapt",
     "adjoint",
     "functional",
     "hvp",
