@@ -5,6 +5,7 @@ from bilevel.certificate import Certificate, Iterate, Minimiser, Newton
 from bilevel.checkpointing import Budget, Checkpointing, plan
 from bilevel.control import ControlProblem
 from bilevel.control_solver import ControlSolution, ControlSolver
+from bilevel.correlation import Correlation
 from bilevel.descent import Progress
 from bilevel.dynamics import Dynamics, Map, PerStep
 from bilevel.errors import (
@@ -29,14 +30,18 @@ from bilevel.methods.mlm import MLM, Bounds
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
 from bilevel.modules import Phases, functional
+from bilevel.normalisers import NormalisedSigmoid, Normaliser, Softmax, Sparsemax
 from bilevel.optimizers import Adam, GradientDescent, HeavyBall, InnerOptimizer, ProximalGradient
 from bilevel.problem import BilevelProblem, ByStep
+from bilevel.prox import L1, L2, Box, Prox
 from bilevel.rollout import rollout
 from bilevel.second_order import HessianProduct, hvp
 from bilevel.solution import Hypergradient, Solution
 from bilevel.solver import BilevelSolver
 from bilevel.storage import InMemory, OnDisk, OnHost
 from bilevel.sweep import Measurement, measure
+from bilevel.task_weights import TaskWeights
+from bilevel.weighting import Columns, Looped, Vmapped, weighted_problem
 
 __version__ = "0.1.0"
 
@@ -44,6 +49,8 @@ __all__ = [
     "CG",
     "GMRES",
     "KKT",
+    "L1",
+    "L2",
     "MLM",
     "Adam",
     "Adjoint",
@@ -52,15 +59,18 @@ __all__ = [
     "BilevelProblem",
     "BilevelSolver",
     "Bounds",
+    "Box",
     "Budget",
     "ByStep",
     "Certificate",
     "Checkpointing",
+    "Columns",
     "ControlProblem",
     "ControlSolution",
     "ControlSolver",
     "ConvergenceError",
     "ConvergenceWarning",
+    "Correlation",
     "Dense",
     "DivergenceError",
     "Dynamics",
@@ -77,6 +87,7 @@ __all__ = [
     "Iterate",
     "LinearResult",
     "LinearSolver",
+    "Looped",
     "LostGradientError",
     "Map",
     "Measurement",
@@ -84,6 +95,8 @@ __all__ = [
     "Neumann",
     "Newton",
     "NormalCG",
+    "NormalisedSigmoid",
+    "Normaliser",
     "Nystrom",
     "OnDisk",
     "OnHost",
@@ -92,13 +105,18 @@ __all__ = [
     "PerStep",
     "Phases",
     "Progress",
+    "Prox",
     "ProximalGradient",
+    "Softmax",
     "Solution",
+    "Sparsemax",
     "StorageError",
     "StructureError",
+    "TaskWeights",
     "Truncation",
     "Unrolled",
     "UnsupportedError",
+    "Vmapped",
     "Warm",
     "adapt",
     "adjoint",
@@ -109,4 +127,5 @@ __all__ = [
     "measure",
     "plan",
     "rollout",
+    "weighted_problem",
 ]
