@@ -41,6 +41,15 @@ from bilevel.solver import BilevelSolver
 from bilevel.storage import InMemory, OnDisk, OnHost
 from bilevel.sweep import Measurement, measure
 from bilevel.task_weights import TaskWeights
+from bilevel.testing import (
+    DotProductTest,
+    HypergradientCheck,
+    MethodCheck,
+    TaylorTest,
+    check_hypergradient,
+    dot_product_test,
+    taylor_test,
+)
 from bilevel.weighting import Columns, Looped, Vmapped, weighted_problem
 
 __version__ = "0.1.0"
@@ -73,12 +82,14 @@ __all__ = [
     "Correlation",
     "Dense",
     "DivergenceError",
+    "DotProductTest",
     "Dynamics",
     "Found",
     "GradientDescent",
     "HeavyBall",
     "HessianProduct",
     "Hypergradient",
+    "HypergradientCheck",
     "HypergradientMethod",
     "Implicit",
     "InMemory",
@@ -91,6 +102,7 @@ __all__ = [
     "LostGradientError",
     "Map",
     "Measurement",
+    "MethodCheck",
     "Minimiser",
     "Neumann",
     "Newton",
@@ -113,6 +125,7 @@ __all__ = [
     "StorageError",
     "StructureError",
     "TaskWeights",
+    "TaylorTest",
     "Truncation",
     "Unrolled",
     "UnsupportedError",
@@ -120,6 +133,8 @@ __all__ = [
     "Warm",
     "adapt",
     "adjoint",
+    "check_hypergradient",
+    "dot_product_test",
     "functional",
     "hvp",
     "kkt",
@@ -127,5 +142,6 @@ __all__ = [
     "measure",
     "plan",
     "rollout",
+    "taylor_test",
     "weighted_problem",
 ]

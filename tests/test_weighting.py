@@ -84,7 +84,9 @@ def test_the_spread_is_log_n_where_weights_are_equal_and_its_slope_is_finite_at_
     spread = weights.spread(weights.sigma(alpha))
     (slope,) = torch.autograd.grad(spread, alpha)
     p = 0.65
-    assert float(spread.detach()) == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), abs=1e-12)
+    assert float(spread.detach()) == pytest.approx(
+        -p * math.log(p) - (1 - p) * math.log(1 - p), abs=1e-12
+    )
     torch.testing.assert_close(slope[:2].sum(), slope.new_zeros(()), atol=1e-12, rtol=0)
     assert float(slope[0]) == pytest.approx(-math.log(p / (1 - p)) / 2, abs=1e-12)
 
