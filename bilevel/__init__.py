@@ -3,6 +3,7 @@
 from bilevel.adaptation import adapt
 from bilevel.certificate import Certificate, Iterate, Minimiser, Newton
 from bilevel.checkpointing import Budget, Checkpointing, plan
+from bilevel.compiled import Compiled
 from bilevel.control import ControlProblem
 from bilevel.control_solver import ControlSolution, ControlSolver
 from bilevel.correlation import Correlation
@@ -11,6 +12,7 @@ from bilevel.dynamics import Dynamics, Map, PerStep
 from bilevel.errors import (
     ArgumentError,
     BilevelError,
+    CompileWarning,
     ConvergenceError,
     ConvergenceWarning,
     DivergenceError,
@@ -21,8 +23,9 @@ from bilevel.errors import (
 )
 from bilevel.gmres import GMRES
 from bilevel.inverses import Dense, Neumann, Nystrom
+from bilevel.kkt import KKT, kkt
 from bilevel.krylov import CG, NormalCG
-from bilevel.lagrangian import KKT, Adjoint, adjoint, kkt, lagrangian
+from bilevel.lagrangian import Adjoint, Swept, adjoint, lagrangian
 from bilevel.linear import LinearResult, LinearSolver, Operator
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Truncation, Warm
 from bilevel.methods.implicit import Implicit
@@ -30,6 +33,7 @@ from bilevel.methods.mlm import MLM, Bounds
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
 from bilevel.modules import Phases, functional
+from bilevel.newton import NewtonCG
 from bilevel.normalisers import NormalisedSigmoid, Normaliser, Softmax, Sparsemax
 from bilevel.optimizers import Adam, GradientDescent, HeavyBall, InnerOptimizer, ProximalGradient
 from bilevel.problem import BilevelProblem, ByStep
@@ -74,6 +78,8 @@ __all__ = [
     "Certificate",
     "Checkpointing",
     "Columns",
+    "CompileWarning",
+    "Compiled",
     "ControlProblem",
     "ControlSolution",
     "ControlSolver",
@@ -106,6 +112,7 @@ __all__ = [
     "Minimiser",
     "Neumann",
     "Newton",
+    "NewtonCG",
     "NormalCG",
     "NormalisedSigmoid",
     "Normaliser",
@@ -124,6 +131,7 @@ __all__ = [
     "Sparsemax",
     "StorageError",
     "StructureError",
+    "Swept",
     "TaskWeights",
     "TaylorTest",
     "Truncation",
