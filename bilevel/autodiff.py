@@ -158,7 +158,7 @@ def gradient(
         point = inputs[0] if structure is None else tree.unflatten(structure, inputs)
         value = check_scalar(function(point, control), name)
         if check:
-            refuse_hidden(value, (known, point), name)
+            refuse_hidden(value, (known, point), name, alone=True)
         wanted = inputs if structure is None else [x for x in inputs if tree.is_variable(x)]
         found: Sequence[Tensor | None] = (
             torch.autograd.grad(value, wanted, create_graph=attached, allow_unused=True)
@@ -300,15 +300,16 @@ def _graph_leaves(tensors: Sequence[Tensor], seen: set[Node]) -> Iterator[Tensor
         pending.extend(previous for previous, _ in node.next_functions)
 
 
-def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
+def refuse_hidden(outputs: Tree, inputs: Tree, name: str, *, alone: bool = False) -> None:
     """Refuse `outputs` whose graph reaches a tensor that is not among `inputs`.
 
     With `inputs` empty this is one look at `requires_grad`: nothing then should have a graph.
 
     Args:
         outputs: what the user's function returned.
-        inputs: the trees it was given; what lies behind them is no concern of the function.
+        inputs: the variable trees it was given.
         name: what to call the function.
+        alone: look no further back than the inputs, which may themselves be computed.
 
     Raises:
         LostGradientError: if something that requires grad was closed over.
@@ -317,7 +318,8 @@ def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
     if not tensors:
         return
     given = [x for x in tree.leaves_of(inputs) if isinstance(x, Tensor)]
-    known, behind = {id(x) for x in given}, {x.grad_fn for x in given if x.grad_fn is not None}
+    known = {id(x) for x in given}
+    behind = {x.grad_fn for x in given if x.grad_fn is not None} if alone else set()
     for leaf in _graph_leaves(tensors, behind):
         if id(leaf) not in known:
             raise LostGradientError(

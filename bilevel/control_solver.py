@@ -1,44 +1,37 @@
 """Algorithm 2: forward sweep, multiplier sweep, one step of a torch optimiser with equation (8)."""
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bilevel import autodiff, tree
+from bilevel import tree
 from bilevel.checkpointing import Budget, Checkpointing
 from bilevel.control import ControlProblem
+from bilevel.descent import (
+    MakeOptimizer,
+    OnFailure,
+    Progress,
+    above_tolerance,
+    adam,
+    check_finite,
+    check_on_failure,
+    descend,
+    report,
+)
 from bilevel.dynamics import initial_control, step_control
-from bilevel.errors import ArgumentError, ConvergenceError, ConvergenceWarning, DivergenceError
+from bilevel.errors import ArgumentError
+from bilevel.kkt import KKT, kkt
 from bilevel.lagrangian import Adjoint, adjoint
+from bilevel.newton import NewtonCG, NewtonSteps
+from bilevel.second_order import hvp
 from bilevel.tree import Tree
 
 Build = Callable[[Any], tuple[ControlProblem, Tree]]  # batch -> (problem, observation)
-
-
-@dataclass(frozen=True, eq=False)
-class Progress:
-    """What a callback sees after each iteration.
-
-    Attributes:
-        step: iterations done, from 1.
-        cost: J before this iteration's update.
-        gradient_norm: of (8), before the update.
-        control: the present control, detached; it shares memory with the iteration.
-        optimizer: as made by the solver, for its state and learning rates.
-    """
-
-    step: int
-    cost: float
-    gradient_norm: float
-    control: Tree
-    optimizer: Optimizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +47,7 @@ class ControlSolution:
         steps: updates made.
         converged: whether the gradient norm came down to the tolerance.
         adjoint: states, multipliers and gradient at the last control; None with batches.
+        kkt: residuals of the optimality conditions (5a-c) there; None with batches.
     """
 
     control: Tree
@@ -64,21 +58,18 @@ class ControlSolution:
     steps: int
     converged: bool
     adjoint: Adjoint | None
-
-
-def _adam(parameters: list[Tensor]) -> Optimizer:
-    return torch.optim.Adam(parameters, lr=1e-2)
+    kkt: KKT | None
 
 
 @dataclass(frozen=True)
 class ControlSolver:
-    """First-order solver of control problems.
+    """Solver of control problems by first-order methods or Newton-CG.
 
     Attributes:
         problem: a `ControlProblem`, or `build(batch) -> (ControlProblem, observation)` for data
             that comes in batches.
         optimizer: makes a `torch.optim` optimiser from a list of tensors; called once a solve.
-            `step(closure)` is used always, so that LBFGS works.
+            `step(closure)` is used always, so that LBFGS works. Or a `NewtonCG`.
         checkpointing: of the sweeps; None is `Checkpointing()`.
         on_failure: what to do when a tolerance was asked for and not reached.
 
@@ -100,9 +91,9 @@ class ControlSolver:
     """
 
     problem: ControlProblem | Build
-    optimizer: Callable[[list[Tensor]], Optimizer] = _adam
+    optimizer: MakeOptimizer | NewtonCG = adam
     checkpointing: Checkpointing | Budget | None = None
-    on_failure: Literal["warn", "raise", "ignore"] = "warn"
+    on_failure: OnFailure = "warn"
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -111,10 +102,7 @@ class ControlSolver:
                 "problem must be a ControlProblem or a function build(batch) -> (ControlProblem, "
                 f"observation), got {type(self.problem).__name__}."
             )
-        if self.on_failure not in ("warn", "raise", "ignore"):
-            raise ArgumentError(
-                f"on_failure must be 'warn', 'raise' or 'ignore', got {self.on_failure!r}."
-            )
+        check_on_failure(self.on_failure)
 
     def solve(
         self,
@@ -127,6 +115,7 @@ class ControlSolver:
         project: Callable[[Tree], Tree] | None = None,
         tolerance: float = 0.0,
         callback: Callable[[Progress], bool | None] | None = None,
+        progress: bool = False,
     ) -> ControlSolution:
         """Minimise J over the control, from `control`.
 
@@ -139,6 +128,7 @@ class ControlSolver:
             project: maps the control into its feasible set after each update.
             tolerance: stop when the norm of (8) is at most this.
             callback: called after each update; True stops the iteration.
+            progress: show a bar, by rich or tqdm.
 
         Returns:
             The last control and the history.
@@ -154,51 +144,43 @@ class ControlSolver:
                 "batches go with a solver that holds build(batch); a solver that holds one "
                 "ControlProblem takes an observation instead."
             )
-        if steps < 0 or not tolerance >= 0:
-            raise ArgumentError(f"steps and tolerance must be >= 0, got {steps} and {tolerance}.")
-        current = tree.map_leaves(
-            lambda x: x.detach().clone().requires_grad_() if tree.is_variable(x) else x, control
+        run = _Run(self, observation)
+        done = descend(
+            run.evaluate,
+            control,
+            optimizer=run.newton if isinstance(self.optimizer, NewtonCG) else self.optimizer,
+            steps=steps,
+            batches=batches,
+            scheduler=scheduler,
+            project=project,
+            tolerance=tolerance,
+            callback=callback,
+            progress=progress,
         )
-        optimizer = self.optimizer([x for x in tree.leaves_of(current) if tree.is_variable(x)])
-        schedule = None if scheduler is None else scheduler(optimizer)
-        stream = None if batches is None else _cycle(batches)
-        costs: list[float] = []
-        norms: list[float] = []
-        cost, norm = math.nan, math.nan
-        converged = False
-        for step in range(1, steps + 1):
-            problem, given = self._next(observation, stream)
-            evaluate = _Closure(self, problem, given, current, step, tolerance)
-            try:
-                optimizer.step(evaluate)
-            except _ReachedError:
-                cost, norm, converged = evaluate.cost, evaluate.gradient_norm, True
-                break
-            if schedule is not None:
-                schedule.step()
-            if project is not None:
-                _assign(current, project(tree.detach(current)))
-            cost, norm = evaluate.cost, evaluate.gradient_norm
-            costs.append(cost)
-            norms.append(norm)
-            seen = Progress(step, cost, norm, tree.detach(current), optimizer)
-            if callback is not None and callback(seen):
-                break
-        final = None
+        cost, norm, _ = done.last or (math.nan, math.nan, None)
+        final, residuals, converged = None, None, done.converged
         if isinstance(self.problem, ControlProblem):
-            final = self._adjoint(self.problem, observation, current, len(costs), keep=True)
+            final = self._adjoint(
+                self.problem, observation, done.control, len(done.costs), keep=True
+            )
             cost, norm = float(final.cost), tree.norm(final.gradient)
+            residuals = kkt(
+                self.problem, observation, done.control, final.states or [], final.multipliers or []
+            )
             converged = norm <= tolerance if tolerance > 0 else converged
         if tolerance > 0 and not converged:
-            self._report(norm, tolerance, len(costs))
+            report(above_tolerance(norm, tolerance, len(done.costs)), self.on_failure)
         return ControlSolution(
-            tree.detach(current), cost, norm, costs, norms, len(costs), converged, final
+            done.control,
+            cost,
+            norm,
+            done.costs,
+            done.gradient_norms,
+            len(done.costs),
+            converged,
+            final,
+            residuals,
         )
-
-    def _next(self, observation: Tree, stream: Iterator[Any] | None) -> tuple[ControlProblem, Tree]:
-        if isinstance(self.problem, ControlProblem):
-            return self.problem, observation
-        return self.problem(next(stream))  # pyright: ignore[reportArgumentType]
 
     def _adjoint(
         self,
@@ -217,57 +199,50 @@ class ControlSolver:
             keep_multipliers=keep,
         )
         norm = tree.norm(found.gradient)
-        if not (math.isfinite(float(found.cost)) and math.isfinite(norm)):
-            raise DivergenceError(
-                f"iteration {step}: the cost is {float(found.cost):g}, the norm of its gradient "
-                f"{norm:g}; {_where(problem, observation, control)}. Try a smaller learning rate, "
-                "or look for a square root or a division at zero."
-            )
+        check_finite(float(found.cost), norm, step, lambda: _where(problem, observation, control))
         return found
 
-    def _report(self, norm: float, tolerance: float, steps: int) -> None:
-        message = (
-            f"the gradient norm is {norm:.3g} after {steps} steps, above the tolerance "
-            f"{tolerance:.3g}: take more steps, another optimiser, or a larger tolerance."
+
+class _Run:
+    """What one solve evaluates, and the Hessian of what it evaluated last."""
+
+    def __init__(self, solver: ControlSolver, observation: Tree) -> None:
+        self._solver, self._observation = solver, observation
+        self._last: tuple[ControlProblem, Tree, Tree] | None = None
+
+    def evaluate(self, control: Tree, batch: Any, step: int) -> tuple[float, Adjoint]:
+        """Cost and adjoint at a control."""
+        problem, observation = self._solver.problem, self._observation
+        if not isinstance(problem, ControlProblem):
+            problem, observation = problem(batch)
+        self._last = problem, observation, control
+        found = self._solver._adjoint(problem, observation, control, step)
+        return float(found.cost), found
+
+    def newton(self, parameters: list[Tensor]) -> Optimizer:
+        """The Newton-CG optimiser of the control."""
+        settings = self._solver.optimizer
+        if not isinstance(settings, NewtonCG):
+            raise ArgumentError(f"optimizer must be a NewtonCG, got {settings!r}.")
+        return NewtonSteps(parameters, settings, self._product)
+
+    def _product(self, direction: list[Tensor]) -> list[Tensor]:
+        """The Hessian where `evaluate` was last, times a direction of the variables."""
+        if self._last is None:
+            raise ArgumentError("a Hessian product needs an evaluation before it.")
+        problem, observation, control = self._last
+        leaves, structure = tree.flatten(control)
+        each = iter(direction)
+        along = [next(each) if tree.is_variable(x) else None for x in leaves]
+        found = hvp(
+            problem,
+            observation,
+            control,
+            tree.unflatten(structure, along),
+            checkpointing=self._solver.checkpointing,
         )
-        if self.on_failure == "raise":
-            raise ConvergenceError(message)
-        if self.on_failure == "warn":
-            warnings.warn(message, ConvergenceWarning, stacklevel=3)
-
-
-class _ReachedError(Exception):
-    """The gradient is within the tolerance: no further update."""
-
-
-class _Closure:
-    """Sets `.grad` of our own copy of the control; keeps the first evaluation of an update."""
-
-    def __init__(
-        self,
-        solver: ControlSolver,
-        problem: ControlProblem,
-        observation: Tree,
-        control: Tree,
-        step: int,
-        tolerance: float,
-    ) -> None:
-        self._solver, self._problem, self._observation = solver, problem, observation
-        self._control, self._step, self._tolerance = control, step, tolerance
-        self.cost, self.gradient_norm = math.nan, math.nan
-
-    def __call__(self) -> float:
-        found = self._solver._adjoint(self._problem, self._observation, self._control, self._step)
-        for leaf, gradient in zip(
-            tree.leaves_of(self._control), tree.leaves_of(found.gradient), strict=True
-        ):
-            if tree.is_variable(leaf):
-                leaf.grad = gradient
-        if math.isnan(self.cost):
-            self.cost, self.gradient_norm = float(found.cost), tree.norm(found.gradient)
-            if self._tolerance > 0 and self.gradient_norm <= self._tolerance:
-                raise _ReachedError
-        return float(found.cost)
+        products = zip(leaves, tree.leaves_of(found.product), strict=True)
+        return [h for x, h in products if tree.is_variable(x)]
 
 
 def _where(problem: ControlProblem, observation: Tree, control: Tree) -> str:
@@ -280,24 +255,3 @@ def _where(problem: ControlProblem, observation: Tree, control: Tree) -> str:
         if not math.isfinite(tree.norm(state)):
             return f"u({t}) is the first state that is not finite"
     return "every state is finite, so a cost or a derivative is not"
-
-
-def _assign(target: Tree, values: Tree) -> None:
-    with autodiff.paused():
-        for old, new in zip(tree.leaves_of(target), tree.leaves_of(values), strict=True):
-            if tree.is_variable(old):
-                old.copy_(new)
-
-
-def _cycle(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches again and again; an error if a round is empty."""
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ArgumentError(
-                "batches gave nothing: pass a list or a DataLoader with at least one batch; an "
-                "iterator can be read only once."
-            )

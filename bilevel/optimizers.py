@@ -102,6 +102,8 @@ def check_setting(value: Any, name: str, *, below: float = math.inf, zero: bool 
             f"of the control, and pass a function such as {name}=lambda control: control['rate']."
         )
     for x in tree.leaves_of(value):
+        if x is None:  # in the place of an integer leaf
+            continue
         smallest, largest = (
             (float(x.detach().min()), float(x.detach().max())) if isinstance(x, Tensor) else (x, x)
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.checkpointing import Budget, Checkpointing
+from bilevel.compiled import plain
 from bilevel.control import ControlProblem, RunningCost
 from bilevel.dynamics import Dynamics, GradientSum, PerStep, check_control
 from bilevel.errors import StructureError
@@ -61,7 +62,8 @@ class Tangent(Dynamics):
 
 
 def tangent_of(dynamics: Dynamics, control: Tree) -> Tangent:
-    """The tangent system for controls like `control`."""
+    """The tangent system for controls like `control`; of a compiled dynamics, the plain one's."""
+    dynamics = plain(dynamics)  # torch differentiates a compiled function once
     return Tangent(dynamics, isinstance(control, PerStep) and control.shared is not None)
 
 

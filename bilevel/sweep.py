@@ -112,7 +112,7 @@ def _sweep_forward(sweep: Trajectory, constants: tuple[Tree, Tree], *, tape_last
         state, sweep.state = sweep.state, None
         if graphs or tape_last:
             sweep.last_tape = block = sweep.tape(steps, state)
-            inputs = (block.states[0], sweep.control)
+            inputs = (block.states[:-1], sweep.control)
             name = f"step {sweep.horizon} of the dynamics"
             autodiff.refuse_hidden(block.states[-1], inputs, name)
             sweep.final = tree.detach(block.states[-1])

@@ -1,5 +1,6 @@
 """What a method of finding hypergradients is asked, and what it answers."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ from torch import Tensor
 from bilevel import autodiff, tree
 from bilevel.autodiff import Linearisation
 from bilevel.control import ControlProblem
+from bilevel.errors import DivergenceError
 from bilevel.linear import LinearResult
 from bilevel.optimizers import InnerIteration, InnerOptimizer
 from bilevel.problem import BilevelProblem
@@ -97,7 +99,7 @@ class Instance:
             The state reached and the number of steps made.
         """
         dynamics, control = self.dynamics, self.control
-        state = dynamics.init(self.observation, control)
+        state = first = dynamics.init(self.observation, control)
         autodiff.refuse_hidden(state, (), "start")
         for t in range(1, steps + 1):
             if tolerance is not None and t % 10 == 1:
@@ -105,7 +107,44 @@ class Instance:
                 if tree.norm(residual) <= tolerance:
                     return Iterated(state, t - 1)
             state = dynamics.step(state, control, t)
+        self.check_end(state, first)
         return Iterated(state, steps)
+
+    def check_end(self, state: Tree, first: Tree) -> None:
+        """Refuse a last state that is not like the first, or not finite.
+
+        Args:
+            state: of the inner optimiser after the last step.
+            first: before the first.
+
+        Raises:
+            StructureError: naming the leaf that differs.
+            DivergenceError: naming the step where it began.
+        """
+        rule = type(self.optimizer).__name__
+        tree.check_like(state, first, "state", f"{rule} must return a state like its own")
+        self.check_finite(state)
+
+    def check_finite(self, state: Tree) -> None:
+        """Refuse a last state that is not finite.
+
+        Args:
+            state: of the inner optimiser after the last step.
+
+        Raises:
+            DivergenceError: naming the step where it began; it makes the steps once more.
+        """
+        if math.isfinite(tree.norm(state)):
+            return
+        state, made = self.dynamics.init(self.observation, self.control), 0
+        while made < self.inner_steps and math.isfinite(tree.norm(state)):
+            made += 1
+            state = self.dynamics.step(state, self.control, made)
+        where = f"after step {made} of {self.inner_steps}" if made else "where it starts"
+        raise DivergenceError(
+            f"the inner iteration is not finite {where}: try a smaller step size, or look for a "
+            "square root or a division at zero in the inner objective."
+        )
 
     def after(self, iterated: "Iterated") -> "Instance":
         """The rest of the inner iteration, from a state on its way."""
@@ -122,8 +161,11 @@ class Instance:
         return ControlProblem(self.dynamics, self.outer, self.horizon)
 
     def outer(self, params: Tree, control: Tree) -> Tensor:
-        """The outer objective with its batch."""
-        return self.problem.outer(params, control, self.outer_batch)
+        """The outer objective with its batch, checked."""
+        name = "the outer objective"
+        value = autodiff.check_scalar(self.problem.outer(params, control, self.outer_batch), name)
+        autodiff.refuse_hidden(value, (params, control), name, alone=True)
+        return value
 
     def outer_gradient(self, params: Tree) -> "OuterGradient":
         """Value and gradients of the outer objective at some params."""

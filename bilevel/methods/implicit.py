@@ -17,7 +17,7 @@ from typing import final
 from bilevel import tree
 from bilevel.autodiff import Linearisation
 from bilevel.dynamics import GradientSum
-from bilevel.errors import ArgumentError
+from bilevel.errors import ArgumentError, LostGradientError
 from bilevel.krylov import CG
 from bilevel.linear import LinearSolver, Operator
 from bilevel.methods.base import Found, HypergradientMethod, Instance
@@ -60,7 +60,17 @@ class Implicit(HypergradientMethod):
         gradient = GradientSum(instance.control)
         gradient.add(instance.control, outer.in_control)
         gradient.subtract(instance.control, residual.pull(solved.solution, 1))
-        return Found(outer.value, gradient.total(), reached.state, reached.steps, solved, residual)
+        total = self._total(gradient)
+        return Found(outer.value, total, reached.state, reached.steps, solved, residual)
+
+    def _total(self, gradient: GradientSum) -> Tree:
+        try:
+            return gradient.total()
+        except LostGradientError as error:
+            raise LostGradientError(
+                f"{error} Implicit differentiates the limit of the inner iteration, which depends "
+                "neither on step sizes nor on the start: learn those with MLM() or Unrolled()."
+            ) from error
 
 
 def transposed(residual: Linearisation, instance: Instance) -> Operator:

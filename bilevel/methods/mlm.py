@@ -118,6 +118,7 @@ class MLM(HypergradientMethod):
             checkpointing=self.checkpointing,
             stop=rule,
         )
+        instance.check_finite(found.final_state)
         return Found(
             found.cost,
             found.gradient,
@@ -135,6 +136,7 @@ class MLM(HypergradientMethod):
             instance.control,
             checkpointing=self.checkpointing,
         )
+        instance.check_finite(found.final_state)
         error = None
         if self.bounds is not None and instance.problem.start is None:
             multiplier = tree.norm(found.observation_gradient)  # -lambda_j

@@ -18,10 +18,11 @@ class Unrolled(HypergradientMethod):
         dynamics = instance.dynamics
         control, start = autodiff.variables((instance.control, instance.observation))
         with autodiff.recording():
-            state = dynamics.init(start, control)
+            state = first = dynamics.init(start, control)
             autodiff.refuse_hidden(state, (start, control), "start")
             for t in range(1, instance.horizon + 1):
                 state = dynamics.step(state, control, t)
+            instance.check_end(tree.detach(state), first)
             outer = instance.outer_gradient(dynamics.readout(state))
             through = autodiff.pull(dynamics.readout(state), outer.in_params, control)
         gradient = GradientSum(control)

@@ -1,0 +1,104 @@
+"""What a bilevel solver returns."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bilevel.certificate import Certificate
+from bilevel.errors import UnsupportedError
+from bilevel.linear import LinearResult
+from bilevel.methods.base import Truncation, Warm
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True, eq=False)
+class Hypergradient:
+    """A hypergradient and how far it can be trusted; everything detached.
+
+    Attributes:
+        value: F at the inner solution that was reached, real scalar.
+        gradient: dF/dalpha, the structure of the control, None for leaves without gradient.
+        params: the inner solution that was reached.
+        certificate: None if it was switched off.
+        warm: what the next hypergradient may start from.
+        linear: how the linear system was solved; None where the method has none.
+        truncation: what the method left out; None if nothing.
+    """
+
+    value: Tensor
+    gradient: Tree
+    params: Tree
+    certificate: Certificate | None
+    warm: Warm
+    linear: LinearResult | None
+    truncation: Truncation | None
+
+    @property
+    def complaint(self) -> str | None:
+        """Why it should not be trusted as it is; None if nothing speaks against it."""
+        if self.certificate is not None:
+            return None if self.certificate.trustworthy else str(self.certificate)
+        return self.linear.message if self.linear and not self.linear.converged else None
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The control found, and how.
+
+    Attributes:
+        control: the last control, detached.
+        params: the inner solution at the last hypergradient.
+        value: F there.
+        gradient_norm: of the last hypergradient.
+        hypergradient: the last one: at the last control or, with batches, before the last update;
+            None if there was none.
+        values: F before each update.
+        gradient_norms: of the hypergradient before each update.
+        certificates: of the hypergradients before each update; empty if they are switched off.
+        steps: updates made.
+        converged: whether the norm of the hypergradient came down to the tolerance.
+    """
+
+    control: Tree
+    params: Tree
+    value: float
+    gradient_norm: float
+    hypergradient: Hypergradient | None
+    values: list[float]
+    gradient_norms: list[float]
+    certificates: list[Certificate]
+    steps: int
+    converged: bool
+
+    def plot(self) -> Any:
+        """Outer objective, norm of the hypergradient and its estimated error over the updates.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+
+        Raises:
+            UnsupportedError: if matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise UnsupportedError(
+                "Solution.plot needs matplotlib: pip install matplotlib, or read .values, "
+                ".gradient_norms and .certificates."
+            ) from error
+        errors = [certificate.error_estimate for certificate in self.certificates]
+        shown = {
+            "outer objective": (self.values, "linear"),
+            "norm of the hypergradient": (self.gradient_norms, "log"),
+            **({"estimated relative error": (errors, "log")} if errors else {}),
+        }
+        figure = Figure(figsize=(4 * len(shown), 3), layout="constrained")
+        for place, (name, (numbers, scale)) in enumerate(shown.items(), 1):
+            axes = figure.add_subplot(1, len(shown), place)
+            axes.plot(range(1, len(numbers) + 1), numbers)
+            axes.set(xlabel="update", title=name)
+            if any(0 < x < math.inf for x in numbers):
+                axes.set_yscale(scale)
+        return figure
