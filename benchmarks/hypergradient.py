@@ -155,7 +155,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--control", choices=("scalar", "vector"), default="vector")
     parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--dimensions", type=int, nargs="+", choices=tuple(STEPS), default=(20, 300))
+    parser.add_argument(
+        "--dimensions", type=int, nargs="+", choices=tuple(STEPS), default=(20, 300)
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # the peers' own

@@ -10,6 +10,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,10 @@ class Penalty(nn.Module):
 
     def forward(self) -> Tensor:
         return self.alpha
+
+
+def sgd(model: Weights, problem: Problem, **options: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=problem.step_size, **options)
 
 
 def torch_unrolled(problem: Problem, steps: int) -> Run:
@@ -80,11 +85,11 @@ def torch_implicit(problem: Problem, steps: int) -> Run:
     return run
 
 
-def higher_unrolled(problem: Problem, steps: int) -> Run:
+def higher_unrolled(problem: Problem, steps: int, **options: Any) -> Run:
     import higher
 
     model = Weights(problem)
-    optimizer = torch.optim.SGD(model.parameters(), lr=problem.step_size)
+    optimizer = sgd(model, problem, **options)
 
     def run() -> Tensor:
         alpha = problem.alpha.detach().requires_grad_()
@@ -97,13 +102,15 @@ def higher_unrolled(problem: Problem, steps: int) -> Run:
     return run
 
 
-def torchopt_unrolled(problem: Problem, steps: int) -> Run:
+def torchopt_unrolled(problem: Problem, steps: int, rule: Callable | None = None) -> Run:
     import torchopt
+
+    rule = rule or torchopt.sgd
 
     def run() -> Tensor:
         alpha = problem.alpha.detach().requires_grad_()
         params = (problem.start.requires_grad_(),)
-        optimizer = torchopt.FuncOptimizer(torchopt.sgd(lr=problem.step_size))
+        optimizer = torchopt.FuncOptimizer(rule(lr=problem.step_size))
         for _ in range(steps):
             params = optimizer.step(problem.inner(params[0], alpha), params)
         return torch.autograd.grad(problem.outer(params[0], alpha), alpha)[0]
@@ -146,29 +153,33 @@ def torchopt_neumann(problem: Problem, steps: int) -> Run:
     return _torchopt_implicit(problem, steps, series)
 
 
-def _boat(problem: Problem, steps: int, operation: str, iterations: int) -> Run:
+def boat(
+    model: nn.Module,
+    control: Penalty,
+    inner: Callable[..., Tensor],
+    outer: Callable[..., Tensor],
+    **settings: Any,
+) -> Run:
+    """BOAT on objectives `(upper, *lower parameters) -> loss` of any two modules."""
     import boat_torch
 
-    control, model = Penalty(problem), Weights(problem)
+    def named(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def loss(_feed: dict, upper: Penalty, lower: nn.Module, params: Any = None) -> Tensor:
+            return objective(upper, lower, *(lower.parameters() if params is None else params))
 
-    def inner(_feed: dict, upper: Penalty, lower: nn.Module, params: list | None = None) -> Tensor:
-        return problem.inner(lower.w if params is None else params[0], upper())
+        return loss
 
-    def outer(_feed: dict, upper: Penalty, lower: nn.Module, params: list | None = None) -> Tensor:
-        return problem.outer(lower.w if params is None else params[0], upper())
-
-    tolerance = CG_RTOL * problem.outer_slope_size  # its tolerance is absolute
     config = {
         "gm_op": ["NGD"],
-        "na_op": [operation],
+        "na_op": [settings["operation"]],
         "fo_op": None,
         "lower_level_model": model,
         "upper_level_model": control,
         "lower_level_var": list(model.parameters()),
         "upper_level_var": list(control.parameters()),
-        "lower_level_opt": torch.optim.SGD(model.parameters(), lr=problem.step_size),
+        "lower_level_opt": settings["optimizer"],
         "upper_level_opt": torch.optim.SGD(control.parameters(), lr=0.0),
-        "lower_iters": steps,
+        "lower_iters": settings["steps"],
         "device": "cpu",
         "loss_log_path": os.devnull,
         "accumulate_grad": False,
@@ -176,11 +187,11 @@ def _boat(problem: Problem, steps: int, operation: str, iterations: int) -> Run:
         "return_grad": True,
         "GDA": {"alpha_init": 0.0, "alpha_decay": 0.5},
         "RGT": {"truncate_iter": 0},
-        "CG": {"k": iterations, "tolerance": tolerance},
+        "CG": {"k": settings["iterations"], "tolerance": settings["tolerance"]},
     }
-    # BOAT takes objectives by the name of a module and of a function in it.
-    objectives = types.ModuleType(f"boat_objectives_{id(config)}")
-    objectives.inner, objectives.outer = inner, outer
+    # It takes objectives by the name of a module and of a function in it.
+    objectives = types.ModuleType("boat_objectives")
+    objectives.inner, objectives.outer = named(inner), named(outer)
     sys.modules[objectives.__name__] = objectives
     losses = {
         f"{level}_level_loss": {"function": f"{objectives.__name__}.{name}", "params": {}}
@@ -197,8 +208,23 @@ def _boat(problem: Problem, steps: int, operation: str, iterations: int) -> Run:
     return run
 
 
-def boat_unrolled(problem: Problem, steps: int) -> Run:
-    return _boat(problem, steps, "RAD", 0)
+def _boat(problem: Problem, steps: int, operation: str, iterations: int, **options: Any) -> Run:
+    model = Weights(problem)
+    return boat(
+        model,
+        Penalty(problem),
+        lambda upper, _, w: problem.inner(w, upper()),
+        lambda upper, _, w: problem.outer(w, upper()),
+        optimizer=sgd(model, problem, **options),
+        steps=steps,
+        operation=operation,
+        iterations=iterations,
+        tolerance=CG_RTOL * problem.outer_slope_size,  # its tolerance is absolute
+    )
+
+
+def boat_unrolled(problem: Problem, steps: int, **options: Any) -> Run:
+    return _boat(problem, steps, "RAD", 0, **options)
 
 
 def boat_cg(problem: Problem, steps: int) -> Run:
@@ -209,7 +235,14 @@ def boat_neumann(problem: Problem, steps: int) -> Run:
     return _boat(problem, steps, "NS", steps)
 
 
-def _betty(problem: Problem, steps: int, config: dict, *, iterative: bool = False) -> Run:
+def betty(
+    problem: Problem,
+    steps: int,
+    config: dict[str, Any],
+    *,
+    iterative: bool = False,
+    rule: Callable = torch.optim.SGD,
+) -> Run:
     from betty.configs import Config, EngineConfig
     from betty.engine import Engine
     from betty.logging.logger_base import get_logger
@@ -248,7 +281,7 @@ def _betty(problem: Problem, steps: int, config: dict, *, iterative: bool = Fals
             self.params = (problem.start.requires_grad_(),)
             # Its SGD holds on to a momentum buffer, and so to the last graph, at momentum 0 too.
             for state in self.optimizer.state:
-                state.clear()
+                state.pop("momentum_buffer", None)
 
         def training_step(self, _batch: tuple) -> Tensor:
             return self.fmodule(self.params, self.buffers, self.outer())
@@ -258,7 +291,7 @@ def _betty(problem: Problem, steps: int, config: dict, *, iterative: bool = Fals
         "inner",
         Config(unroll_steps=steps, **config),
         model,
-        torch.optim.SGD(model.parameters(), lr=problem.step_size),
+        rule(model.parameters(), lr=problem.step_size),
     )
     outer = Outer(
         "outer",
@@ -279,15 +312,15 @@ def _betty(problem: Problem, steps: int, config: dict, *, iterative: bool = Fals
     return run
 
 
-def betty_unrolled(problem: Problem, steps: int) -> Run:
-    return _betty(problem, steps, {"retain_graph": True}, iterative=True)
+def betty_unrolled(problem: Problem, steps: int, rule: Callable = torch.optim.SGD) -> Run:
+    return betty(problem, steps, {"retain_graph": True}, iterative=True, rule=rule)
 
 
 def betty_cg(problem: Problem, steps: int) -> Run:
     # It has no tolerance, so it gets the number of iterations that the others need.
-    return _betty(problem, steps, {"type": "cg", "cg_iterations": problem.cg_iterations})
+    return betty(problem, steps, {"type": "cg", "cg_iterations": problem.cg_iterations})
 
 
 def betty_neumann(problem: Problem, steps: int) -> Run:
     options = {"neumann_iterations": steps, "neumann_alpha": problem.step_size}
-    return _betty(problem, steps, {"type": "neumann", **options})
+    return betty(problem, steps, {"type": "neumann", **options})
