@@ -240,7 +240,7 @@ def multiplier_sweep(
     with autodiff.recording():
         for block in trajectory.taped_in_reverse():
             costs = block_costs(dynamics, running, block)
-            known = (block.states[:-1], trajectory.control)
+            known = (block.states[:-1], block.controls)
             autodiff.refuse_hidden(costs, known, "the running cost")
             inner_states = block.states[:-1] if keep_multipliers else block.states[:1]
             if keep_states:

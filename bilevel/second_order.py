@@ -228,7 +228,7 @@ def tangent_sweep(
                 thetas = [theta for theta, _ in parts]
                 simple = Block(block.steps, [*plain, block.states[-1][0]], thetas)
                 costs = block_costs(tangent.dynamics, running, simple)
-                known = (block.states[:-1], trajectory.control)
+                known = (block.states[:-1], block.controls)
                 autodiff.refuse_hidden(costs, known, "the running cost")
             own = {}
             for theta, d in parts:

@@ -42,8 +42,8 @@ def distance(params: Tensor, tasks: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 # %% MAML: three steps of gradient descent from the learned start, differentiated by MLM
 maml = bl.BilevelSolver(
     bl.BilevelProblem(
-        inner=lambda params, start, tasks: fit(params, tasks),
-        outer=lambda params, start, tasks: distance(params, tasks),
+        inner=lambda params, _start, tasks: fit(params, tasks),
+        outer=lambda params, _start, tasks: distance(params, tasks),
         start=lambda params, start: start.expand_as(params),
     ),
     bl.GradientDescent(0.05),
@@ -63,7 +63,7 @@ imaml = bl.BilevelSolver(
         inner=lambda params, start, tasks: (
             fit(params, tasks) + STRENGTH * (params - start).square().sum() / 2
         ),
-        outer=lambda params, start, tasks: distance(params, tasks),
+        outer=lambda params, _start, tasks: distance(params, tasks),
         start=lambda params, start: start.expand_as(params),
     ),
     bl.GradientDescent(0.05),

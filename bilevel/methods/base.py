@@ -164,7 +164,7 @@ class Instance:
         """The outer objective with its batch, checked."""
         name = "the outer objective"
         value = autodiff.check_scalar(self.problem.outer(params, control, self.outer_batch), name)
-        autodiff.refuse_hidden(value, (params, control), name, alone=True)
+        autodiff.refuse_hidden(value, (params, control), name)
         return value
 
     def outer_gradient(self, params: Tree) -> "OuterGradient":
