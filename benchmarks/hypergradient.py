@@ -4,8 +4,9 @@ Run with `make bench-peers`, or `python -m benchmarks.hypergradient [--control s
 [--repeats 31] [--dimensions 20 300]` in an environment that has the peers.
 
 Inner problem |X w - y|^2 / 2n + sum exp(alpha) w^2 / 2, gradient descent from zero; outer problem
-the loss on other data; float64, one thread, processor time. Unrolled rows are compared with the hypergradient of
-the value after those steps, by a loop over sensitivities; implicit rows with the closed form.
+the loss on other data; float64, one thread, processor time. Unrolled rows are compared with the
+hypergradient of the value after those steps, by a loop over sensitivities; implicit rows with the
+closed form.
 """
 
 import argparse
@@ -16,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 import bilevel as bl
-from benchmarks import peers
 from benchmarks.measure import Timing, machine, median_ratio, paired_times
+from benchmarks.peers import bare, with_betty, with_boat, with_higher, with_torchopt
+from benchmarks.peers.modules import Run
 from benchmarks.ridge import CG_RTOL, Ridge, relative_error
 
 STEPS = {20: 100, 300: 200}
@@ -30,7 +31,7 @@ WRONG = 1e-6  # relative error from which on a number counts as wrong here
 def ours(method: bl.HypergradientMethod, *, certified: bool = False) -> Callable:
     """A maker like those of the peers."""
 
-    def make(ridge: Ridge, steps: int) -> peers.Run:
+    def make(ridge: Ridge, steps: int) -> Run:
         problem = bl.BilevelProblem(ridge.inner, ridge.outer)
         descent = bl.GradientDescent(ridge.step_size)
         solver = bl.BilevelSolver(problem, descent, steps, method, certificate=None)
@@ -45,23 +46,23 @@ def ours(method: bl.HypergradientMethod, *, certified: bool = False) -> Callable
 CG = bl.CG(rtol=CG_RTOL)
 ROWS: dict[str, dict[str, Callable]] = {
     "unrolled": {
-        "torch, a loop": peers.torch_unrolled,
-        "higher": peers.higher_unrolled,
-        "torchopt": peers.torchopt_unrolled,
-        "boat NGD + RAD": peers.boat_unrolled,
-        "betty iterative": peers.betty_unrolled,
+        "torch, a loop": bare.unrolled,
+        "higher": with_higher.unrolled,
+        "torchopt": with_torchopt.unrolled,
+        "boat NGD + RAD": with_boat.unrolled,
+        "betty iterative": with_betty.unrolled,
         "bilevel Unrolled": ours(bl.Unrolled()),
         "bilevel MLM, graphs": ours(bl.MLM(bl.Checkpointing(block=None))),
         "bilevel MLM, states": ours(bl.MLM()),
     },
     "implicit": {
-        "torch, a loop + CG": peers.torch_implicit,
-        "torchopt CG": peers.torchopt_cg,
-        "torchopt Neumann": peers.torchopt_neumann,
-        "boat NGD + CG": peers.boat_cg,
-        "boat NGD + Neumann": peers.boat_neumann,
-        "betty CG": peers.betty_cg,
-        "betty Neumann": peers.betty_neumann,
+        "torch, a loop + CG": bare.implicit,
+        "torchopt CG": with_torchopt.cg,
+        "torchopt Neumann": with_torchopt.neumann,
+        "boat NGD + CG": with_boat.cg,
+        "boat NGD + Neumann": with_boat.neumann,
+        "betty CG": with_betty.cg,
+        "betty Neumann": with_betty.neumann,
         "bilevel Implicit(CG)": ours(bl.Implicit(CG)),
         "bilevel, certified": ours(bl.Implicit(CG), certified=True),
         "bilevel OneStep": ours(bl.OneStep()),
@@ -97,7 +98,7 @@ class Row:
 def measure(ridge: Ridge, steps: int, repeats: int) -> list[Row]:
     """Every row, timed in turn."""
     truth = {"unrolled": ridge.after(steps), "implicit": ridge.exact}
-    found: dict[str, tuple[str, peers.Run, float]] = {}
+    found: dict[str, tuple[str, Run, float]] = {}
     failed: list[Row] = []
     for mode, makers in ROWS.items():
         for name, make in makers.items():
@@ -160,7 +161,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the peers' own
+    for peer in ("betty", "torchopt"):  # of torch's functions that they use
+        warnings.filterwarnings("ignore", module=peer)
     print(machine())
     for d in arguments.dimensions:
         ridge = Ridge.random(d, scalar=arguments.control == "scalar")

@@ -100,7 +100,7 @@ class Ridge:
         return self._to_control(-q * self.alpha.exp() * w)
 
     def after(self, steps: int) -> Tensor:
-        """Hypergradient of the value after some steps, by a loop over the sensitivity dw / dalpha."""
+        """Hypergradient of the value after some steps, by a loop over dw / dalpha."""
         w, slope = self.start, torch.zeros_like(self.hessian)
         rhs, penalty = self.X.T @ self.y / len(self.y), self.alpha.exp()
         for _ in range(steps):
