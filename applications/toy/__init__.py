@@ -1,1 +1,1 @@
-"""Classification with cross-entropy: weights of tasks and of samples, learned by bilevel descent."""
+"""Classification with cross-entropy: weights of tasks and samples, learned by bilevel descent."""

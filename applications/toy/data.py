@@ -45,15 +45,16 @@ class Dataset:
         return replace(self, inputs=self.inputs.to(device), labels=self.labels.to(device))
 
 
-def load(folder: Path | None = None) -> Dataset:
-    """All samples of a folder of IDX files, or scikit-learn's digits.
+def load(folder: Path | None = None, part: str | None = None) -> Dataset:
+    """The samples of a folder of IDX files, or scikit-learn's digits.
 
-    Files belong together as `<name>-images-idx3-ubyte` and `<name>-labels-idx1-ubyte`, each plain or
-    with the ending `.gz`; what all pairs hold is put together, `train` before the others.
+    Files belong together as `<part>-images-idx3-ubyte` and `<part>-labels-idx1-ubyte`, each plain
+    or with the ending `.gz`; MNIST has the parts `train` and `t10k`.
 
     Args:
         folder: of MNIST or a data set in its layout; None for the 1797 digits of 8 x 8 pixels that
             come with scikit-learn.
+        part: the only one to read; None puts all together, `train` before the others.
 
     Returns:
         The data set.
@@ -61,7 +62,11 @@ def load(folder: Path | None = None) -> Dataset:
     Raises:
         InputError: if the folder has no such files, or they do not fit each other.
     """
-    return _digits() if folder is None else _from_idx(folder)
+    if folder is not None:
+        return _from_idx(folder, part)
+    if part is not None:
+        raise InputError(f"a folder was needed to read the part {part!r} from; name one.")
+    return _digits()
 
 
 def _digits() -> Dataset:
@@ -73,9 +78,16 @@ def _digits() -> Dataset:
     return Dataset(inputs, labels, 10, 8, "digits")
 
 
-def _from_idx(folder: Path) -> Dataset:
-    parts = sorted(_find(folder).items(), key=lambda part: (part[0] != "train", part[0]))
-    pairs = [_read_pair(*paths) for _, paths in parts]
+def _from_idx(folder: Path, part: str | None) -> Dataset:
+    found = _find(folder)
+    names = sorted(found, key=lambda name: (name != "train", name))
+    if part is not None:
+        if part not in found:
+            raise InputError(
+                f"{folder}: part {part!r} was needed, the folder has {', '.join(names)}; choose one."
+            )
+        names = [part]
+    pairs = [_read_pair(*found[name]) for name in names]
     shapes = {images.shape[1:] for images, _ in pairs}
     if len(shapes) > 1:
         raise InputError(
