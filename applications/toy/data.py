@@ -84,7 +84,7 @@ def _from_idx(folder: Path, part: str | None) -> Dataset:
     if part is not None:
         if part not in found:
             raise InputError(
-                f"{folder}: part {part!r} was needed, the folder has {', '.join(names)}; choose one."
+                f"{folder}: part {part!r} was needed, the folder has {', '.join(names)}; take one."
             )
         names = [part]
     pairs = [_read_pair(*found[name]) for name in names]

@@ -36,7 +36,7 @@ def read_idx(path: Path, n_axes: int) -> np.ndarray:
     content = _content(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[3] == 0:
         raise InputError(
-            f"{path}: an IDX file was needed, which begins with 00 00, a type and a number of axes, "
+            f"{path}: an IDX file was needed, beginning with 00 00, a type and the number of axes; "
             f"it begins with {content[:4].hex(' ') or 'nothing'}. Check which file this is."
         )
     kind, found = content[2], content[3]
