@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import final
+from functools import partial
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from bilevel.columns import neumann_series
 from bilevel.errors import ArgumentError
 from bilevel.linear import LinearResult, LinearSolver, Operator
 from bilevel.system import (
@@ -54,11 +56,12 @@ class Neumann(LinearSolver):
 
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
         """See `LinearSolver`; `steps` products, one more with a `start`."""
-        return solve_flat(self._iterate, operator, rhs, start)
+        iterate = self._iterate_columns if operator.columns else self._iterate
+        return solve_flat(iterate, operator, rhs, start)
 
     def _iterate(self, system: System) -> LinearResult:
-        x, r, norm = system.begin()
-        target, size, steps = self.rtol * system.rhs_norm, 0.0, 0
+        x, r, (norm,) = system.begin()
+        target, size, steps = self.rtol * system.rhs_norms[0], 0.0, 0
         while norm > target and steps < self.terms:
             steps += 1
             x.add_(r, alpha=self.step)
@@ -66,8 +69,11 @@ class Neumann(LinearSolver):
             size = max(size, math.sqrt(finite(dot(Ar, Ar), steps)) / norm)
             r = torch.sub(r, Ar, alpha=self.step)
             norm = math.sqrt(finite(dot(r, r), steps))
-        floor = system.floor(size, math.sqrt(dot(x, x)))
-        return system.result(x, max(norm, floor), steps, rtol=self.rtol, floor=floor)
+        floor = system.unit * (system.rhs_norms[0] + size * math.sqrt(dot(x, x)))
+        return system.result(x, [max(norm, floor)], [steps], rtol=self.rtol, floors=[floor])
+
+    def _iterate_columns(self, system: System) -> LinearResult:
+        return neumann_series(system, self.rtol, self.terms, self.step)
 
 
 @final
@@ -113,28 +119,37 @@ class Nystrom(LinearSolver):
         return solve_flat(self._correct, operator, rhs, start, self.damping)
 
     def _correct(self, system: System) -> LinearResult:
-        n, eps = system.flat.n, system.eps
+        n, eps = system.flat.width, system.eps
         x, r, _ = system.begin()
         # On the CPU: the same numbers on every device.
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randn(n, min(self.rank, n), generator=generator, dtype=torch.float64)
         Q = torch.linalg.qr(drawn)[0].to(r)
-        Y = _image(system, Q.T.contiguous()) - self.damping * Q
+        Y = _image(system, Q) - self.damping * Q
         core = Q.T @ Y
-        values, vectors = torch.linalg.eigh((core + core.T) / 2)
-        size = values.abs().max().item()
-        kept = values.abs() > 10 * eps * math.sqrt(n) * size
-        basis, R = torch.linalg.qr(Y @ vectors[:, kept])
-        found, turn = torch.linalg.eigh((R / values[kept]) @ R.T)
+        values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+        size = values.abs().amax(1)
+        kept = values.abs() > 10 * eps * math.sqrt(n) * size[:, None]
+        basis, R = torch.linalg.qr((Y @ vectors) * kept[:, None])
+        found, turn = torch.linalg.eigh((R / torch.where(kept, values, 1)[:, None]) @ R.mT)
         U = basis @ turn
-        part = U.T @ r
-        x.add_((r - U @ part) / self.damping + U @ (part / (found + self.damping)))
+        r = system.rows(r)[..., None]
+        part = U.mT @ r
+        x.add_(
+            ((r - U @ part) / self.damping + U @ (part / (found + self.damping)[..., None])).view(
+                -1
+            )
+        )
         r = system.rhs - system.apply(x)
-        norm = math.sqrt(finite(dot(r, r), 1))
-        floor = _floor(system, size + self.damping, x)
-        ritz = values[0].item() + self.damping
+        ritz = (values[:, 0] + self.damping).tolist()
         return system.result(
-            x, norm, 1, rtol=self.rtol, floor=floor, ritz=ritz, indefinite=ritz <= 0
+            x,
+            system.norms(r, 1),
+            [int(size > 0) for size in system.rhs_norms],
+            rtol=self.rtol,
+            floors=_floors(system, (size + self.damping).tolist(), x),
+            indefinite=[value <= 0 for value in ritz],
+            find_ritz=partial(min, ritz),
         )
 
 
@@ -176,58 +191,76 @@ class Dense(LinearSolver):
 
     def _symmetric(self, system: System) -> LinearResult:
         x, r, _ = system.begin()
-        A = _image(system, torch.eye(system.flat.n).to(x))
-        eps, size = system.eps, A.norm().item()
-        gap = (A - A.T).norm().item()
-        if gap > math.sqrt(eps) * size:
-            raise ArgumentError(
-                f"the operator must be symmetric, as symmetric=True says, got a matrix with "
-                f"|A - A^T| / |A| = {gap / size:.1e}; correct the product, or pass symmetric=False."
-            )
-        values, V = torch.linalg.eigh((A + A.T) / 2)
-        x.add_(V @ _divided(V.T @ r, values))
-        smallest = values[0].item()
-        indefinite = smallest <= eps * size
-        return self._result(system, x, A, ritz=smallest, indefinite=indefinite)
+        A = _matrices(system)
+        eps, sizes = system.eps, _sizes(A)
+        for size, gap in zip(sizes, _sizes(A - A.mT), strict=True):
+            if gap > math.sqrt(eps) * size:
+                raise ArgumentError(
+                    "the operator must be symmetric, as symmetric=True says, got a matrix with "
+                    f"|A - A^T| / |A| = {gap / size:.1e}; correct the product, or pass "
+                    "symmetric=False."
+                )
+        values, V = torch.linalg.eigh((A + A.mT) / 2)
+        x.add_((V @ _divided(V.mT @ system.rows(r)[..., None], values)).view(-1))
+        smallest = values[:, 0].tolist()
+        return self._result(
+            system,
+            x,
+            A,
+            indefinite=[value <= eps * size for value, size in zip(smallest, sizes, strict=True)],
+            find_ritz=partial(min, smallest),
+        )
 
     def _general(self, system: System) -> LinearResult:
         x, r, _ = system.begin()
-        A = _image(system, torch.eye(system.flat.n).to(x))
+        A = _matrices(system)
         U, values, Vh = torch.linalg.svd(A)
-        x.add_(Vh.T @ _divided(U.T @ r, values))
+        x.add_((Vh.mT @ _divided(U.mT @ system.rows(r)[..., None], values)).view(-1))
         return self._result(system, x, A)
 
-    def _result(
-        self,
-        system: System,
-        x: Tensor,
-        A: Tensor,
-        *,
-        ritz: float | None = None,
-        indefinite: bool | None = None,
-    ) -> LinearResult:
-        norm = (system.rhs - A @ x).norm().item()
-        floor = _floor(system, A.norm().item(), x)
+    def _result(self, system: System, x: Tensor, A: Tensor, **more: Any) -> LinearResult:
+        r = system.rhs - (A @ system.rows(x)[..., None]).view(-1)
         return system.result(
-            x, norm, 1, rtol=self.rtol, floor=floor, ritz=ritz, indefinite=indefinite
+            x,
+            system.norms(r, 1),
+            [int(size > 0) for size in system.rhs_norms],
+            rtol=self.rtol,
+            floors=_floors(system, _sizes(A), x),
+            **more,
         )
 
 
-def _image(system: System, vectors: Tensor) -> Tensor:
-    """The products with the rows of `vectors`, as columns."""
-    columns = [system.apply(v.clone()).clone() for v in vectors]
-    for k, column in enumerate(columns, 1):
-        finite(dot(column, column), k)
-    return torch.stack(columns, 1)
+def _image(system: System, Q: Tensor) -> Tensor:
+    """The products with the columns of `Q`, for each column of the system a matrix."""
+    found = []
+    for k, v in enumerate(Q.T, 1):
+        product = system.apply(v.repeat(system.columns or 1))
+        system.norms(product, k)
+        found.append(system.rows(product).clone())
+    return torch.stack(found, -1)
+
+
+def _matrices(system: System) -> Tensor:
+    """The matrix of each column of the system."""
+    return _image(system, torch.eye(system.flat.width).to(system.rhs))
+
+
+def _sizes(A: Tensor) -> list[float]:
+    """Norm of each matrix."""
+    return torch.linalg.matrix_norm(A).tolist()
 
 
 def _divided(a: Tensor, values: Tensor) -> Tensor:
-    """`a / values`, zero where the value is zero up to rounding."""
-    size = values.abs().max()
-    kept = values.abs() > values.numel() * torch.finfo(values.dtype).eps * size
-    return torch.where(kept, a / torch.where(kept, values, 1), 0)
+    """`a / values` of each column, zero where the value is zero up to rounding."""
+    size = values.abs().amax(1, keepdim=True)
+    kept = values.abs() > values.shape[1] * torch.finfo(values.dtype).eps * size
+    return torch.where(kept[..., None], a / torch.where(kept, values, 1)[..., None], 0)
 
 
-def _floor(system: System, size: float, x: Tensor) -> float:
-    """Rounding level of a residual that is computed: a sum of n terms, whose roundings add up."""
-    return 4 * math.sqrt(system.flat.n) * system.floor(size, math.sqrt(dot(x, x)))
+def _floors(system: System, sizes: list[float], x: Tensor) -> list[float]:
+    """Rounding level of residuals that are computed: sums of n terms, whose roundings add up."""
+    unit = 4 * math.sqrt(system.flat.width) * system.unit
+    return [
+        unit * (norm + size * length)
+        for norm, size, length in zip(system.rhs_norms, sizes, system.norms(x, 1), strict=True)
+    ]

@@ -351,5 +351,7 @@ def test_batches_go_with_a_build_function_only():
 )
 def test_negative_steps_or_tolerances_are_refused(setting):
     problem = bl.ControlProblem(bl.Map(lambda u, c, t: u + c), lambda u, c: u.square().sum(), 2)
-    with pytest.raises(bl.ArgumentError, match="steps must be a whole number >= 0 and tolerance >= 0"):
+    with pytest.raises(
+        bl.ArgumentError, match="steps must be a whole number >= 0 and tolerance >= 0"
+    ):
         bl.ControlSolver(problem).solve(torch.zeros(1), torch.ones(1), **setting)

@@ -16,7 +16,7 @@ from reference import assert_same
 import bilevel as bl
 from bilevel import tree
 from bilevel.flat import Flat
-from bilevel.krylov import smallest_eigenvalue
+from bilevel.ritz import smallest_eigenvalue
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 DTYPES = [F64, C128]
