@@ -19,28 +19,39 @@ from bilevel.tree import Tree
 
 def variables(values: Tree) -> Tree:
     """`values` detached, sharing memory, its variables requiring grad."""
-    return tree.map_leaves(
-        lambda leaf: (
-            leaf.detach().requires_grad_()
-            if tree.is_variable(leaf)
-            else (leaf.detach() if isinstance(leaf, Tensor) else leaf)
-        ),
-        values,
-    )
+    return tree.map_leaves(_variable, values)
 
 
-def told_apart(values: Tree) -> Tree:
-    """`values`, each variable a tensor of its own that requires grad."""
-    # Autograd knows a state by its tensors. One that a step passes through unchanged, or returns
-    # twice, would collect the multipliers of all its places; a constant would get none.
-    return tree.map_leaves(
-        lambda leaf: (
-            (leaf.view_as(leaf) if leaf.requires_grad else leaf.detach().requires_grad_())
-            if tree.is_variable(leaf)
-            else leaf
-        ),
-        values,
-    )
+def _variable(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    alias = leaf.detach()
+    return alias.requires_grad_() if tree.is_variable(leaf) else alias
+
+
+def told_apart(values: Tree, known: set[int]) -> Tree:
+    """`values`, each variable a tensor of its own that requires grad.
+
+    Args:
+        values: a tree.
+        known: ids of the tensors of earlier results, which are alive; those of this one are added.
+
+    Returns:
+        The same values.
+    """
+    # Autograd knows a state by its tensors. One that a step passes through unchanged, returns
+    # twice, or computes another from, would collect the multipliers of more than its place; a
+    # constant would get none. A single one that was computed now is one of its own already.
+    alone = isinstance(values, Tensor) and values.grad_fn is not None and id(values) not in known
+
+    def apart(leaf: Any) -> Any:
+        if not alone and tree.is_variable(leaf):
+            computed = leaf.requires_grad
+            leaf = leaf.view_as(leaf) if computed else leaf.detach().requires_grad_()
+        known.add(id(leaf))
+        return leaf
+
+    return tree.map_leaves(apart, values)
 
 
 def pull(outputs: Tree, cotangent: Tree, inputs: Tree, *, keep: bool = False) -> Tree:
@@ -61,15 +72,15 @@ def pull(outputs: Tree, cotangent: Tree, inputs: Tree, *, keep: bool = False) ->
         if v is not None and y.requires_grad
     ]
     leaves, structure = tree.flatten(inputs)
-    wanted = [x for x in leaves if tree.is_variable(x) and x.requires_grad]
-    if not pairs or not wanted:
-        return tree.unflatten(structure, [None] * len(leaves))
-    ys, vs = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(ys, wanted, vs, create_graph=keep, allow_unused=True))
-    return tree.unflatten(
-        structure,
-        [next(found) if tree.is_variable(x) and x.requires_grad else None for x in leaves],
-    )
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+    found: list[Tensor | None] = [None] * len(leaves)
+    if pairs and places:
+        ys, vs = zip(*pairs, strict=True)
+        xs = [leaves[i] for i in places]
+        pulled = torch.autograd.grad(ys, xs, vs, create_graph=keep, allow_unused=True)
+        for i, vector in zip(places, pulled, strict=True):
+            found[i] = vector
+    return tree.unflatten(structure, found)
 
 
 def check_scalar(value: Any, name: str) -> Tensor:
@@ -282,22 +293,28 @@ class Linearisation:
         return tree.unflatten(structure, found)
 
 
-def _graph_leaves(tensors: Sequence[Tensor], seen: set[Node]) -> Iterator[Tensor]:
+def _graph_leaves(tensors: Sequence[Tensor], seen: set[Node | None]) -> Iterator[Tensor]:
     """The tensors that accumulate a gradient in the graph behind `tensors`, not behind `seen`."""
-    pending: list[Node | None] = []
+    pending: list[Node] = []
     for tensor in tensors:
-        if tensor.grad_fn is None and tensor.requires_grad:
+        node = tensor.grad_fn
+        if node is None:
             yield tensor
-        pending.append(tensor.grad_fn)
+        elif node not in seen:
+            seen.add(node)
+            pending.append(node)
+    seen.add(None)
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            yield variable
-        pending.extend(previous for previous, _ in node.next_functions)
+        edges = node.next_functions
+        if not edges:
+            variable = getattr(node, "variable", None)
+            if isinstance(variable, Tensor):
+                yield variable
+        for previous, _ in edges:
+            if previous not in seen:
+                seen.add(previous)
+                pending.append(previous)
 
 
 def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
@@ -313,11 +330,13 @@ def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
     Raises:
         LostGradientError: if something that requires grad was closed over.
     """
+    if isinstance(outputs, Tensor) and not outputs.requires_grad:
+        return
     tensors = [y for y in tree.leaves_of(outputs) if isinstance(y, Tensor) and y.requires_grad]
     if not tensors:
         return
     given = [x for x in tree.leaves_of(inputs) if isinstance(x, Tensor)]
-    known, behind = {id(x) for x in given}, {x.grad_fn for x in given if x.grad_fn is not None}
+    known, behind = {id(x) for x in given}, {x.grad_fn for x in given}
     for leaf in _graph_leaves(tensors, behind):
         if id(leaf) not in known:
             raise LostGradientError(
@@ -360,7 +379,7 @@ def pushforward(
     tensors = [x for x in tree.leaves_of(arguments) if isinstance(x, Tensor)]
     attached = any(x.requires_grad for x in tensors)
     with torch.enable_grad():
-        inputs = told_apart(arguments)
+        inputs = told_apart(arguments, set())
         value = function(*inputs)
         if not attached:
             refuse_hidden(value, inputs, "the function")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bilevel.compiled import Compiled, plain
 from bilevel.dynamics import Dynamics
 from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
@@ -22,6 +23,7 @@ class ControlProblem:
         terminal: l, a real scalar of the final state and the whole control.
         horizon: number of steps, T >= 0.
         running: r, a real scalar of u(t-1), of what `step` receives at t, and of t = 1..T.
+        compile: compile the step; the dynamics is then a `Compiled`.
 
     Raises:
         ArgumentError: if the horizon is not an integer >= 0.
@@ -38,6 +40,7 @@ class ControlProblem:
     terminal: TerminalCost
     horizon: int
     running: RunningCost | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -48,3 +51,5 @@ class ControlProblem:
                 f"dynamics must be a bilevel.Dynamics, got {type(self.dynamics).__name__}; "
                 "wrap a plain function g(state, control, t) with bilevel.Map."
             )
+        if self.compile:
+            object.__setattr__(self, "dynamics", Compiled(plain(self.dynamics)))

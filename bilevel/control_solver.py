@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -24,7 +25,10 @@ from bilevel.descent import (
 )
 from bilevel.dynamics import initial_control, step_control
 from bilevel.errors import ArgumentError
+from bilevel.kkt import KKT, kkt
 from bilevel.lagrangian import Adjoint, adjoint
+from bilevel.newton import NewtonCG, NewtonSteps
+from bilevel.second_order import hvp
 from bilevel.tree import Tree
 
 Build = Callable[[Any], tuple[ControlProblem, Tree]]  # batch -> (problem, observation)
@@ -43,6 +47,7 @@ class ControlSolution:
         steps: updates made.
         converged: whether the gradient norm came down to the tolerance.
         adjoint: states, multipliers and gradient at the last control; None with batches.
+        kkt: residuals of the optimality conditions (5a-c) there; None with batches.
     """
 
     control: Tree
@@ -53,17 +58,18 @@ class ControlSolution:
     steps: int
     converged: bool
     adjoint: Adjoint | None
+    kkt: KKT | None
 
 
 @dataclass(frozen=True)
 class ControlSolver:
-    """First-order solver of control problems.
+    """Solver of control problems by first-order methods or Newton-CG.
 
     Attributes:
         problem: a `ControlProblem`, or `build(batch) -> (ControlProblem, observation)` for data
             that comes in batches.
         optimizer: makes a `torch.optim` optimiser from a list of tensors; called once a solve.
-            `step(closure)` is used always, so that LBFGS works.
+            `step(closure)` is used always, so that LBFGS works. Or a `NewtonCG`.
         checkpointing: of the sweeps; None is `Checkpointing()`.
         on_failure: what to do when a tolerance was asked for and not reached.
 
@@ -85,7 +91,7 @@ class ControlSolver:
     """
 
     problem: ControlProblem | Build
-    optimizer: MakeOptimizer = adam
+    optimizer: MakeOptimizer | NewtonCG = adam
     checkpointing: Checkpointing | Budget | None = None
     on_failure: OnFailure = "warn"
 
@@ -138,10 +144,11 @@ class ControlSolver:
                 "batches go with a solver that holds build(batch); a solver that holds one "
                 "ControlProblem takes an observation instead."
             )
+        run = _Run(self, observation)
         done = descend(
-            lambda theta, batch, step: self._evaluate(theta, observation, batch, step),
+            run.evaluate,
             control,
-            optimizer=self.optimizer,
+            optimizer=run.newton if isinstance(self.optimizer, NewtonCG) else self.optimizer,
             steps=steps,
             batches=batches,
             scheduler=scheduler,
@@ -151,12 +158,15 @@ class ControlSolver:
             progress=progress,
         )
         cost, norm, _ = done.last or (math.nan, math.nan, None)
-        final, converged = None, done.converged
+        final, residuals, converged = None, None, done.converged
         if isinstance(self.problem, ControlProblem):
             final = self._adjoint(
                 self.problem, observation, done.control, len(done.costs), keep=True
             )
             cost, norm = float(final.cost), tree.norm(final.gradient)
+            residuals = kkt(
+                self.problem, observation, done.control, final.states or [], final.multipliers or []
+            )
             converged = norm <= tolerance if tolerance > 0 else converged
         if tolerance > 0 and not converged:
             report(above_tolerance(norm, tolerance, len(done.costs)), self.on_failure)
@@ -169,16 +179,8 @@ class ControlSolver:
             len(done.costs),
             converged,
             final,
+            residuals,
         )
-
-    def _evaluate(
-        self, control: Tree, observation: Tree, batch: Any, step: int
-    ) -> tuple[float, Adjoint]:
-        problem = self.problem
-        if not isinstance(problem, ControlProblem):
-            problem, observation = problem(batch)
-        found = self._adjoint(problem, observation, control, step)
-        return float(found.cost), found
 
     def _adjoint(
         self,
@@ -199,6 +201,48 @@ class ControlSolver:
         norm = tree.norm(found.gradient)
         check_finite(float(found.cost), norm, step, lambda: _where(problem, observation, control))
         return found
+
+
+class _Run:
+    """What one solve evaluates, and the Hessian of what it evaluated last."""
+
+    def __init__(self, solver: ControlSolver, observation: Tree) -> None:
+        self._solver, self._observation = solver, observation
+        self._last: tuple[ControlProblem, Tree, Tree] | None = None
+
+    def evaluate(self, control: Tree, batch: Any, step: int) -> tuple[float, Adjoint]:
+        """Cost and adjoint at a control."""
+        problem, observation = self._solver.problem, self._observation
+        if not isinstance(problem, ControlProblem):
+            problem, observation = problem(batch)
+        self._last = problem, observation, control
+        found = self._solver._adjoint(problem, observation, control, step)
+        return float(found.cost), found
+
+    def newton(self, parameters: list[Tensor]) -> Optimizer:
+        """The Newton-CG optimiser of the control."""
+        settings = self._solver.optimizer
+        if not isinstance(settings, NewtonCG):
+            raise ArgumentError(f"optimizer must be a NewtonCG, got {settings!r}.")
+        return NewtonSteps(parameters, settings, self._product)
+
+    def _product(self, direction: list[Tensor]) -> list[Tensor]:
+        """The Hessian where `evaluate` was last, times a direction of the variables."""
+        if self._last is None:
+            raise ArgumentError("a Hessian product needs an evaluation before it.")
+        problem, observation, control = self._last
+        leaves, structure = tree.flatten(control)
+        each = iter(direction)
+        along = [next(each) if tree.is_variable(x) else None for x in leaves]
+        found = hvp(
+            problem,
+            observation,
+            control,
+            tree.unflatten(structure, along),
+            checkpointing=self._solver.checkpointing,
+        )
+        products = zip(leaves, tree.leaves_of(found.product), strict=True)
+        return [h for x, h in products if tree.is_variable(x)]
 
 
 def _where(problem: ControlProblem, observation: Tree, control: Tree) -> str:

@@ -1,7 +1,7 @@
 """The dynamics u(t) = g(u(t-1), theta_t), u(0) = g0(f; theta_0), and who receives which control."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,22 +149,27 @@ class GradientSum:
 
     def __init__(self, control: Tree) -> None:
         """Start from nothing; `control` is the variable tree whose parts will be named."""
+        self._control = control
         self._leaves, self._structure = tree.flatten(control)
-        self._names = tree.leaf_names(control, "control")
         self._index = {id(leaf): i for i, leaf in enumerate(self._leaves)}
         self._sums: list[Tensor | None] = [None] * len(self._leaves)
 
     def add(self, part: Tree, vector: Tree) -> None:
         """Add `vector`, None where nothing is to be added, in the places of `part`."""
-        for leaf, term in zip(tree.leaves_of(part), tree.leaves_of(vector), strict=True):
-            if term is not None:
-                i = self._index[id(leaf)]
-                total = self._sums[i]
-                self._sums[i] = term if total is None else total + term
+        for i, term in self._terms(part, vector):
+            total = self._sums[i]
+            self._sums[i] = term if total is None else total + term
 
     def subtract(self, part: Tree, vector: Tree) -> None:
         """Subtract `vector` in the places of `part`."""
-        self.add(part, tree.negative(vector))
+        for i, term in self._terms(part, vector):
+            total = self._sums[i]
+            self._sums[i] = -term if total is None else total - term
+
+    def _terms(self, part: Tree, vector: Tree) -> Iterator[tuple[int, Tensor]]:
+        for leaf, term in zip(tree.leaves_of(part), tree.leaves_of(vector), strict=True):
+            if term is not None:
+                yield self._index[id(leaf)], term
 
     def sums(self) -> Tree:
         """What was gathered, None where nothing was."""
@@ -179,8 +184,9 @@ class GradientSum:
         Raises:
             LostGradientError: if nothing read some part of the control.
         """
-        for leaf, total, name in zip(self._leaves, self._sums, self._names, strict=True):
+        for i, (leaf, total) in enumerate(zip(self._leaves, self._sums, strict=True)):
             if tree.is_variable(leaf) and total is None:
+                name = tree.leaf_names(self._control, "control")[i]
                 raise LostGradientError(
                     f"{name} reaches no cost, neither directly nor through the dynamics, so that "
                     "its gradient would be a silent zero: use it, or leave it out of the control."

@@ -35,3 +35,7 @@ class DivergenceError(BilevelError, ArithmeticError):
 
 class ConvergenceWarning(UserWarning):
     """An iteration stopped before its tolerance; the result says by how much."""
+
+
+class CompileWarning(UserWarning):
+    """A step could not be compiled, and runs uncompiled."""

@@ -118,7 +118,7 @@ class Flat:
         Raises:
             StructureError: naming the leaf that differs.
         """
-        if self._is_tensor and _alike(found, self._template):
+        if self._is_tensor and tree.alike(found, self._template):
             return
         leaves, structure = tree.flatten(found)
         wanted, expected = tree.flatten(self._template)
@@ -193,12 +193,3 @@ class Flat:
     def zeros(self) -> Tensor:
         """The zero vector."""
         return torch.zeros(self.n, dtype=self.dtype, device=self.device)
-
-
-def _alike(found: Tree, template: Tensor) -> bool:
-    return (
-        isinstance(found, Tensor)
-        and found.shape == template.shape
-        and found.dtype == template.dtype
-        and found.device == template.device
-    )

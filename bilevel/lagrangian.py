@@ -10,7 +10,6 @@ Meta-Learning Using Method of Lagrangian Multipliers" (2025), cited as "MLM prep
 running cost, the control in l and the gradient in theta_0 generalise it.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -80,8 +79,8 @@ def lagrangian(
     Raises:
         StructureError: if there are not T + 1 states and multipliers, or the control does not fit.
     """
-    _check_point(problem, control, states, multipliers)
-    value = _terminal(problem, states[-1], control)
+    check_point(problem, control, states, multipliers)
+    value = terminal_cost(problem, states[-1], control)
     start = problem.dynamics.init(observation, initial_control(control))
     value = value + tree.inner(multipliers[0], tree.subtract(states[0], start))
     for t in range(1, problem.horizon + 1):
@@ -147,7 +146,7 @@ def adjoint(
     gradient = GradientSum(trajectory.control)
     with closing(trajectory), preserved(trajectory.devices):
         cost, (state_gradient, control_gradient) = autodiff.value_and_gradient(
-            lambda state, theta: _terminal(problem, state, theta),
+            lambda state, theta: terminal_cost(problem, state, theta),
             trajectory.final,
             control,
             name="the terminal cost",
@@ -241,7 +240,7 @@ def multiplier_sweep(
     with autodiff.recording():
         for block in trajectory.taped_in_reverse():
             costs = block_costs(dynamics, running, block)
-            known = (block.states[:-1], trajectory.control)
+            known = (block.states[:-1], block.controls)
             autodiff.refuse_hidden(costs, known, "the running cost")
             inner_states = block.states[:-1] if keep_multipliers else block.states[:1]
             if keep_states:
@@ -281,84 +280,8 @@ def multiplier_sweep(
     )
 
 
-@dataclass(frozen=True)
-class KKT:
-    """Norms of the three parts of the gradient of the Lagrangian; all zero at a solution.
-
-    Attributes:
-        feasibility: of (5c), grad_Lambda L: how far the states are from the dynamics.
-        costate: of (5a), grad_U L: how far the multipliers are from the sweep (7).
-        stationarity: of (5b), grad_Theta L: at a swept point, the gradient of J.
-    """
-
-    feasibility: float
-    costate: float
-    stationarity: float
-
-
-def kkt(
-    problem: ControlProblem,
-    observation: Tree,
-    control: Tree,
-    states: Sequence[Tree],
-    multipliers: Sequence[Tree],
-) -> KKT:
-    """Residuals of the optimality conditions (5a), (5b), (5c), at any point.
-
-    Args:
-        problem: dynamics, horizon and costs.
-        observation: f.
-        control: Theta.
-        states: u(0), ..., u(T).
-        multipliers: lambda_0, ..., lambda_T.
-
-    Returns:
-        The three norms.
-
-    Raises:
-        StructureError: if there are not T + 1 states and multipliers, or the control does not fit.
-        LostGradientError: if nothing reads a part of the control, or a function closes over a
-            tensor that requires grad.
-    """
-    _check_point(problem, control, states, multipliers)
-    states, multipliers = tree.detach((list(states), list(multipliers)))
-    theta = autodiff.variables(control)
-    gradient = GradientSum(theta)
-    _, (state_part, control_part) = autodiff.value_and_gradient(
-        lambda state, whole: _terminal(problem, state, whole),
-        states[-1],
-        control,
-        name="the terminal cost",
-    )
-    gradient.add(theta, control_part)
-    costate, feasibility = 0.0, 0.0
-    with autodiff.recording():
-        for t in range(problem.horizon, 0, -1):
-            u, theta_t = autodiff.variables(states[t - 1]), step_control(theta, t)
-            step = problem.dynamics.step(u, theta_t, t)
-            block = Block(range(t - 1, t), [u, step], [theta_t])
-            costs = block_costs(problem.dynamics, problem.running, block)
-            autodiff.refuse_hidden((step, costs), (u, theta), f"step {t} or its running cost")
-            swept, control_part = autodiff.pull(
-                (step, costs), (multipliers[t], [-torch.ones_like(r) for r in costs]), (u, theta_t)
-            )
-            gradient.subtract(theta_t, control_part)
-            defect = tree.subtract(states[t], tree.detach(step))
-            feasibility = math.hypot(feasibility, tree.norm(defect))
-            # grad_{u(t)} L = lambda_t + grad_{u(t)} (l at t = T; else r - Re<lambda_{t+1}, g>)
-            costate = math.hypot(costate, _sum_norm(multipliers[t], state_part))
-            state_part = tree.negative(swept)
-        costate = math.hypot(costate, _sum_norm(multipliers[0], state_part))
-        start = problem.dynamics.init(tree.detach(observation), initial_control(theta))
-        autodiff.refuse_hidden(start, theta, "dynamics.init")
-        control_part = autodiff.pull(start, multipliers[0], theta)
-        gradient.subtract(theta, control_part)
-        defect = tree.subtract(states[0], tree.detach(start))
-        feasibility = math.hypot(feasibility, tree.norm(defect))
-    return KKT(feasibility, costate, tree.norm(gradient.total()))
-
-
-def _terminal(problem: ControlProblem, state: Tree, control: Tree) -> Tensor:
+def terminal_cost(problem: ControlProblem, state: Tree, control: Tree) -> Tensor:
+    """l(u(T), Theta), checked to be a real scalar."""
     cost = problem.terminal(problem.dynamics.readout(state), control)
     return autodiff.check_scalar(cost, "the terminal cost")
 
@@ -382,16 +305,20 @@ def _with_zeros(vector: Tree, like: Tree) -> Tree:
     )
 
 
-def _sum_norm(a: Tree, b: Tree) -> float:
-    """Norm of a + b, None standing for zero."""
-    return tree.norm(
-        tree.map_leaves(lambda x, y: y if x is None else x if y is None else x + y, a, b)
-    )
-
-
-def _check_point(
+def check_point(
     problem: ControlProblem, control: Tree, states: Sequence[Tree], multipliers: Sequence[Tree]
 ) -> None:
+    """Refuse a point that does not have T + 1 states and multipliers.
+
+    Args:
+        problem: whose horizon counts.
+        control: Theta.
+        states: u(0), ..., u(T).
+        multipliers: lambda_0, ..., lambda_T.
+
+    Raises:
+        StructureError: naming what does not fit.
+    """
     check_control(control, problem.horizon)
     needed = problem.horizon + 1
     for name, given in (("states", states), ("multipliers", multipliers)):

@@ -1,7 +1,221 @@
-"""Proximal operators (placeholder until the branch lands)."""
+r"""Proximal operators: the part of an inner objective that need not be smooth.
 
-from abc import ABC
+.. math::
+    \mathrm{prox}_{\eta p}(z) = \arg\min_x \tfrac12 |x - z|^2 + \eta\, p(x)
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.errors import ArgumentError, StructureError
+from bilevel.tree import Tree
+
+# A number, a tensor, or a function of the control that returns a scalar tensor or a tree like the
+# params, so that it can be learned.
+Weight = float | Tensor | Callable[[Tree], Any]
 
 
 class Prox(ABC):
-    """Proximal operator."""
+    """A penalty p and its proximal operator."""
+
+    @abstractmethod
+    def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:
+        """The proximal operator, differentiable in all arguments.
+
+        Args:
+            params: z; leaves that are no variables are passed through.
+            step_size: eta, a number, a scalar tensor, or a tree like the params.
+            control: what a learned weight is read from.
+
+        Returns:
+            The minimiser, like the params.
+        """
+
+    @abstractmethod
+    def value(self, params: Tree, control: Tree) -> Tensor:
+        """p(params), a real scalar; the full inner objective is that of the problem plus this."""
+
+
+def _like(setting: Any, params: Tree, control: Tree) -> Tree:
+    """A setting for each leaf of the params."""
+    found = setting(control) if callable(setting) else setting
+    if isinstance(found, float | int | Tensor):
+        return tree.map_leaves(lambda x: found if tree.is_variable(x) else None, params)
+    return found
+
+
+def _times(weight: Tree, step_size: Any, params: Tree) -> Tree:
+    sizes = _like(step_size, params, None)
+    return tree.map_leaves(lambda w, s: None if w is None else w * s, weight, sizes)
+
+
+def _check_weight(value: Any, name: str) -> None:
+    if callable(value):
+        return
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ArgumentError(
+            f"{name} is a tensor that requires grad, which no gradient would reach: make it part "
+            f"of the control, and pass a function such as lambda control: control['{name}']."
+        )
+    if not bool(torch.as_tensor(value >= 0).all()):
+        raise ArgumentError(f"{name} must be >= 0, got {value}.")
+
+
+@final
+@dataclass(frozen=True)
+class L1(Prox):
+    r""":math:`p(x) = w \sum_i |x_i|`: soft thresholding, of the magnitude where x is complex.
+
+    Attributes:
+        weight: w >= 0; a number, a tensor, or a function of the control.
+
+    Raises:
+        ArgumentError: if it is negative.
+
+    Example:
+        >>> L1(2.0)(torch.tensor([3.0, -0.5, -2.0]), 0.5, None)
+        tensor([ 2., -0., -1.])
+    """
+
+    weight: Weight
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        _check_weight(self.weight, "weight")
+
+    def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:
+        """See `Prox`."""
+        thresholds = _times(_like(self.weight, params, control), step_size, params)
+        return tree.map_leaves(_shrink, params, thresholds)
+
+    def value(self, params: Tree, control: Tree) -> Tensor:
+        """See `Prox`."""
+        weight = _like(self.weight, params, control)
+        return _sum(lambda x, w: (w * _magnitude(x)[0]).sum(), params, weight)
+
+
+def _magnitude(x: Tensor) -> tuple[Tensor, Tensor]:
+    """|x| with the derivative zero at 0, and where it is not 0."""
+    if not x.is_complex():
+        return x.abs(), x != 0
+    square = x.real**2 + x.imag**2
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0), positive
+
+
+def _shrink(x: Any, threshold: Any) -> Any:
+    if threshold is None:
+        return x
+    if not x.is_complex():
+        return torch.sign(x) * torch.relu(x.abs() - threshold)
+    size, positive = _magnitude(x)
+    return x * (torch.relu(size - threshold) / torch.where(positive, size, 1))
+
+
+def _sum(term: Callable[[Tensor, Any], Tensor], params: Tree, weight: Tree) -> Tensor:
+    pairs = zip(tree.leaves_of(params), tree.leaves_of(weight), strict=True)
+    terms = [term(x, w) for x, w in pairs if w is not None]
+    return sum(terms[1:], terms[0]) if terms else torch.zeros(())
+
+
+@final
+@dataclass(frozen=True)
+class L2(Prox):
+    r""":math:`p(x) = \tfrac{w}{2} \sum_i |x_i|^2`: division by :math:`1 + \eta w`.
+
+    Attributes:
+        weight: w >= 0; a number, a tensor, or a function of the control.
+
+    Raises:
+        ArgumentError: if it is negative.
+
+    Example:
+        >>> L2(2.0)(torch.tensor([3.0, -1.0]), 0.5, None)
+        tensor([ 1.5000, -0.5000])
+    """
+
+    weight: Weight
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        _check_weight(self.weight, "weight")
+
+    def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:
+        """See `Prox`."""
+        scale = _times(_like(self.weight, params, control), step_size, params)
+        return tree.map_leaves(lambda x, s: x if s is None else x / (1 + s), params, scale)
+
+    def value(self, params: Tree, control: Tree) -> Tensor:
+        """See `Prox`."""
+        weight = _like(self.weight, params, control)
+        return _sum(lambda x, w: (w * (x * x.conj()).real).sum() / 2, params, weight)
+
+
+@final
+@dataclass(frozen=True)
+class Box(Prox):
+    """The indicator of lower <= x <= upper: clamping. Real params only.
+
+    Attributes:
+        lower: a number, a tensor, or a function of the control; None for no bound.
+        upper: likewise, above `lower`.
+
+    Raises:
+        ArgumentError: if there is no bound, or the bounds exclude everything.
+
+    Example:
+        >>> Box(0.0, 1.0)(torch.tensor([-0.5, 0.3, 2.0]), 0.1, None)
+        tensor([0.0000, 0.3000, 1.0000])
+    """
+
+    lower: Weight | None = None
+    upper: Weight | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if self.lower is None and self.upper is None:
+            raise ArgumentError("Box needs a lower or an upper bound, got neither.")
+        for name in ("lower", "upper"):
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ArgumentError(
+                    f"{name} is a tensor that requires grad, which no gradient would reach: make "
+                    f"it part of the control, and pass lambda control: control['{name}']."
+                )
+        bounds = self.lower, self.upper
+        if all(x is not None and not callable(x) for x in bounds) and not bool(
+            torch.as_tensor(bounds[0] <= bounds[1]).all()  # pyright: ignore[reportOperatorIssue]
+        ):
+            raise ArgumentError(f"lower must be <= upper, got {self.lower} and {self.upper}.")
+
+    def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: ARG002
+        """See `Prox`."""
+        for name, pick in (("lower", torch.maximum), ("upper", torch.minimum)):
+            bound = getattr(self, name)
+            if bound is not None:
+                each = _like(bound, params, control)
+                params = tree.map_leaves(lambda x, b, pick=pick: _bounded(x, b, pick), params, each)
+        return params
+
+    def value(self, params: Tree, control: Tree) -> Tensor:
+        """See `Prox`; 0 inside, infinite outside."""
+        inside = self(params, 1.0, control)
+        apart = tree.norm(tree.subtract(tree.detach(params), tree.detach(inside)))
+        return torch.tensor(float("inf") if apart else 0.0)
+
+
+def _bounded(x: Any, bound: Any, pick: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    if bound is None:
+        return x
+    if x.is_complex():
+        raise StructureError(
+            f"Box bounds real params, got a {x.dtype} leaf: complex numbers have no order; bound "
+            "real and imaginary parts as two leaves."
+        )
+    return pick(x, torch.as_tensor(bound, dtype=x.dtype, device=x.device).expand_as(x))

@@ -25,16 +25,17 @@ class RandomState:
         cls, devices: Iterable[torch.device], previous: "RandomState | None" = None
     ) -> "RandomState":
         """The present state; `previous` itself if nothing was drawn since, to save its memory."""
-        now = cls(
-            torch.get_rng_state(),
-            {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"},
-        )
-        return previous if previous is not None and now.same(previous) else now
+        gpus = [d for d in devices if d.type == "cuda"]
+        if previous is not None and previous.cuda.keys() == set(gpus) and previous.stands():
+            return previous
+        return cls(torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in gpus})
 
-    def same(self, other: "RandomState") -> bool:
-        """Whether nothing was drawn between the two."""
-        return torch.equal(self.cpu, other.cpu) and all(
-            torch.equal(state, other.cuda[device]) for device, state in self.cuda.items()
+    def stands(self) -> bool:
+        """Whether nothing was drawn since."""
+        if not torch.equal(torch.get_rng_state(), self.cpu):
+            return False
+        return not self.cuda or all(
+            torch.equal(torch.cuda.get_rng_state(d), state) for d, state in self.cuda.items()
         )
 
     def restore(self) -> None:

@@ -8,6 +8,7 @@ block is reversed by *taping* it: it is evaluated from its start, recording the 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cached_property
 from math import comb
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ class Schedule:
     block: int
     snapshots: int
 
-    @property
+    @cached_property
     def n_blocks(self) -> int:
         """Number of blocks."""
         return -(-self.horizon // self.block)

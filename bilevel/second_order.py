@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.checkpointing import Budget, Checkpointing
+from bilevel.compiled import plain
 from bilevel.control import ControlProblem, RunningCost
 from bilevel.dynamics import Dynamics, GradientSum, PerStep, check_control
 from bilevel.errors import StructureError
@@ -61,7 +62,8 @@ class Tangent(Dynamics):
 
 
 def tangent_of(dynamics: Dynamics, control: Tree) -> Tangent:
-    """The tangent system for controls like `control`."""
+    """The tangent system for controls like `control`; of a compiled dynamics, the plain one's."""
+    dynamics = plain(dynamics)  # torch differentiates a compiled function once
     return Tangent(dynamics, isinstance(control, PerStep) and control.shared is not None)
 
 
@@ -226,7 +228,7 @@ def tangent_sweep(
                 thetas = [theta for theta, _ in parts]
                 simple = Block(block.steps, [*plain, block.states[-1][0]], thetas)
                 costs = block_costs(tangent.dynamics, running, simple)
-                known = (block.states[:-1], trajectory.control)
+                known = (block.states[:-1], block.controls)
                 autodiff.refuse_hidden(costs, known, "the running cost")
             own = {}
             for theta, d in parts:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import tree
-from bilevel.certificate import Certificate, Certifier, Minimiser, Newton, Target
+from bilevel.certificate import Certificate, Certifier, Minimiser, Target
 from bilevel.descent import (
     MakeOptimizer,
     OnFailure,
@@ -22,6 +23,7 @@ from bilevel.descent import (
 )
 from bilevel.dynamics import PerStep
 from bilevel.errors import ArgumentError, DivergenceError
+from bilevel.estimate import Newton
 from bilevel.methods.base import HypergradientMethod, Instance, Warm
 from bilevel.methods.mlm import MLM
 from bilevel.optimizers import InnerOptimizer
@@ -124,6 +126,29 @@ class BilevelSolver:
         if found.complaint is not None:
             report(found.complaint, self.on_failure)
         return found
+
+    def value(
+        self,
+        params: Tree,
+        control: Tree,
+        inner_batch: Any = None,
+        outer_batch: Any = None,
+        warm: Warm | None = None,
+    ) -> Tensor:
+        """The outer objective at the inner solution, without its gradient.
+
+        Args:
+            params: as in `hypergradient`, like the other arguments.
+            control: the outer variable.
+            inner_batch: of the inner objective.
+            outer_batch: of the outer objective.
+            warm: to go on from.
+
+        Returns:
+            Real scalar, detached; `hypergradient(...).value`.
+        """
+        instance = self._instance(params, control, inner_batch, outer_batch, warm)
+        return instance.outer(self.optimizer.params(instance.iterated.state), instance.control)
 
     def solve(
         self,
@@ -229,18 +254,7 @@ class BilevelSolver:
         warm: Warm | None,
         inner_tolerance: float | None,
     ) -> Hypergradient:
-        self._check(params, control, warm)
-        instance = Instance(
-            self.problem,
-            self.optimizer,
-            self.inner_steps,
-            tree.detach(params),
-            tree.detach(control),
-            inner_batch,
-            outer_batch,
-            warm,
-            inner_tolerance,
-        )
+        instance = self._instance(params, control, inner_batch, outer_batch, warm, inner_tolerance)
         found = self.method.find(instance)
         norm = tree.norm(found.gradient)
         if not (math.isfinite(float(found.value)) and math.isfinite(norm)):
@@ -264,7 +278,15 @@ class BilevelSolver:
             found.truncation,
         )
 
-    def _check(self, params: Tree, control: Tree, warm: Warm | None) -> None:
+    def _instance(
+        self,
+        params: Tree,
+        control: Tree,
+        inner_batch: Any,
+        outer_batch: Any,
+        warm: Warm | None,
+        inner_tolerance: float | None = None,
+    ) -> Instance:
         for name, value in (("params", params), ("control", control)):
             tree.check_leaves(value, name)
             if not any(tree.is_variable(x) for x in tree.leaves_of(value)):
@@ -280,6 +302,17 @@ class BilevelSolver:
         if warm is not None and self.problem.start is None:
             like = self.optimizer.begin(params)
             tree.check_like(warm.state, like, "warm.state", "a warm start must fit the params")
+        return Instance(
+            self.problem,
+            self.optimizer,
+            self.inner_steps,
+            tree.detach(params),
+            tree.detach(control),
+            inner_batch,
+            outer_batch,
+            warm,
+            inner_tolerance,
+        )
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:

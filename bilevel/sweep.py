@@ -14,7 +14,7 @@ from bilevel.live import LiveBytes, bytes_of
 from bilevel.randomness import RandomState, preserved
 from bilevel.schedule import Action, Do
 from bilevel.storage import InMemory
-from bilevel.trajectory import Trajectory, versions_of
+from bilevel.trajectory import Trajectory, watch
 from bilevel.tree import Tree
 
 
@@ -48,14 +48,14 @@ def forward_sweep(
     """
     sweep = _trajectory(dynamics, observation, control, horizon, checkpointing)
     constants = tree.detach((observation, control))
-    versions = versions_of(constants)
+    written = watch((constants, sweep.observation, sweep.control))
     try:
         with autodiff.recording():
             _sweep_forward(sweep, constants, tape_last=tape_last)
     except BaseException:
         sweep.close()
         raise
-    if versions_of(constants) != versions:
+    if written():
         sweep.close()
         raise ArgumentError(
             "the dynamics writes to its observation or its control in place: clone them first."
@@ -111,10 +111,7 @@ def _sweep_forward(sweep: Trajectory, constants: tuple[Tree, Tree], *, tape_last
         steps = schedule.steps(action.block)
         state, sweep.state = sweep.state, None
         if graphs or tape_last:
-            sweep.last_tape = block = sweep.tape(steps, state)
-            inputs = (block.states[0], sweep.control)
-            name = f"step {sweep.horizon} of the dynamics"
-            autodiff.refuse_hidden(block.states[-1], inputs, name)
+            sweep.last_tape = block = sweep.tape(steps, state, first=True)
             sweep.final = tree.detach(block.states[-1])
         else:
             allowed = sweep.checkpointing.snapshots or schedule.n_blocks
@@ -208,7 +205,7 @@ def _measure_step(
         pulled = autodiff.pull((block.states[-1], costs), ones, inputs)
         del pulled
     state = bytes_of(block.states[-1])
-    if not random.same(RandomState.capture(sweep.devices)):
+    if not random.stands():
         state += random.cpu.nbytes
     whole = bytes_of(block.controls[0])
     if isinstance(sweep.control, PerStep):  # a block's gradients, before they are gathered

@@ -4,9 +4,11 @@ Nothing here knows costs or multipliers; `lagrangian` does. A *taped* step runs 
 so that its graph can be pulled back; the graph of one block lives at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import dropwhile
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -75,7 +77,7 @@ class Trajectory:
     _at: int = 0
     _following: Tree = None  # what the block to be taped next must lead to
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
         """When blocks are kept, advanced and taped."""
         return self.checkpointing.schedule(self.horizon)
@@ -141,10 +143,12 @@ class Trajectory:
         return state
 
     def _step(self, state: Tree, control: Tree, t: int) -> Tree:
-        versions = versions_of(state)
+        written = watch(state)
         following = self.dynamics.step(state, step_control(control, t), t)
-        tree.check_like(following, state, f"u({t})", f"step {t} must return a state like its own")
-        if versions_of(state) != versions:
+        if not tree.alike(following, state):
+            source = f"step {t} must return a state like its own"
+            tree.check_like(following, state, f"u({t})", source)
+        if written():
             raise ArgumentError(
                 f"step {t} writes to its state in place, but the sweep still needs that state: "
                 "let the step return new tensors, or begin it with state.clone()."
@@ -152,13 +156,25 @@ class Trajectory:
         self.forward_steps += 1
         return following
 
-    def tape(self, steps: range, start: Tree) -> Block:
-        """Steps taped from the state at their start."""
-        states = [autodiff.variables(start)]
+    def tape(self, steps: range, start: Tree, *, first: bool = False) -> Block:
+        """Steps taped from the state at their start.
+
+        Args:
+            steps: of one block.
+            start: the state.
+            first: whether they were not advanced before, where tensors closed over are found.
+
+        Returns:
+            The block.
+        """
+        states, known = [autodiff.variables(start)], set[int]()
         times = range(steps.start + 1, steps.stop + 1)
         for t in times:
             following = self._step(states[-1], self.control, t)
-            states.append(following if t == steps.stop else autodiff.told_apart(following))
+            if first:
+                given = (states[-1], step_control(self.control, t))
+                autodiff.refuse_hidden(following, given, f"step {t} of the dynamics")
+            states.append(following if t == steps.stop else autodiff.told_apart(following, known))
         return Block(steps, states, [step_control(self.control, t) for t in times])
 
     def advance(self, steps: range, state: Tree, control: Tree) -> Tree:
@@ -198,9 +214,21 @@ class Trajectory:
             self.follow(Action(Do.DROP, block), control)
 
 
-def versions_of(values: Tree) -> list[int]:
-    """How often each tensor was written to."""
-    return [leaf._version for leaf in tree.leaves_of(values) if isinstance(leaf, Tensor)]
+def watch(values: Tree) -> Callable[[], bool]:
+    """Tells, when called, whether a tensor was written to since, or another put in its place."""
+    if isinstance(values, Tensor):
+        version = values._version
+        return lambda: values._version != version
+    leaves = tree.leaves_of(values)
+    versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def written() -> bool:
+        now = tree.leaves_of(values)
+        if len(now) != len(leaves) or not all(map(is_, now, leaves)):
+            return True
+        return versions != [leaf._version for leaf in now if isinstance(leaf, Tensor)]
+
+    return written
 
 
 def _check_deterministic(again: Tree, expected: Tree, name: str) -> None:

@@ -18,21 +18,28 @@ from bilevel.errors import StructureError
 
 Tree = Any  # a tensor, or a dict / tuple / list of trees
 NAMESPACE = "bilevel"
+_ONE_LEAF = optree.tree_structure(0, none_is_leaf=True, namespace=NAMESPACE)
+
+# A tree that is one tensor takes a short way through each of these: small steps feel it.
 
 
 def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
     """Leaves of `tree`, None included, and the structure that puts them back."""
+    if isinstance(tree, Tensor):
+        return [tree], _ONE_LEAF
     leaves, structure = optree.tree_flatten(tree, none_is_leaf=True, namespace=NAMESPACE)
     return leaves, structure
 
 
 def unflatten(structure: optree.PyTreeSpec, leaves: list[Any]) -> Tree:
     """The tree of `structure` with `leaves`."""
-    return optree.tree_unflatten(structure, leaves)
+    return leaves[0] if structure is _ONE_LEAF else optree.tree_unflatten(structure, leaves)
 
 
 def leaves_of(tree: Tree) -> list[Any]:
     """Leaves of `tree`, None included."""
+    if isinstance(tree, Tensor):
+        return [tree]
     return optree.tree_leaves(tree, none_is_leaf=True, namespace=NAMESPACE)
 
 
@@ -43,6 +50,8 @@ def distinct_leaves(tree: Tree) -> list[Any]:
 
 def map_leaves(function: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """`function` of each leaf of `tree` and the leaves of `others` in the same places."""
+    if isinstance(tree, Tensor):
+        return function(tree, *others)
     return optree.tree_map(function, tree, *others, none_is_leaf=True, namespace=NAMESPACE)
 
 
@@ -58,6 +67,8 @@ def is_variable(leaf: Any) -> bool:
 
 def detach(tree: Tree) -> Tree:
     """`tree` without its autograd history; no copy."""
+    if isinstance(tree, Tensor):
+        return tree.detach()
     return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
@@ -115,12 +126,26 @@ def check_leaves(tree: Tree, name: str) -> None:
     Raises:
         StructureError: if a leaf is neither a tensor nor an integer, a bool or None.
     """
-    for leaf, path in zip(leaves_of(tree), leaf_names(tree, name), strict=True):
+    for i, leaf in enumerate(leaves_of(tree)):
         if not (leaf is None or isinstance(leaf, Tensor | int)):
             raise StructureError(
-                f"{path} must be a tensor (or an integer, which is carried unchanged), "
-                f"got {type(leaf).__name__}; wrap it with torch.as_tensor."
+                f"{leaf_names(tree, name)[i]} must be a tensor (or an integer, which is carried "
+                f"unchanged), got {type(leaf).__name__}; wrap it with torch.as_tensor."
             )
+
+
+def alike(a: Tree, b: Tree) -> bool:
+    """Whether two trees agree in structure, and their leaves in shape, dtype and device."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    a_leaves, a_structure = flatten(a)
+    b_leaves, b_structure = flatten(b)
+    return a_structure == b_structure and all(map(_leaves_alike, a_leaves, b_leaves))
+
+
+def _leaves_alike(a: Any, b: Any) -> bool:
+    both = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return alike(a, b) if both else type(a) is type(b)
 
 
 def _kind(leaf: Any) -> str:
@@ -142,16 +167,12 @@ def check_like(found: Tree, expected: Tree, name: str, source: str) -> None:
     Raises:
         StructureError: naming the leaf that differs.
     """
+    if alike(found, expected):
+        return
     found_leaves, found_structure = flatten(found)
     leaves, structure = flatten(expected)
     if found_structure != structure:
         raise StructureError(f"{source}: {name} must be {structure}, got {found_structure}.")
-    for i, (new, old) in enumerate(zip(found_leaves, leaves, strict=True)):
-        same = (
-            new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
-            if isinstance(new, Tensor) and isinstance(old, Tensor)
-            else type(new) is type(old)
-        )
-        if not same:
-            path = leaf_names(expected, name)[i]
-            raise StructureError(f"{source}: {path} must be {_kind(old)}, got {_kind(new)}.")
+    i = [*map(_leaves_alike, found_leaves, leaves)].index(False)
+    path, old, new = leaf_names(expected, name)[i], leaves[i], found_leaves[i]
+    raise StructureError(f"{source}: {path} must be {_kind(old)}, got {_kind(new)}.")

@@ -111,7 +111,7 @@ def trees() -> BilevelCase:
     problem = bl.BilevelProblem(inner, outer)
     minimiser, exact = by_newton(problem, params, control)
     return BilevelCase(
-        "trees of complex and integer leaves", problem, params, control, 0.12, 600, exact, minimiser
+        "trees of complex and integer leaves", problem, params, control, 0.15, 260, exact, minimiser
     )
 
 

@@ -30,20 +30,26 @@ LAYERS = [
     "storage",
     "randomness",
     "dynamics",
+    "compiled",
     "modules",
     "control",
     "live",
     "trajectory",
     "sweep",
     "lagrangian",
+    "kkt",
     "second_order",
     "rollout",
     "progress",
     "descent",
+    "newton",
     "control_solver",
     "problem",
     "prox",
     "optimizers",
+    "normalisers",
+    "correlation",
+    "task_weights",
     "weighting",
     "methods.base",
     "methods.unrolled",
@@ -52,6 +58,8 @@ LAYERS = [
     "methods.one_step",
     "methods",
     "certificate",
+    "correction",
+    "estimate",
     "solution",
     "solver",
     "adaptation",
@@ -208,7 +216,10 @@ def test_the_package_only_re_exports_and_lists_all_of_it_in_order():
     assert kinds_of == sorted(kinds_of)
 
 
-HEAVY = ["applications", "h5py", "matplotlib", "rich", "scipy", "sigpy", "skimage", "typer"]
+HEAVY = [
+    *("applications", "h5py", "ismrmrd", "matplotlib", "nibabel", "rich", "scipy", "sigpy"),
+    *("skimage", "typer"),
+]
 
 
 def test_importing_the_library_loads_nothing_heavy():

@@ -69,11 +69,22 @@ def test_variables_share_memory_and_leave_the_original_alone():
 
 def test_told_apart_gives_each_place_the_cotangent_of_its_own_uses():
     x = autodiff.variables(real(1, 2))
-    first, second, constant = autodiff.told_apart((x, x, real(2, 2)))
+    first, second, constant = autodiff.told_apart((x, x, real(2, 2)), set())
     y = 2 * first + 3 * second + 5 * constant
     one = torch.ones(2, dtype=torch.float64)
     found = autodiff.pull(y, one, (first, second, constant, x))
     assert [g[0].item() for g in found] == [2, 3, 5, 5]
+
+
+def test_told_apart_makes_a_tensor_its_own_once():
+    known, x = set(), autodiff.variables(real(1, 2))
+    first = autodiff.told_apart(2 * x, known)
+    second = autodiff.told_apart(first, known)
+    third = autodiff.told_apart(x, known)
+    y = first.sum() + 3 * second.sum() + 5 * third.sum()
+    one = torch.ones((), dtype=torch.float64)
+    found = autodiff.pull(y, one, (second, third, first, x))
+    assert [g[0].item() for g in found] == [3, 5, 4, 13]
 
 
 def test_a_hidden_tensor_behind_operations_is_found():

@@ -33,3 +33,13 @@ def test_phases_as_dynamics_has_the_gradient_of_autograd_and_learns():
     found = run("phases_as_dynamics.py")
     assert found["gradient_error"] < 1e-12
     assert found["cost"] < 0.25 * found["cost_before"]
+
+
+def test_a_meta_learned_start_helps_on_tasks_never_seen():
+    found = run("meta_learned_start.py")
+    scores = found["scores"]
+    # Lines are drawn around (2, -1): a start there is what can be learned.
+    for control in (found["found"].control, found["found_implicit"].control):
+        assert control.tolist() == pytest.approx([2.0, -1.0], abs=0.35)
+    for kind in ("MAML", "iMAML"):
+        assert scores[f"{kind}, learned start"] < 0.5 * scores[f"{kind}, start at zero"]

@@ -128,6 +128,27 @@ def test_a_step_that_writes_to_an_integer_of_its_state_is_refused(checkpointing)
         bl.adjoint(problem, {"x": U, "n": torch.tensor(1)}, C, checkpointing=checkpointing)
 
 
+@every_checkpointing
+def test_a_step_that_puts_another_tensor_into_its_state_is_refused(checkpointing):
+    def step(u, c, t):
+        u["x"] = torch.tanh(u["x"] * c)
+        return {"x": u["x"] * c}
+
+    problem = problem_of(step, terminal=lambda u, c: u["x"].sum())
+    with pytest.raises(bl.ArgumentError, match="step 1 writes to its state in place"):
+        bl.adjoint(problem, {"x": U}, C, checkpointing=checkpointing)
+
+
+@every_checkpointing
+def test_a_step_that_puts_another_tensor_into_its_control_is_refused(checkpointing):
+    def step(u, c, t):
+        c["x"] = c["x"] * 2
+        return torch.tanh(u * c["x"])
+
+    with pytest.raises(bl.ArgumentError, match="writes to its observation or its control"):
+        bl.adjoint(problem_of(step), U, {"x": C}, checkpointing=checkpointing)
+
+
 def test_a_step_that_writes_to_its_control_is_refused():
     def step(u, c, t):
         if t == 1:
@@ -231,10 +252,10 @@ def hidden_at(t):
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        (r"step \d of the dynamics", problem_of(hidden_at(1))),
-        (r"step \d of the dynamics", problem_of(hidden_at(4))),
-        (r"step \d of the dynamics", problem_of(hidden_at(1), horizon=1)),
-        (r"step \d of the dynamics", problem_of(lambda u, c, t: c * (2 * HIDDEN).exp())),
+        ("step 1 of the dynamics", problem_of(hidden_at(1))),
+        ("step 4 of the dynamics", problem_of(hidden_at(4))),
+        ("step 1 of the dynamics", problem_of(hidden_at(1), horizon=1)),
+        ("step 1 of the dynamics", problem_of(lambda u, c, t: c * (2 * HIDDEN).exp())),
         (r"dynamics.init", problem_of(tanh, g0=lambda f, c: f * HIDDEN)),
         (r"dynamics.init", problem_of(tanh, g0=lambda f, c: HIDDEN)),
         ("the terminal cost", problem_of(tanh, terminal=lambda u, c: (u * HIDDEN).sum())),

@@ -1,4 +1,4 @@
-"""The bundled magnitude images by anatomy, and their division into blocks of slices."""
+"""Magnitude images by anatomy, bundled or from files, and their division into blocks of slices."""
 
 from dataclasses import dataclass
 from importlib import resources
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from applications.mri.errors import InputError
+from applications.mri.formats.nifti import Plane, is_nifti, read_images
 from applications.mri.hdf5 import dataset, opened
 
 
@@ -36,21 +37,31 @@ def bundled_scan_path() -> Path:
     return _bundled("real_brain_8coil_poisson_r8.h5")
 
 
-def load_anatomies(path: Path | str | None = None) -> dict[str, Tensor]:
+def load_anatomies(path: Path | str | None = None, plane: Plane | None = None) -> dict[str, Tensor]:
     """Reads the images of all anatomies.
 
     Args:
-        path: HDF5 file with one group per anatomy that holds ``images``, uint8; None for the
-            bundled file, whose group attributes state source and licence.
+        path: HDF5 file with one group per anatomy that holds ``images``, uint8; or NIfTI, a
+            magnitude volume that gets the name of the file; None for the bundled file, whose group
+            attributes state source and licence.
+        plane: of the slices of a NIfTI volume, None for axial ones.
 
     Returns:
         The images by name in alphabetical order, float32 in [0, 1], shape ``(slices, rows,
         columns)`` (256 x 256 in the bundled file), slices in anatomical order.
 
     Raises:
-        InputError: if the file is not of this form.
+        InputError: if the file is not of this form, or a plane is given for HDF5.
     """
     path = _bundled("anatomy.h5") if path is None else Path(path)
+    if is_nifti(path):
+        name = path.name.removesuffix(".gz").removesuffix(".nii")
+        return {name: read_images(path, plane or Plane.AXIAL)}
+    if plane is not None:
+        raise InputError(
+            f"{path}: a plane can be chosen for NIfTI only, the slices of HDF5 are as stored; "
+            "leave it out."
+        )
     with opened(path) as file:
         names = sorted(file)
         if not names:

@@ -1,24 +1,28 @@
 """The command line: `python -m applications.mri demo|simulate|train|evaluate|reconstruct`."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
-from enum import StrEnum
 from functools import wraps
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
-import h5py
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from applications.mri.data import Slice, SliceDataset, VolumeFile, implied_mask
+from applications.mri.choices import (
+    Acceleration,
+    Calibration,
+    Centre,
+    MaskOption,
+    Spokes,
+    Width,
+    chosen_sampling,
+)
+from applications.mri.data import SliceDataset
 from applications.mri.demo import DemoSettings, run_demo
 from applications.mri.errors import InputError
 from applications.mri.evaluation import (
@@ -30,18 +34,16 @@ from applications.mri.evaluation import (
     table_rows,
 )
 from applications.mri.figures import draw_image
-from applications.mri.files import write_whole
+from applications.mri.files import write_json
+from applications.mri.formats.nifti import Plane, is_nifti
+from applications.mri.images import check_image_path
 from applications.mri.keeping import Keeper, Report, describe
+from applications.mri.mask_files import FromFile
+from applications.mri.metrics import Convention
 from applications.mri.network import Architecture, light, paper
 from applications.mri.phantoms import SimulationSettings, make_place, simulate_folder
 from applications.mri.reconstruction import Network
-from applications.mri.sampling import (
-    CartesianEquispaced,
-    CartesianRandom,
-    PoissonDisc,
-    Radial,
-    Sampling,
-)
+from applications.mri.scanning import reconstruct_scan
 from applications.mri.training import TrainingSettings, train
 from applications.mri.weights import Trained, load_weights
 from bilevel.errors import BilevelError
@@ -55,23 +57,6 @@ app = typer.Typer(
 console = Console()
 
 
-class Mask(StrEnum):
-    """Samplings by name."""
-
-    RANDOM = "random"
-    EQUISPACED = "equispaced"
-    POISSON = "poisson"
-    RADIAL = "radial"
-
-
-MaskOption = Annotated[Mask, typer.Option(help="Sampling pattern.")]
-Acceleration = Annotated[
-    float | None, typer.Option(help="All positions over measured ones; 4, for poisson 8.")
-]
-Centre = Annotated[
-    float | None, typer.Option(help="random, equispaced: fully sampled share of columns; 0.08.")
-]
-Spokes = Annotated[int | None, typer.Option(help="radial: number of spokes; 32.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 Weights = Annotated[Path, typer.Option(help="Trained weights, safetensors.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")]
@@ -126,11 +111,16 @@ def simulate(
     coils: Annotated[int, typer.Option(help="Receive coils.", min=1)] = 8,
     noise: Annotated[float, typer.Option(help="Noise in units of image magnitude.", min=0)] = 0.01,
     repeats: Annotated[int, typer.Option(help="Training volumes an anatomy.", min=1)] = 1,
-    anatomies: Annotated[Path | None, typer.Option(help="HDF5 of magnitude images.")] = None,
+    anatomies: Annotated[
+        Path | None, typer.Option(help="Magnitude images: NIfTI, or HDF5 of groups.")
+    ] = None,
+    plane: Annotated[
+        Plane | None, typer.Option(help="Slices of NIfTI; axial, stored: as they lie.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Write fully sampled multi-coil scans of magnitude images, in the layout of fastMRI."""
-    settings = SimulationSettings(size, coils, noise, repeats, seed, anatomies)
+    settings = SimulationSettings(size, coils, noise, repeats, seed, anatomies, plane)
     with _progress() as report:
         files = simulate_folder(out, settings, lambda k, n: report("simulating scans", k / n))
     for role, paths in files.items():
@@ -144,9 +134,11 @@ def train_command(
     out: Annotated[Path, typer.Option(help="Weights to write, safetensors.")],
     preset: Annotated[str, typer.Option(help="Network: paper or light.")] = "light",
     init: Annotated[Path | None, typer.Option(help="Weights to begin with.")] = None,
-    mask: MaskOption = Mask.RANDOM,
+    mask: MaskOption = "random",
     acceleration: Acceleration = None,
     center: Centre = None,
+    calibration: Calibration = None,
+    width: Width = None,
     spokes: Spokes = None,
     steps: Annotated[int | None, typer.Option(help="Updates at most.", min=1)] = None,
     seconds: Annotated[float | None, typer.Option(help="Seconds at most.", min=1)] = None,
@@ -160,10 +152,16 @@ def train_command(
     slices = SliceDataset(data)
     make_place(out)
     trained = _begin(preset, init, slices, seed)
+    sampling = chosen_sampling(
+        mask,
+        acceleration=acceleration,
+        center_fraction=center,
+        calibration=calibration,
+        width=width,
+        spokes=spokes,
+    )
     settings = TrainingSettings(
-        samplings=(
-            _sampling(mask, acceleration=acceleration, center_fraction=center, spokes=spokes),
-        ),
+        samplings=(sampling,),
         steps=steps if steps or seconds else 1000,
         seconds=seconds,
         learning_rate=learning_rate,
@@ -191,10 +189,15 @@ def evaluate_command(
     baselines: Annotated[
         Path | None, typer.Option(help="Folder of validation scans to tune SigPy's methods on.")
     ] = None,
-    mask: MaskOption = Mask.RANDOM,
+    mask: MaskOption = "random",
     acceleration: Acceleration = None,
     center: Centre = None,
+    calibration: Calibration = None,
+    width: Width = None,
     spokes: Spokes = None,
+    metrics: Annotated[
+        Convention, typer.Option(help="Range and errors over the volume, or over each slice.")
+    ] = Convention.FASTMRI,
     seed: Seed = 2,
     threads: Threads = 0,
 ) -> None:
@@ -203,16 +206,25 @@ def evaluate_command(
     trained = load_weights(weights)
     slices = SliceDataset(data)
     make_place(out)
-    sampling = _sampling(mask, acceleration=acceleration, center_fraction=center, spokes=spokes)
+    sampling = chosen_sampling(
+        mask,
+        acceleration=acceleration,
+        center_fraction=center,
+        calibration=calibration,
+        width=width,
+        spokes=spokes,
+    )
     with _progress() as report:
         swept = {}
         if baselines is not None:
             report("tuning the baselines", 0.0)
             swept = sweep_regularisation(SliceDataset(baselines), sampling, seed + 1)
         methods = classical_methods(swept) | network_methods(trained)
-        found = evaluate(methods, slices, sampling, seed, lambda k, n: report("evaluating", k / n))
+        found = evaluate(
+            methods, slices, sampling, seed, lambda k, n: report("evaluating", k / n), metrics
+        )
     content = {"weights": str(weights), "sampling": repr(sampling), "seed": seed}
-    write_whole(out, json.dumps(content | found.as_json(), indent=1).encode())
+    write_json(out, content | found.as_json())
     _print(found, f"{len(slices.files)} volumes of {data}")
     console.print(f"Results  {out}")
 
@@ -220,42 +232,45 @@ def evaluate_command(
 @app.command()
 @_guarded
 def reconstruct(
-    scan: Annotated[Path, typer.Option(help="HDF5 in the layout of fastMRI, undersampled.")],
+    scan: Annotated[
+        Path,
+        typer.Option(
+            help="Undersampled scan: fastMRI's HDF5, ISMRMRD, BART's .cfl, or what the names of "
+            "M4Raw's repetitions have in common."
+        ),
+    ],
     weights: Weights,
-    out: Annotated[Path, typer.Option(help="HDF5 to write: dataset `reconstruction`.")],
+    out: Annotated[Path, typer.Option(help="Images to write: .h5, .nii or .nii.gz.")],
     png: Annotated[Path | None, typer.Option(help="The middle slice as a picture.")] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="File of a mask within what was measured: .npy, .npz, .h5, .cfl, .png."),
+    ] = None,
     threads: Threads = 0,
 ) -> None:
-    """Reconstruct the slices of a scan; the mask is the file's, or what was measured."""
+    """Reconstruct all slices; the mask is the one given, the scan's, or what was measured."""
     _use(threads)
-    trained, file = load_weights(weights), VolumeFile(scan)
-    make_place(out)
-    if png is not None:
-        make_place(png)
-    images: list[torch.Tensor] = []
+    trained = load_weights(weights)
+    for place in (out, png):
+        if place is not None:
+            make_place(place)
+    check_image_path(out)
+    given = None if mask is None else FromFile(mask)
     with _progress() as report:
-        for index in range(file.n_slices):
-            images.append(_reconstructed(trained, file.read_slice(index)))
-            report("reconstructing", (index + 1) / file.n_slices)
-    buffer = BytesIO()
-    with h5py.File(buffer, "w") as written:
-        written["reconstruction"] = torch.stack(images).numpy()
-        written.attrs["source"] = scan.name
-        written.attrs["weights"] = weights.name
-    write_whole(out, buffer.getvalue())
+        found = reconstruct_scan(
+            scan,
+            trained,
+            out,
+            given,
+            lambda share: report("reconstructing", share),
+            {"source": scan.name, "weights": weights.name},
+        )
     if png is not None:
-        draw_image(png, images[len(images) // 2])
+        draw_image(png, found.middle)
+    console.print(f"Acceleration {found.acceleration:.2f} in the mean over slices")
+    if is_nifti(out) and not found.oriented:
+        console.print("The scan states no orientation; the images have none.")
     console.print(f"Images   {out}")
-
-
-def _reconstructed(trained: Trained, one: Slice) -> torch.Tensor:
-    """The image of a slice; an error names the file."""
-    try:
-        mask = implied_mask(one.kspace) if one.mask is None else one.mask
-        scan = trained.network.prepare(one.kspace[None], mask)
-    except InputError as error:
-        raise InputError(f"{one.path}: {error}") from error
-    return trained.network.reconstruct(scan, trained.control).image[0]
 
 
 def _begin(preset: str, init: Path | None, slices: SliceDataset, seed: int) -> Trained:
@@ -266,22 +281,6 @@ def _begin(preset: str, init: Path | None, slices: SliceDataset, seed: int) -> T
         raise InputError(f"preset must be one of {', '.join(presets)}, got {preset!r}.")
     network = Network(presets[preset](slices.files[0].n_coils), seed)
     return Trained(network, network.controls(), {})
-
-
-def _sampling(mask: Mask, **options: float | None) -> Sampling:
-    """The sampling of a name; an option that it does not have is an error, not ignored."""
-    kind = {
-        Mask.RANDOM: CartesianRandom,
-        Mask.EQUISPACED: CartesianEquispaced,
-        Mask.POISSON: PoissonDisc,
-        Mask.RADIAL: Radial,
-    }[mask]
-    given = {name: value for name, value in options.items() if value is not None}
-    fitting = {field.name for field in fields(kind)}
-    for name in sorted(given.keys() - fitting):
-        flag = {"center_fraction": "center"}.get(name, name)
-        raise InputError(f"--{flag} does not belong to --mask {mask}; leave it out.")
-    return kind(**given)
 
 
 def _use(threads: int) -> None:
@@ -312,7 +311,7 @@ def _progress() -> Iterator[Report]:
 
 
 def _print(evaluation: Evaluation, title: str) -> None:
-    table = Table(title=title)
+    table = Table(title=title, caption=f"Metrics: {evaluation.convention}")
     for name in ("method", "PSNR [dB]", "gain [dB]", "SSIM", "NMSE", "s / slice"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in table_rows(evaluation):

@@ -1,6 +1,5 @@
 """The main job on the bundled data: simulate, train, evaluate, reconstruct a real scan, draw."""
 
-import json
 import platform
 import time
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from applications.mri.evaluation import (
     sweep_regularisation,
 )
 from applications.mri.figures import Panel, draw_reconstructions
-from applications.mri.files import write_whole
+from applications.mri.files import write_json
 from applications.mri.keeping import Keeper, Report, describe
 from applications.mri.network import light
 from applications.mri.operators import ifft2c, rss
@@ -139,7 +138,7 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
         | {"processor": platform.processor() or platform.machine()},
         "seconds": seconds,
     }
-    write_whole(results, json.dumps(content, indent=1).encode())
+    write_json(results, content)
     return DemoResult(evaluation, figure, results, weights, seconds)
 
 

@@ -21,7 +21,7 @@ from applications.mri.baselines import (
 )
 from applications.mri.data import SliceDataset, fully_sampled
 from applications.mri.errors import InputError
-from applications.mri.metrics import Scores, mean_scores, score
+from applications.mri.metrics import Convention, Scores, mean_scores, score
 from applications.mri.operators import centre_crop, ifft2c, rss
 from applications.mri.sampling import Sampling, acceleration_of
 from applications.mri.weights import Trained
@@ -68,9 +68,15 @@ class Evaluation:
             for name in self.volumes[0].scores
         }
 
+    @property
+    def convention(self) -> Convention:
+        """By which all scores were taken."""
+        return next(iter(self.volumes[0].scores.values())).convention
+
     def as_json(self) -> dict[str, object]:
-        """Plain values."""
+        """Plain values; an infinite PSNR is inf, which `files.write_json` makes null."""
         return {
+            "convention": self.convention,
             "mean": {name: vars(scores) for name, scores in self.mean.items()},
             "volumes": [
                 {
@@ -153,8 +159,9 @@ def evaluate(
     sampling: Sampling,
     seed: int,
     after_volume: Callable[[int, int], None] | None = None,
+    convention: Convention = Convention.FASTMRI,
 ) -> Evaluation:
-    """Scores methods by the convention of fastMRI: one mask and one data range a volume.
+    """Scores methods, with one mask a volume.
 
     Args:
         methods: by name.
@@ -162,6 +169,7 @@ def evaluate(
         sampling: undersamples them.
         seed: of the masks.
         after_volume: told of the volumes done and to be done.
+        convention: of the scores.
 
     Returns:
         The scores.
@@ -186,7 +194,7 @@ def evaluate(
                 seconds[name] += time.perf_counter() - began
                 images[name].append(centre_crop(image, (reference.shape[0], reference.shape[1])))
         scores = {
-            name: score(torch.stack(references), torch.stack(found))
+            name: score(torch.stack(references), torch.stack(found), convention)
             for name, found in images.items()
         }
         volumes.append(VolumeScores(file.path.stem, acceleration_of(mask), scores))

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from applications.mri.files import write_whole
+from applications.mri.metrics import Convention, score
 
 _ERROR_GAIN = 5
 
@@ -62,7 +63,7 @@ def draw_reconstructions(
         _show(images[0], reference, f"{panel.title}\nreference", peak)
         for column, name in enumerate(methods, start=1):
             image = panel.images[name]
-            _show(images[column], image, f"{name}\n{_psnr(reference, image):.1f} dB", peak)
+            _show(images[column], image, f"{name}\n{_psnr(reference, image)}", peak)
             error = _ERROR_GAIN * (image - reference).abs()
             _show(errors[column], error, f"error x {_ERROR_GAIN}", peak)
     for row, (name, image) in enumerate(real.images.items()):
@@ -103,6 +104,6 @@ def _peak(image: Tensor) -> float:
     return float(np.quantile(image.numpy(), 0.998)) or 1.0
 
 
-def _psnr(reference: Tensor, image: Tensor) -> float:
-    error = (image - reference).square().mean()
-    return float(10 * (reference.max().square() / error).log10())
+def _psnr(reference: Tensor, image: Tensor) -> str:
+    found = score(reference[None], image[None], Convention.SLICE)
+    return f"{found.psnr:.1f} dB ({found.convention})"

@@ -1,10 +1,13 @@
 """Files that either are complete or do not appear."""
 
+import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from applications.mri.errors import InputError
 
@@ -55,3 +58,25 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes `content` as JSON, whole; an infinite number becomes null, as JSON has no infinity.
+
+    Args:
+        path: the file, replaced if it exists.
+        content: mappings with names, sequences, and plain values.
+
+    Raises:
+        InputError: if the file cannot be written.
+        ValueError: if a number is NaN, which is never a result.
+    """
+    write_whole(path, json.dumps(_finite(content), indent=1, allow_nan=False).encode())
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and math.isinf(content) else content

@@ -1,7 +1,12 @@
-"""PSNR, SSIM and NMSE of a reconstructed volume, as fastMRI evaluates them."""
+"""PSNR, SSIM and NMSE of a reconstructed volume, by a named convention.
+
+Conventions differ by decibels on the same images, so that a score is worth nothing without its
+convention: every record carries it.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +19,19 @@ from applications.mri.errors import InputError
 _WINDOW = 7
 
 
+class Convention(StrEnum):
+    """What range and mean error are taken over.
+
+    `fastmri`: the volume. The range of PSNR and SSIM is the maximum of the volume, the errors of
+    PSNR and NMSE are over the volume, SSIM is averaged over its slices.
+
+    `slice`: each slice. Range and errors are those of a slice, scores are averaged over slices.
+    """
+
+    FASTMRI = "fastmri"
+    SLICE = "slice"
+
+
 @dataclass(frozen=True)
 class Scores:
     """Quality of one volume, or a mean over volumes.
@@ -22,23 +40,30 @@ class Scores:
         psnr: peak signal-to-noise ratio [dB], inf for a perfect image.
         ssim: structural similarity, at most 1.
         nmse: normalised mean squared error, 0 for a perfect image.
+        convention: by which they were taken.
     """
 
     psnr: float
     ssim: float
     nmse: float
+    convention: Convention = Convention.FASTMRI
 
     def __str__(self) -> str:
-        return f"PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.4f}, NMSE {self.nmse:.4f}"
+        return (
+            f"PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.4f}, NMSE {self.nmse:.4f} "
+            f"({self.convention})"
+        )
 
 
 def score(
-    reference: Tensor | NDArray[np.floating], reconstruction: Tensor | NDArray[np.floating]
+    reference: Tensor | NDArray[np.floating],
+    reconstruction: Tensor | NDArray[np.floating],
+    convention: Convention = Convention.FASTMRI,
 ) -> Scores:
     r"""Compares a reconstructed volume with its reference.
 
     With `u` the reference, `v` the reconstruction and the maximum and all norms taken over the
-    volume,
+    volume (`fastmri`), or over a slice (`slice`, the scores then being averaged over slices),
 
     .. math:: \mathrm{PSNR} = 10 \log_{10} \frac{(\max u)^2}{\mathrm{mean} (u - v)^2},
         \quad \mathrm{NMSE} = \frac{\|u - v\|^2}{\|u\|^2}.
@@ -49,28 +74,70 @@ def score(
     Args:
         reference: magnitudes, shape ``(slices, rows, columns)``, rows and columns >= 7.
         reconstruction: of the same shape; its scale counts.
+        convention: over what range and errors are taken.
 
     Returns:
         The scores, computed in float64.
 
     Raises:
-        InputError: if shapes differ, values are complex or not finite, or the reference has no
-            positive value.
+        InputError: if shapes differ, values are complex or not finite, or the reference (with
+            `slice`, one of its slices) has no positive value.
 
     Zbontar et al. 2018, arXiv:1811.08839, section 5. Wang et al. 2004, DOI 10.1109/TIP.2003.819861,
     for SSIM.
     """
-    from skimage.metrics import structural_similarity  # slow to import, and needed only here
-
     u, v = _volume("reference", reference), _volume("reconstruction", reconstruction)
     if u.shape != v.shape:
         raise InputError(
             f"reconstruction must have the shape {u.shape} of the reference, got {v.shape}; crop "
             "it with centre_crop."
         )
+    if convention is Convention.FASTMRI:
+        return _scores(u, v, convention)
+    return mean_scores(
+        _scores(u[k : k + 1], v[k : k + 1], convention, f", slice {k}") for k in range(len(u))
+    )
+
+
+def mean_scores(scores: Iterable[Scores]) -> Scores:
+    """The mean of each score over volumes.
+
+    Args:
+        scores: one or more, of one convention.
+
+    Returns:
+        The means; PSNR is averaged in dB.
+
+    Raises:
+        InputError: if there are none, or their conventions differ.
+    """
+    scores = tuple(scores)
+    if not scores:
+        raise InputError("scores must hold at least one volume, got none.")
+    conventions = {s.convention for s in scores}
+    if len(conventions) > 1:
+        raise InputError(
+            f"scores must be of one convention, got {', '.join(sorted(conventions))}; score again."
+        )
+    return Scores(
+        fmean(s.psnr for s in scores),
+        fmean(s.ssim for s in scores),
+        fmean(s.nmse for s in scores),
+        *conventions,
+    )
+
+
+def _scores(
+    u: NDArray[np.float64], v: NDArray[np.float64], convention: Convention, where: str = ""
+) -> Scores:
+    """Scores whose range and errors are over all that is given."""
+    from skimage.metrics import structural_similarity  # slow to import, and needed only here
+
     peak = float(u.max())
     if peak <= 0:
-        raise InputError(f"reference must have a positive maximum, got {peak:g}; leave it out.")
+        raise InputError(
+            f"reference must have a positive maximum, got {peak:g}{where}; leave it out."
+        )
     squared_error = float(np.square(u - v).sum())
     similarities: list[Any] = [
         structural_similarity(
@@ -80,27 +147,8 @@ def score(
     ]
     with np.errstate(divide="ignore"):  # a perfect image has infinite PSNR
         psnr = float(10 * np.log10(np.float64(peak**2 * u.size) / squared_error))
-    return Scores(psnr, float(np.mean(similarities)), squared_error / float(np.square(u).sum()))
-
-
-def mean_scores(scores: Iterable[Scores]) -> Scores:
-    """The mean of each score over volumes.
-
-    Args:
-        scores: one or more.
-
-    Returns:
-        The means; PSNR is averaged in dB.
-
-    Raises:
-        InputError: if there are none.
-    """
-    scores = tuple(scores)
-    if not scores:
-        raise InputError("scores must hold at least one volume, got none.")
-    return Scores(
-        fmean(s.psnr for s in scores), fmean(s.ssim for s in scores), fmean(s.nmse for s in scores)
-    )
+    nmse = squared_error / float(np.square(u).sum())
+    return Scores(psnr, float(np.mean(similarities)), nmse, convention)
 
 
 def _volume(name: str, values: Tensor | NDArray[np.floating]) -> NDArray[np.float64]:
@@ -110,8 +158,7 @@ def _volume(name: str, values: Tensor | NDArray[np.floating]) -> NDArray[np.floa
     if array.ndim != 3 or array.size == 0 or min(array.shape[1:]) < _WINDOW:
         raise InputError(
             f"{name} must have shape (slices, rows, columns), rows and columns at least {_WINDOW}, "
-            "got "
-            f"{array.shape}; add the slice axis to a single image."
+            f"got {array.shape}; add the slice axis to a single image."
         )
     if not np.isfinite(array).all():
         raise InputError(

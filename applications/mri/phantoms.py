@@ -12,6 +12,7 @@ from applications.mri.anatomy import load_anatomies, resize, split
 from applications.mri.coils import biot_savart_coils
 from applications.mri.data import Volume, write_volume
 from applications.mri.errors import InputError
+from applications.mri.formats.nifti import Plane
 from applications.mri.simulate import simulate
 
 ROLES = ("train", "validation", "test")
@@ -27,7 +28,8 @@ class SimulationSettings:
         noise_std: of real and imaginary part, in units of image magnitude, see `simulate`.
         repeats: training volumes an anatomy, each with coils, phases and noise of its own.
         seed: of all of it.
-        anatomies: HDF5 file of magnitude images; None for the bundled ones.
+        anatomies: HDF5 or NIfTI file of magnitude images; None for the bundled ones.
+        plane: of the slices of a NIfTI volume, None for axial ones.
     """
 
     size: int = 128
@@ -36,6 +38,7 @@ class SimulationSettings:
     repeats: int = 1
     seed: int = 0
     anatomies: Path | None = None
+    plane: Plane | None = None
 
 
 def simulate_folder(
@@ -60,7 +63,7 @@ def simulate_folder(
     if settings.repeats < 1:
         raise InputError(f"repeats must be at least 1, got {settings.repeats}.")
     generator = torch.Generator().manual_seed(settings.seed)
-    anatomies = load_anatomies(settings.anatomies)
+    anatomies = load_anatomies(settings.anatomies, settings.plane)
     plan: list[tuple[str, str, Tensor]] = []
     for name, images in anatomies.items():
         roles = split(images.shape[0])

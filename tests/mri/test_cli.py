@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import torch
+from scan_files import as_bart, header, lines_of, write_cfl, write_ismrmrd
 from typer.testing import CliRunner
 
 from applications.mri.anatomy import bundled_scan_path, load_anatomies
@@ -24,9 +26,20 @@ from applications.mri.evaluation import (
     network_methods,
     sweep_regularisation,
 )
+from applications.mri.metrics import Convention, score
 from applications.mri.network import light, paper
+from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.reconstruction import Network
-from applications.mri.sampling import CartesianEquispaced, CartesianRandom, PoissonDisc, Radial
+from applications.mri.sampling import (
+    CartesianEquispaced,
+    CartesianMagic,
+    CartesianRandom,
+    GaussianColumns,
+    GaussianPoints,
+    PoissonDisc,
+    Radial,
+    acceleration_of,
+)
 from applications.mri.training import TrainingSettings, train
 from applications.mri.weights import Trained, load_weights, save_weights
 from bilevel import tree
@@ -35,18 +48,24 @@ ROOT = Path(__file__).parents[2]
 COILS, SIZE = 2, 24
 SAMPLING = CartesianRandom(2.0, 0.25)
 MASK = ("--acceleration", 2, "--center", 0.25)
-SAMPLING_OPTIONS = ["--mask", "--acceleration", "--center", "--spokes"]
+SAMPLING_OPTIONS = [
+    *("--mask", "--acceleration", "--center", "--calibration", "--width", "--spokes"),
+]
 COMMANDS = {
     "demo": ["--out", "--seconds", "--seed", "--threads"],
-    "simulate": ["--out", "--size", "--coils", "--noise", "--repeats", "--anatomies", "--seed"],
+    "simulate": [
+        *("--out", "--size", "--coils", "--noise", "--repeats", "--anatomies", "--plane"),
+        "--seed",
+    ],
     "train": [
         *("--data", "--out", "--preset", "--init", *SAMPLING_OPTIONS, "--steps", "--seconds"),
         *("--learning-rate", "--crop", "--seed", "--threads"),
     ],
     "evaluate": [
-        *("--data", "--weights", "--out", "--baselines", *SAMPLING_OPTIONS, "--seed", "--threads")
+        *("--data", "--weights", "--out", "--baselines", *SAMPLING_OPTIONS, "--metrics"),
+        *("--seed", "--threads"),
     ],
-    "reconstruct": ["--scan", "--weights", "--out", "--png", "--threads"],
+    "reconstruct": ["--scan", "--weights", "--out", "--png", "--mask", "--threads"],
 }
 
 
@@ -69,6 +88,10 @@ def refused(*arguments):
     assert found.stderr.startswith("error: ")
     assert found.stderr.count("\n") == 1
     return found.stderr
+
+
+def numbers(scores):
+    return {name: getattr(scores, name) for name in ("psnr", "ssim", "nmse")}
 
 
 def everything_in(folder):
@@ -187,6 +210,10 @@ def test_training_writes_the_weights_that_the_settings_lead_to(data, tmp_path, p
         ("equispaced", CartesianEquispaced()),
         ("poisson --acceleration 2.5", PoissonDisc(2.5)),
         ("poisson", PoissonDisc()),
+        ("poisson --calibration 12", PoissonDisc(calibration=12)),
+        ("magic --acceleration 3", CartesianMagic(3.0)),
+        ("gaussian --width 0.2", GaussianColumns(width=0.2)),
+        ("gaussian-2d --calibration 4 --width 0.2", GaussianPoints(8.0, 4, 0.2)),
         ("radial --spokes 16", Radial(16)),
     ],
 )
@@ -221,8 +248,11 @@ def test_evaluation_writes_the_scores_of_every_method(data, weights, tmp_path):
     methods = classical_methods(swept) | network_methods(load_weights(weights))
     expected = evaluate(methods, SliceDataset(data / "test"), SAMPLING, 4)
     assert list(found["mean"]) == list(expected.mean)
+    assert found["convention"] == "fastmri"
+    assert "Metrics: fastmri" in text
     for name, scores in expected.mean.items():
-        assert found["mean"][name] == pytest.approx(vars(scores), rel=1e-4)
+        assert found["mean"][name].pop("convention") == "fastmri"
+        assert found["mean"][name] == pytest.approx(numbers(scores), rel=1e-4)
         assert name in text
         assert f"{scores.psnr:.2f}" in text
     assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
@@ -259,9 +289,146 @@ def test_a_reconstruction_is_that_of_the_network(scan, weights, tmp_path, with_m
     assert [path.name for path in out.parent.iterdir()] == ["image.h5"]
 
 
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory, scan):
+    """The scan in every format: twice oversampled in ISMRMRD, two repetitions in M4Raw."""
+    folder = tmp_path_factory.mktemp("formats")
+    one = SliceDataset([scan])
+    kspace, mask = torch.stack([s.kspace for s in one]), one[0].mask
+    for k in (1, 2):
+        write_volume(folder / f"s_T2{k:02}.h5", Volume(k * kspace))
+    write_cfl(folder / "bart", as_bart(kspace))
+    wide = torch.zeros(*kspace.shape[:2], 2 * SIZE, SIZE, dtype=torch.complex64)
+    wide[:, :, SIZE // 2 : -SIZE // 2] = ifft2c(kspace)
+    lines = [
+        line
+        for k, raw in enumerate(fft2c(wide))
+        for line in lines_of(raw, mask[0].nonzero().flatten(), slice=k, position=(1, 2, 4 * k))
+    ]
+    write_ismrmrd(folder / "raw.mrd", lines, header((2 * SIZE, SIZE)))
+    return folder
+
+
+def reconstructed(path):
+    with h5py.File(path) as file:
+        return file["reconstruction"][()]
+
+
+@pytest.mark.parametrize("name", ["s_T201.h5", "s_T2", "bart", "bart.cfl", "raw.mrd"])
+def test_a_scan_is_reconstructed_the_same_in_every_format(formats, scan, weights, tmp_path, name):
+    def run(source, out):
+        return succeed("reconstruct", "--scan", source, "--weights", weights, "--out", out)
+
+    acceleration = acceleration_of(VolumeFile(scan).read_slice(0).mask)
+    assert f"Acceleration {acceleration:.2f}" in run(scan, tmp_path / "expected.h5")
+    expected = reconstructed(tmp_path / "expected.h5")
+    run(formats / name, tmp_path / "image.h5")
+    found = reconstructed(tmp_path / "image.h5")
+    if name == "s_T2":  # the second repetition is twice the first, and the network scales its input
+        assert found.shape == (2, 2, SIZE, SIZE)
+        np.testing.assert_allclose(found[1], 2 * expected, rtol=1e-3, atol=1e-4)
+        found = found[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    text = run(formats / name, tmp_path / "image.nii.gz")
+    image = nibabel.load(tmp_path / "image.nii.gz")
+    axes = (1, 2, 0) if name != "s_T2" else (2, 3, 1, 0)
+    values = reconstructed(tmp_path / "image.h5").transpose(axes)
+    np.testing.assert_array_equal(image.get_fdata(dtype=np.float32), values)
+    oriented = name == "raw.mrd"
+    assert ("no orientation" in text) == (not oriented)
+    if oriented:
+        assert image.affine @ (SIZE // 2, SIZE // 2, 1, 1) == pytest.approx((-1, -2, 4, 1))
+
+
+def test_phase_oversampling_is_cropped_off_the_images(formats, weights, scan, tmp_path):
+    one = VolumeFile(formats / "raw.mrd")
+    lines = lines_of(one.read_slice(0).kspace)
+    views = {"shown_x": SIZE, "shown_x_mm": 2 * SIZE, "shown_y": SIZE - 6}
+    xml = header((SIZE, SIZE), **views, shown_y_mm=1.5 * (SIZE - 6))
+    write_ismrmrd(tmp_path / "wide.h5", lines, xml)
+    for source in (scan, tmp_path / "wide.h5"):
+        out = tmp_path / f"{source.stem}_image.h5"
+        mask = tmp_path / "mask.npy"
+        np.save(mask, VolumeFile(scan).read_slice(0).mask[0].numpy())
+        options = ["--weights", weights, "--mask", mask, "--out", out]
+        succeed("reconstruct", "--scan", source, *options)
+    whole, shown = (reconstructed(tmp_path / f"{n}_image.h5")[0] for n in ("scan", "wide"))
+    assert shown.shape == (SIZE, SIZE - 6)
+    np.testing.assert_allclose(shown, whole[:, 3:-3], rtol=1e-3, atol=1e-4)
+
+
+def test_a_mask_from_a_file_replaces_that_of_the_scan(data, scan, weights, tmp_path):
+    full = next((data / "test").iterdir())
+    mask = VolumeFile(scan).read_slice(0).mask
+    np.savez(tmp_path / "mask.npz", mask=mask)
+    out = tmp_path / "image.h5"
+    options = ["--weights", weights, "--out", out, "--mask"]
+    text = succeed("reconstruct", "--scan", full, *options, tmp_path / "mask.npz")
+    assert f"Acceleration {mask.numel() / int(mask.sum()):.2f}" in text
+    trained, one = load_weights(weights), VolumeFile(full).read_slice(0)
+    prepared = trained.network.prepare((one.kspace * mask)[None], mask)
+    expected = trained.network.reconstruct(prepared, trained.control).image[0]
+    np.testing.assert_allclose(reconstructed(out)[0], expected, rtol=1e-5, atol=1e-6)
+    before = everything_in(tmp_path)
+    np.save(tmp_path / "full.npy", np.ones(SIZE))
+    found = refused("reconstruct", "--scan", scan, *options, tmp_path / "full.npy")
+    assert re.search(r"scan.h5: the mask must lie within what was measured, \d+ of its 576", found)
+    np.save(tmp_path / "wide.npy", np.ones(SIZE + 1))
+    found = refused("reconstruct", "--scan", scan, *options, tmp_path / "wide.npy")
+    assert re.search(r"scan.h5: .*wide.npy: mask must have shape \(24, 24\), got \(25,\)", found)
+    found = refused("reconstruct", "--scan", scan, *options, tmp_path / "none.npy")
+    assert "none.npy: a mask file was needed, there is no such file" in found
+    assert {k: v for k, v in everything_in(tmp_path).items() if k in before} == before
+
+
+def test_evaluation_takes_masks_from_files_and_names_its_convention(data, weights, tmp_path):
+    test = data / "test"
+    mask = SAMPLING.mask((SIZE, SIZE), torch.Generator().manual_seed(7))
+    np.save(tmp_path / "mask.npy", mask)
+    out = tmp_path / "scores.json"
+    options = ["--data", test, "--weights", weights, "--out", out, "--mask", tmp_path / "mask.npy"]
+    text = succeed("evaluate", *options, "--metrics", "slice")
+    assert "Metrics: slice" in text
+    found = json.loads(out.read_text())
+    assert found["convention"] == found["mean"]["ours"]["convention"] == "slice"
+    assert found["volumes"][0]["acceleration"] == pytest.approx(mask.numel() / int(mask.sum()))
+    one = SliceDataset(test)[0]
+    images = rss(ifft2c(one.kspace * mask))[None]
+    expected = score(one.reference[None], images, Convention.SLICE)
+    if len(SliceDataset(test)) == 1:
+        assert found["mean"]["zero-filled"]["psnr"] == pytest.approx(expected.psnr, rel=1e-6)
+
+
+def test_a_perfect_score_is_null_in_valid_json(data, weights, tmp_path):
+    """Without a stored reference that of full k-space is taken, which zero filling then equals."""
+    (tmp_path / "data").mkdir()
+    kspace = torch.stack([s.kspace for s in SliceDataset(data / "test")])
+    write_volume(tmp_path / "data" / "a.h5", Volume(kspace))
+    np.save(tmp_path / "full.npy", np.ones(SIZE))
+    out = tmp_path / "scores.json"
+    paths = ["--data", tmp_path / "data", "--weights", weights, "--out", out]
+    succeed("evaluate", *paths, "--mask", tmp_path / "full.npy")
+    assert "Infinity" not in out.read_text()
+    found = json.loads(out.read_text())["mean"]["zero-filled"]
+    assert (found["psnr"], found["nmse"]) == (None, 0.0)
+
+
+def test_scans_are_simulated_from_nifti(tmp_path):
+    axis = np.linspace(-1, 1, 20)
+    ball = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)
+    nibabel.save(nibabel.Nifti1Image((ball < 0.9) * (2 - ball), np.eye(4)), tmp_path / "head.nii")
+    options = ["--anatomies", tmp_path / "head.nii", "--size", 16, "--coils", 2]
+    text = succeed("simulate", "--out", tmp_path / "out", *options, "--plane", "sagittal")
+    assert "test: 1 files" in text
+    file = VolumeFile(tmp_path / "out" / "train" / "head.h5")
+    assert (file.shape, file.n_coils, file.acquisition) == ((16, 16), 2, "head")
+    found = refused("simulate", "--out", tmp_path / "out", "--plane", "axial", "--size", 16)
+    assert "a plane can be chosen for NIfTI only" in found
+
+
 def test_the_demo_leaves_figure_results_and_weights(tmp_path, monkeypatch):
     few = {"brain_t1_axial": load_anatomies()["brain_t1_axial"][4:13]}
-    monkeypatch.setattr("applications.mri.phantoms.load_anatomies", lambda path: few)
+    monkeypatch.setattr("applications.mri.phantoms.load_anatomies", lambda path, plane: few)
     # The centre of the real scan, and one value of each regularisation, for the sake of time.
     real = VolumeFile(bundled_scan_path()).read_slice(0).kspace[:, 83:147, 58:122]
     write_volume(tmp_path / "real.h5", Volume(real[None]))
@@ -288,7 +455,8 @@ def test_the_demo_leaves_figure_results_and_weights(tmp_path, monkeypatch):
     found = results["evaluation"]["mean"]
     assert list(found) == ["zero-filled", "CG-SENSE", "l1-wavelet", *expected]
     for name, scores in expected.items():
-        assert found[name] == pytest.approx(vars(scores), rel=1e-3)
+        assert found[name].pop("convention") == "fastmri"
+        assert found[name] == pytest.approx(numbers(scores), rel=1e-3)
     mask = sampling.mask((64, 64), torch.Generator().manual_seed(4))
     multipliers = swept_multipliers(trained, test.files[0], 0, mask)
     assert [m.shape for m in multipliers] == [(64, 64)] * 5
@@ -380,6 +548,27 @@ def test_a_scan_that_cannot_be_reconstructed_is_one_line(weights, tmp_path, writ
     assert not out.exists() or list(out.iterdir()) == []
 
 
+def test_bad_scans_of_every_format_and_bad_names_are_one_line(formats, weights, tmp_path):
+    def message(source, out="image.h5"):
+        paths = ["--scan", source, "--weights", weights, "--out", tmp_path / "out" / out]
+        return refused("reconstruct", *paths)
+
+    for name in ("s_T201.h5", "s_T202.h5", "raw.mrd", "bart.cfl"):
+        content = (formats / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+    assert "s_T201.h5: a complete HDF5 file was needed" in message(tmp_path / "s_T2")
+    assert "raw.mrd: a complete HDF5 file was needed" in message(tmp_path / "raw.mrd")
+    (tmp_path / "bart.hdr").write_text("# Dimensions")
+    assert "bart.hdr: a line '# Dimensions' was needed" in message(tmp_path / "bart")
+    (tmp_path / "bart.hdr").write_bytes((formats / "bart.hdr").read_bytes())
+    assert "half of them missing: convert or export" in message(tmp_path / "bart.hdr")
+    (tmp_path / "head.nii").write_bytes(b"")
+    assert "k-space was needed, NIfTI holds images" in message(tmp_path / "head.nii")
+    assert "a scan was needed, one of M4Raw" in message(tmp_path / "none.dat")
+    assert "must end in one of .h5, .hdf5, .nii, .nii.gz" in message(formats / "bart", "image.dcm")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -408,7 +597,7 @@ def test_places_that_cannot_be_written_are_one_line_before_any_work(
     def worked(*_):
         pytest.fail("worked in vain")
 
-    for name in ("train", "evaluate", "_reconstructed"):
+    for name in ("train", "evaluate", "reconstruct_scan"):
         monkeypatch.setattr(f"applications.mri.cli.{name}", worked)
     monkeypatch.setattr("applications.mri.phantoms.write_volume", worked)
     (tmp_path / "file").write_text("kept")
@@ -451,7 +640,13 @@ def test_training_data_that_cannot_be_used_are_one_line(scan, data, tmp_path):
 
 @pytest.mark.parametrize(
     ("mask", "option"),
-    [("random", "--spokes"), ("poisson", "--center"), ("radial", "--acceleration")],
+    [
+        ("random", "--spokes"),
+        ("poisson", "--center"),
+        ("radial", "--acceleration"),
+        ("magic", "--calibration"),
+        ("equispaced", "--width"),
+    ],
 )
 def test_an_option_of_another_mask_is_refused_not_ignored(data, tmp_path, mask, option):
     options = ["--data", data / "train", "--out", tmp_path / "w", "--mask", mask, option, 3]

@@ -23,7 +23,7 @@ from applications.mri.evaluation import (
     sweep_regularisation,
     table_rows,
 )
-from applications.mri.metrics import Scores, score
+from applications.mri.metrics import Convention, Scores, score
 from applications.mri.network import light, paper
 from applications.mri.operators import centre_crop, ifft2c, rss
 from applications.mri.reconstruction import Network
@@ -80,6 +80,18 @@ def test_scores_are_those_of_the_metrics_on_the_same_masks(scans):
             expected = sum(getattr(v, field) for v in values) / 2
             assert getattr(found.mean[name], field) == pytest.approx(expected, rel=1e-12)
     assert all(seconds > 0 for seconds in found.seconds.values())
+
+
+def test_scores_are_taken_by_the_convention_asked_for(scans):
+    methods = {"zero": lambda k, m: zero_filled(k)}
+    found = evaluate(methods, scans, SAMPLING, 5, convention=Convention.SLICE)
+    assert found.convention == found.as_json()["convention"] == "slice"
+    kspace = [fully_sampled(scans.files[0].read_slice(k)) for k in range(2)]
+    mask = SAMPLING.mask(scans.files[0].shape, seeded(5))
+    references = torch.stack([reference for _, reference in kspace])
+    images = torch.stack([zero_filled(one * mask) for one, _ in kspace])
+    expected = score(references, images, Convention.SLICE)
+    assert found.volumes[0].scores["zero"] == expected != score(references, images)
 
 
 def test_every_method_gets_the_same_undersampled_data(scans):
@@ -210,13 +222,15 @@ def test_rows_of_the_table_are_means_and_gains_over_the_first_method():
 
 def test_an_evaluation_is_plain_values():
     found = json.loads(json.dumps(evaluation().as_json()))
-    assert found["mean"]["ours"] == {"psnr": 30.5, "ssim": pytest.approx(0.925), "nmse": 0.02}
+    by = {"convention": "fastmri"}
+    assert found["convention"] == "fastmri"
+    assert found["mean"]["ours"] == {"psnr": 30.5, "ssim": pytest.approx(0.925), "nmse": 0.02} | by
     assert found["volumes"][1] == {
         "name": "w",
         "acceleration": 5.0,
         "scores": {
-            "zero": {"psnr": 24.0, "ssim": 0.7, "nmse": 0.3},
-            "ours": {"psnr": 31.0, "ssim": 0.95, "nmse": 0.03},
+            "zero": {"psnr": 24.0, "ssim": 0.7, "nmse": 0.3} | by,
+            "ours": {"psnr": 31.0, "ssim": 0.95, "nmse": 0.03} | by,
         },
     }
     assert found["seconds_per_slice"] == {"zero": 0.012, "ours": 1.0}

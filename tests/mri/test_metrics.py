@@ -1,11 +1,18 @@
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from skimage.metrics import (
+    normalized_root_mse,
+    peak_signal_noise_ratio,
+    structural_similarity,
+)
 
 from applications.mri.errors import InputError
-from applications.mri.metrics import Scores, mean_scores, score
+from applications.mri.files import write_json
+from applications.mri.metrics import Convention, Scores, mean_scores, score
 
 
 def pair(shape=(2, 12, 10)):
@@ -45,6 +52,66 @@ def test_the_scores_are_those_of_the_formulas():
     assert found.ssim == pytest.approx(by_hand, rel=1e-10)
 
 
+def test_scores_of_slices_have_a_range_of_their_own():
+    u, v = pair((3, 12, 10))
+    u[1] *= 0.3
+    found = score(u, v, Convention.SLICE)
+    psnr, ssim, nmse = zip(
+        *(
+            (
+                10 * math.log10(a.max() ** 2 / np.mean((a - b) ** 2)),
+                ssim_by_hand(a, b, a.max()),
+                np.linalg.norm(a - b) ** 2 / np.linalg.norm(a) ** 2,
+            )
+            for a, b in zip(u, v, strict=True)
+        ),
+        strict=True,
+    )
+    assert found.psnr == pytest.approx(np.mean(psnr), rel=1e-12)
+    assert found.ssim == pytest.approx(np.mean(ssim), rel=1e-10)
+    assert found.nmse == pytest.approx(np.mean(nmse), rel=1e-12)
+    assert found.convention == "slice"
+    assert abs(found.psnr - score(u, v).psnr) > 0.5  # conventions are not to be mixed
+    assert score(u[:1], v[:1], Convention.SLICE).psnr == score(u[:1], v[:1]).psnr
+
+
+def test_scores_are_those_of_scikit_image():
+    u, v = pair((3, 20, 18))
+    u[1] *= 0.3
+    volume, slices = score(u, v), score(u, v, Convention.SLICE)
+    assert volume.psnr == pytest.approx(peak_signal_noise_ratio(u, v, data_range=u.max()))
+    expected = [
+        peak_signal_noise_ratio(a, b, data_range=a.max()) for a, b in zip(u, v, strict=True)
+    ]
+    assert slices.psnr == pytest.approx(np.mean(expected))
+    for found, ranges in ((volume, [u.max()] * 3), (slices, [a.max() for a in u])):
+        expected = [
+            structural_similarity(a, b, data_range=r) for a, b, r in zip(u, v, ranges, strict=True)
+        ]
+        assert found.ssim == pytest.approx(np.mean(expected))
+    # scikit-image takes the root, normalised by the Euclidean norm.
+    assert volume.nmse == pytest.approx(normalized_root_mse(u, v) ** 2)
+    expected = [normalized_root_mse(a, b) ** 2 for a, b in zip(u, v, strict=True)]
+    assert slices.nmse == pytest.approx(np.mean(expected))
+
+
+def test_json_has_null_for_the_psnr_of_a_perfect_image_and_no_nan(tmp_path):
+    u, _ = pair()
+    path = tmp_path / "scores.json"
+    write_json(path, {"scores": [vars(score(u, u)), vars(score(u, u, Convention.SLICE))]})
+
+    def refuse(word):
+        pytest.fail(f"{word} is no JSON")
+
+    first, second = json.loads(path.read_text(), parse_constant=refuse)["scores"]
+    assert (first["psnr"], first["nmse"], first["convention"]) == (None, 0.0, "fastmri")
+    assert (second["psnr"], second["nmse"], second["convention"]) == (None, 0.0, "slice")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"psnr": math.nan})
+    assert path.read_bytes() == before
+
+
 def test_tensors_and_arrays_score_the_same_and_the_unit_does_not_matter():
     u, v = pair()
     assert score(torch.from_numpy(u), torch.from_numpy(v)) == score(u, v)
@@ -67,9 +134,20 @@ def test_scores_are_averaged_one_by_one_and_print_as_a_line():
     assert found.psnr == 32.0
     assert found.ssim == pytest.approx(0.85)
     assert found.nmse == pytest.approx(0.015)
-    assert str(found) == "PSNR 32.00 dB, SSIM 0.8500, NMSE 0.0150"
+    assert str(found) == "PSNR 32.00 dB, SSIM 0.8500, NMSE 0.0150 (fastmri)"
     with pytest.raises(InputError, match="at least one volume"):
         mean_scores([])
+    mixed = [Scores(30.0, 0.8, 0.02), Scores(34.0, 0.9, 0.01, Convention.SLICE)]
+    with pytest.raises(InputError, match="of one convention, got fastmri, slice; score again"):
+        mean_scores(mixed)
+
+
+def test_an_empty_slice_has_no_score_by_slices_and_is_named():
+    u, v = pair((3, 12, 10))
+    u[1] = 0
+    assert score(u, v).psnr > 0
+    with pytest.raises(InputError, match="positive maximum, got 0, slice 1; leave it out"):
+        score(u, v, Convention.SLICE)
 
 
 @pytest.mark.parametrize(

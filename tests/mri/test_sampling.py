@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ from scipy.spatial import cKDTree
 from applications.mri.errors import InputError
 from applications.mri.sampling import (
     CartesianEquispaced,
+    CartesianMagic,
     CartesianRandom,
+    GaussianColumns,
+    GaussianPoints,
     PoissonDisc,
     Radial,
     acceleration_of,
@@ -18,6 +22,9 @@ from applications.mri.sampling import (
 ALL = [
     CartesianRandom(4, 0.08),
     CartesianEquispaced(4, 0.08),
+    CartesianMagic(4, 0.08),
+    GaussianColumns(4, 0.08),
+    GaussianPoints(6, 12),
     PoissonDisc(6, 12),
     Radial(24),
     Radial(24, golden=False),
@@ -43,7 +50,13 @@ def test_a_mask_depends_on_the_seed_and_on_nothing_else(sampling, shape):
 @pytest.mark.parametrize("n_columns", [128, 127, 368])
 @pytest.mark.parametrize(
     "sampling",
-    [CartesianRandom(4, 0.08), CartesianEquispaced(4, 0.08), CartesianEquispaced(8, 0.04)],
+    [
+        CartesianRandom(4, 0.08),
+        CartesianEquispaced(4, 0.08),
+        CartesianEquispaced(8, 0.04),
+        CartesianMagic(4, 0.08),
+        GaussianColumns(4, 0.08),
+    ],
     ids=repr,
 )
 def test_cartesian_masks_keep_whole_columns_and_all_of_the_centre(sampling, n_columns):
@@ -84,6 +97,95 @@ def test_equispaced_columns_are_those_of_the_definition(n, seed):
     ]
     assert set(found) in possible
     assert n / len(found) == pytest.approx(4, rel=0.05)
+
+
+def magic_of_fastmri(n, n_low, acceleration, offset):
+    """MagicMaskFractionFunc: two halves in the order of the transform, then shifted."""
+    spacing = round(n / (round(n / acceleration) - n_low))
+    offset_pos, offset_neg = (
+        (offset + 1, offset + 2) if offset % 2 == 0 else (offset + 2, offset - 1)
+    )
+    positive, negative = np.zeros((n + 1) // 2, bool), np.zeros(n // 2, bool)
+    positive[offset_pos::spacing] = True
+    negative[offset_neg::spacing] = True
+    mask = np.fft.fftshift(np.concatenate([positive, negative[::-1]]))
+    pad = (n - n_low + 1) // 2
+    mask[pad : pad + n_low] = True
+    return mask, spacing
+
+
+@pytest.mark.parametrize("acceleration", [4, 6])
+@pytest.mark.parametrize("n", [128, 127, 368, 320])
+def test_magic_columns_are_those_of_fastmri(n, acceleration):
+    n_low = round(n * 0.04)
+    _, spacing = magic_of_fastmri(n, n_low, acceleration, 0)
+    possible = [magic_of_fastmri(n, n_low, acceleration, k)[0] for k in range(spacing)]
+    seen = set()
+    for seed in range(40):
+        found = CartesianMagic(acceleration, 0.04).mask((3, n), seeded(seed))
+        matches = [k for k, mask in enumerate(possible) if np.array_equal(mask, found[1].numpy())]
+        assert matches
+        seen.update(matches)
+        assert acceleration_of(found) == pytest.approx(acceleration, rel=0.15)
+    assert len(seen) == spacing  # every offset is drawn
+
+
+def test_the_halves_of_magic_measure_each_others_gaps():
+    """With an even number of columns -k is column n - k; away from the centre no two coincide."""
+    mask = CartesianMagic(4, 0.04).mask((1, 320), seeded(1))[0]
+    frequency = torch.arange(320) - 160
+    outer = mask & (frequency.abs() > 10)
+    opposite = outer.flip(0).roll(1)
+    assert not (outer & opposite)[1:].any()
+    equal = CartesianEquispaced(4, 0.04)
+    assert any(
+        bool((m & m.flip(0).roll(1) & (frequency.abs() > 10)).any())
+        for m in (equal.mask((1, 320), seeded(k))[0] for k in range(8))
+    )
+
+
+@pytest.mark.parametrize("acceleration", [2, 4, 8])
+@pytest.mark.parametrize("n_columns", [128, 127, 368])
+def test_gaussian_columns_reach_the_acceleration_exactly(acceleration, n_columns):
+    mask = GaussianColumns(acceleration, 0.04).mask((5, n_columns), seeded())
+    assert int(mask[0].sum()) == round(n_columns / acceleration)
+
+
+@pytest.mark.parametrize("acceleration", [2, 4, 8, 12])
+@pytest.mark.parametrize("shape", [(96, 96), (115, 90)])
+def test_gaussian_points_reach_the_acceleration_exactly_and_keep_the_calibration(
+    acceleration, shape
+):
+    mask = GaussianPoints(acceleration, 16).mask(shape, seeded())
+    assert int(mask.sum()) == round(shape[0] * shape[1] / acceleration)
+    top, left = shape[0] // 2 - 8, shape[1] // 2 - 8
+    assert mask[top : top + 16, left : left + 16].all()
+
+
+@pytest.mark.parametrize("width", [0.1, 1 / 6, 0.3])
+def test_few_gaussian_columns_follow_their_density(width):
+    """Of few draws without replacement the frequency is proportional to the density."""
+    n, draws = 64, 4000
+    generator, sampling = seeded(), GaussianColumns(n / 2.4, 0.015, width)  # 2 kept, 1 of them low
+    kept = torch.stack([sampling.mask((1, n), generator)[0] for _ in range(draws)]).double()
+    outside = torch.arange(n) != n // 2
+    density = torch.exp(-0.5 * ((torch.arange(n) - n // 2) / (width * n)).double().square())
+    expected = density[outside] / density[outside].sum()
+    spread = (expected / draws).sqrt()
+    assert ((kept.mean(0)[outside] - expected).abs() <= 5 * spread + 1 / draws).all()
+
+
+@pytest.mark.parametrize("sampling", [GaussianColumns(4, 0.04), GaussianPoints(6, 8)], ids=repr)
+def test_gaussian_density_falls_away_from_the_centre(sampling):
+    shape, generator = (64, 80), seeded()
+    mean = torch.stack([sampling.mask(shape, generator) for _ in range(400)]).double().mean(0)
+    row, column = ((torch.arange(n) - n // 2).abs() / (n / 2) for n in shape)
+    distances = [column.expand(shape)]
+    if isinstance(sampling, GaussianPoints):
+        distances.append(row[:, None].expand(shape))
+    for distance in distances:
+        rings = [mean[(distance >= a) & (distance < a + 0.2)].mean() for a in (0.1, 0.3, 0.5, 0.7)]
+        assert all(near > 1.2 * far for near, far in pairwise(rings))
 
 
 @pytest.mark.parametrize("acceleration", [2, 4, 8, 12])
@@ -139,6 +241,13 @@ def test_the_settings_change_the_mask():
     assert not torch.equal(draw(CartesianRandom(4, 0.08)), draw(CartesianRandom(4, 0.16)))
     assert not torch.equal(draw(CartesianEquispaced(4, 0.08)), draw(CartesianEquispaced(3, 0.08)))
     assert not torch.equal(draw(PoissonDisc(4, 8)), draw(PoissonDisc(4, 16)))
+    assert not torch.equal(draw(CartesianMagic(4, 0.08)), draw(CartesianMagic(3, 0.08)))
+    assert not torch.equal(draw(CartesianMagic(4, 0.08)), draw(CartesianMagic(4, 0.16)))
+    for kind, centres in ((GaussianColumns, (0.08, 0.16)), (GaussianPoints, (8, 16))):
+        first = draw(kind(4, centres[0], 0.2))
+        assert not torch.equal(first, draw(kind(3, centres[0], 0.2)))
+        assert not torch.equal(first, draw(kind(4, centres[1], 0.2)))
+        assert not torch.equal(first, draw(kind(4, centres[0], 0.1)))
     assert not torch.equal(draw(Radial(8)), draw(Radial(8, golden=False)))
 
 
@@ -151,6 +260,12 @@ def test_the_settings_change_the_mask():
         (lambda: CartesianEquispaced(4, 1.5), r"center_fraction must lie in \(0, 1\], got 1.5"),
         (lambda: CartesianRandom(4, 0.3), "below 1 / acceleration = 0.25, got 0.3"),
         (lambda: PoissonDisc(0.5), "acceleration must be > 1"),
+        (lambda: CartesianMagic(4, 0.3), "below 1 / acceleration = 0.25, got 0.3"),
+        (lambda: GaussianColumns(4, 0.3), "below 1 / acceleration = 0.25, got 0.3"),
+        (lambda: GaussianColumns(width=0.0), "width must be > 0, got 0.0; 1 / 6 reaches"),
+        (lambda: GaussianPoints(width=math.inf), "width must be > 0, got inf"),
+        (lambda: GaussianPoints(4, -1), "calibration must be >= 0, got -1"),
+        (lambda: GaussianPoints(8, 24).mask((48, 48), seeded()), "leaves 288 samples of a 48 x 48"),
         (lambda: PoissonDisc(4, -1), "calibration must be >= 0, got -1"),
         (lambda: Radial(0), "spokes must be >= 1, got 0"),
         (lambda: PoissonDisc(8, 24).mask((48, 48), seeded()), "leaves 288 samples of a 48 x 48"),

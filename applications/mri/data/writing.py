@@ -1,0 +1,91 @@
+"""Scans written in the HDF5 layout of fastMRI.
+
+A file holds ``kspace`` ``[slice, coil, row, column]`` complex64; with luck ``reconstruction_rss``
+``[slice, row, column]`` float32, smaller than k-space where the readout was oversampled; ``mask``,
+over the columns or over rows and columns; ``ismrmrd_header``, XML; attributes ``acquisition``,
+``max``, ``norm``, ``patient_id``.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from applications.mri.errors import InputError
+from applications.mri.files import whole_file
+from applications.mri.formats.fastmri import minimal_header
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What `write_volume` writes.
+
+    Attributes:
+        kspace: complex, shape ``(slices, coils, rows, columns)``; stored as complex64.
+        reference: root sum of squares of the fully sampled coil images, real, shape ``(slices,
+            rows, columns)`` (rows and columns may be cropped), or None where no such image exists.
+        mask: boolean, shape ``(columns,)`` or ``(rows, columns)``, or None.
+        acquisition: sequence and contrast, for example ``"AXT2"``.
+        patient_id: any identifier.
+        header: ISMRMRD XML; None writes a minimal one with the matrix sizes and 1 mm pixels.
+    """
+
+    kspace: Tensor
+    reference: Tensor | None = None
+    mask: Tensor | None = None
+    acquisition: str = "unknown"
+    patient_id: str = "unknown"
+    header: str | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.kspace.shape)
+        if len(shape) != 4 or 0 in shape or not self.kspace.is_complex():
+            raise InputError(
+                "kspace must be complex of shape (slices, coils, rows, columns), got "
+                f"{self.kspace.dtype} {shape}."
+            )
+        if self.reference is not None and (
+            self.reference.ndim != 3 or self.reference.shape[0] != shape[0]
+        ):
+            raise InputError(
+                f"reference must have shape ({shape[0]}, rows, columns), got "
+                f"{tuple(self.reference.shape)}."
+            )
+        if self.mask is not None and tuple(self.mask.shape) not in {shape[3:], shape[2:]}:
+            raise InputError(
+                f"mask must have shape {shape[3:]} or {shape[2:]}, got {tuple(self.mask.shape)}."
+            )
+
+
+def write_volume(path: Path | str, volume: Volume) -> None:
+    """Writes a file that either is complete or does not appear: it is renamed into place when done.
+
+    Args:
+        path: the file, replaced if it exists; its folder must exist.
+        volume: what to write.
+
+    Raises:
+        InputError: if the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist; create it first.")
+    with whole_file(path) as temporary, h5py.File(temporary, "w") as file:
+        file["kspace"] = volume.kspace.detach().cpu().to(torch.complex64).numpy()
+        header = volume.header
+        if header is None:
+            shown = volume.kspace if volume.reference is None else volume.reference
+            header = minimal_header(volume.kspace.shape[2:], shown.shape[-2:])
+        file.create_dataset("ismrmrd_header", data=header, dtype=h5py.string_dtype())
+        file.attrs["acquisition"] = volume.acquisition
+        file.attrs["patient_id"] = volume.patient_id
+        if volume.mask is not None:
+            file["mask"] = volume.mask.cpu().numpy()
+        if volume.reference is not None:
+            reference = volume.reference.detach().cpu().float().numpy()
+            file["reconstruction_rss"] = reference
+            file.attrs["max"] = float(reference.max())
+            file.attrs["norm"] = float(np.linalg.norm(reference))

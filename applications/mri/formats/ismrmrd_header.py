@@ -1,0 +1,175 @@
+"""What the header of an ISMRMRD file says of a Cartesian 2-D scan, and whether it can be so."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from applications.mri.errors import InputError
+from applications.mri.formats.base import Geometry, optional
+
+_EMBEDDED = {"embedded", "interleaved"}
+_LOOSE = 1.05  # scanners round what they declare
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One encoding space of a header.
+
+    Attributes:
+        encoded: matrix size ``(readout, phase encoding)`` that was measured.
+        n_rows: samples of the readout without oversampling.
+        n_columns: columns of the image without oversampling of the phase encoding.
+        step_centre: phase encoding step of the zero frequency.
+        spacing: of the voxels [mm].
+        calibration: whether calibration lines belong to the image.
+        acquisition: name of the protocol.
+    """
+
+    encoded: tuple[int, int]
+    n_rows: int
+    n_columns: int
+    step_centre: int
+    spacing: tuple[float, float, float]
+    calibration: bool
+    acquisition: str
+
+
+def read_header(xml: bytes, path: Path) -> Any:
+    """A header as `ismrmrd` reads it.
+
+    Args:
+        xml: the document.
+        path: the file, for messages.
+
+    Returns:
+        The header.
+
+    Raises:
+        InputError: if the document is not a header, or the package is missing.
+    """
+    schema = optional("ismrmrd.xsd", path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a value of the wrong type is only warned of
+            return schema.CreateFromDocument(xml)
+    except Exception as error:
+        raise InputError(
+            f"{path}: a header in ISMRMRD's XML was needed, it cannot be read ({error}); convert "
+            "the scan again."
+        ) from error
+
+
+def checked_encoding(encoding: Any, header: Any, path: Path) -> Encoding:
+    """The sizes of a Cartesian 2-D scan.
+
+    Args:
+        encoding: one encoding.
+        header: the header it is of.
+        path: the file, for messages.
+
+    Returns:
+        The record `Encoding`.
+
+    Raises:
+        InputError: if the scan is not of this kind, or its sizes contradict each other.
+    """
+    trajectory = encoding.trajectory.value
+    if trajectory != "cartesian":
+        raise InputError(
+            f"{path}: the trajectory must be cartesian, got {trajectory}; grid the scan first."
+        )
+    measured, shown = encoding.encodedSpace, encoding.reconSpace
+    if measured.matrixSize.z != 1:
+        raise InputError(
+            f"{path}: a 2-D scan was needed, encoded matrix size z must be 1, got "
+            f"{measured.matrixSize.z}; transform 3-D scans along one axis and store them as slices."
+        )
+    n_rows = _inside(measured, shown, "x", path)
+    n_columns = _inside(measured, shown, "y", path)
+    encoded = (measured.matrixSize.x, measured.matrixSize.y)
+    limit = encoding.encodingLimits.kspace_encoding_step_1
+    parallel = encoding.parallelImaging
+    mode = None if parallel is None else parallel.calibrationMode
+    about = header.measurementInformation
+    view = measured.fieldOfView_mm
+    return Encoding(
+        encoded,
+        n_rows,
+        n_columns,
+        encoded[1] // 2 if limit is None else limit.center,
+        (view.x / encoded[0], view.y / encoded[1], view.z),
+        mode is not None and mode.value in _EMBEDDED,
+        (None if about is None else about.protocolName) or "unknown",
+    )
+
+
+def _inside(measured: Any, shown: Any, axis: str, path: Path) -> int:
+    """Pixels of the encoded field of view that lie inside the shown one."""
+    n, n_shown = (getattr(space.matrixSize, axis) for space in (measured, shown))
+    length, length_shown = (getattr(space.fieldOfView_mm, axis) for space in (measured, shown))
+    if min(n, n_shown) < 1 or not min(length, length_shown) > 0:
+        raise InputError(
+            f"{path}: matrix sizes and fields of view along {axis} must be > 0, got {n} and "
+            f"{n_shown}, {length} and {length_shown} mm; correct the header."
+        )
+    inside = round(n * length_shown / length)
+    # A larger shown matrix is interpolation, which is left out. A smaller one is a coarser image,
+    # usual along the phase encoding; along the readout it says oversampling, as the views must too.
+    if inside > _LOOSE * n or (axis == "x" and _LOOSE * n_shown < inside):
+        raise InputError(
+            f"{path}: oversampling along {axis} must be the same in matrix size and field of view, "
+            f"got {n} of {length:g} mm encoded for {n_shown} of {length_shown:g} mm shown; correct "
+            "the header."
+        )
+    return min(inside, n)
+
+
+def geometry_of(
+    encoding: Encoding, directions: NDArray[np.float64], positions: NDArray[np.float64], path: Path
+) -> Geometry:
+    """Where the voxels of the image lie.
+
+    Args:
+        encoding: sizes.
+        directions: of readout, phase encoding and slices, of each line, ``(lines, 3, 3)``, in
+            left-posterior-superior coordinates; zeros where they are not known.
+        positions: of the centre of each slice [mm], in the order of the slices.
+        path: the file, for messages.
+
+    Returns:
+        Geometry; without affine where directions are not known, or the slices are not equally
+        apart.
+
+    Raises:
+        InputError: if the lines have different directions, or these are not at right angles.
+    """
+    if not directions.any():
+        return Geometry(encoding.spacing)
+    axes = directions[0]
+    if not np.allclose(directions, axes, atol=1e-3):
+        raise InputError(
+            f"{path}: all lines of a volume must have the same directions, they have several; "
+            "split the scan."
+        )
+    if not np.allclose(axes @ axes.T, np.eye(3), atol=1e-2):
+        raise InputError(
+            f"{path}: directions of readout, phase encoding and slices must be of length 1 and at "
+            f"right angles, got {np.round(axes, 3).tolist()}; correct the acquisition headers."
+        )
+    dx, dy, thickness = encoding.spacing
+    steps = np.diff(positions, axis=0) if len(positions) > 1 else axes[2:] * thickness
+    apart = float(np.linalg.norm(steps[0]))
+    if apart == 0 or np.abs(steps - steps[0]).max() > 0.01 * apart:
+        return Geometry(encoding.spacing)
+    affine = np.eye(4)
+    affine[:3, :3] = np.stack([axes[0] * dx, axes[1] * dy, steps[0]], axis=1)
+    n = encoding.encoded[1]
+    # The pixel that a centred transform puts at the centre, after the columns have been cropped.
+    centre = (encoding.n_rows // 2, n // 2 - (n - encoding.n_columns) // 2)
+    affine[:3, 3] = positions[0] - affine[:3, :2] @ centre
+    affine[:2] *= -1  # to right-anterior-superior
+    return Geometry((dx, dy, apart), tuple(tuple(map(float, row)) for row in affine))

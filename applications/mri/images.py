@@ -1,0 +1,89 @@
+"""Writes reconstructed images as HDF5 or NIfTI, slice by slice."""
+
+import gzip
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import h5py
+from torch import Tensor
+
+from applications.mri.errors import InputError
+from applications.mri.files import whole_file
+from applications.mri.formats import Geometry
+from applications.mri.formats.nifti import SUFFIXES as NIFTI
+from applications.mri.formats.nifti import header_of, is_nifti
+
+_HDF5 = (".h5", ".hdf5")
+
+
+def check_image_path(path: Path) -> None:
+    """Refuses a file name that does not say the format.
+
+    Args:
+        path: to be written.
+
+    Raises:
+        InputError: if it ends in no known suffix.
+    """
+    if not path.name.endswith((*_HDF5, *NIFTI)):
+        raise InputError(
+            f"{path}: the name must end in one of {', '.join((*_HDF5, *NIFTI))}, which says the "
+            "format; change it."
+        )
+
+
+@contextmanager
+def image_writer(
+    path: Path,
+    shape: tuple[int, int, int, int],
+    geometry: Geometry | None,
+    record: Mapping[str, str],
+) -> Iterator[Callable[[Tensor], None]]:
+    """A file of images that appears when all of them are written.
+
+    HDF5 gets the dataset `reconstruction` ``[slice, row, column]``, of several volumes ``[volume,
+    slice, row, column]``, and the record as attributes; NIfTI the axes row, column, slice and, of
+    several volumes, volume.
+
+    Args:
+        path: the file, replaced if it exists; its suffix says the format.
+        shape: volumes, slices, rows and columns.
+        geometry: size and place of voxels, for NIfTI.
+        record: how the images came about, for HDF5.
+
+    Yields:
+        Writes the next image, ``(rows, columns)``; the slices of a volume follow each other.
+
+    Raises:
+        InputError: if the suffix is unknown, the file cannot be written, or a package is missing.
+    """
+    check_image_path(path)
+    n_volumes, n_slices, rows, columns = shape
+    volumes = (n_volumes,) if n_volumes > 1 else ()
+    with whole_file(path) as temporary, ExitStack() as stack:
+        if is_nifti(path):
+            header = header_of(path, (rows, columns, n_slices, *volumes), geometry)
+            opener = gzip.open if path.suffix == ".gz" else open
+            file = stack.enter_context(opener(temporary, "wb"))
+            file.write(header)
+
+            def add(image: Tensor) -> None:
+                file.write(image.cpu().numpy().astype("<f4").tobytes(order="F"))
+
+        else:
+            written = stack.enter_context(h5py.File(temporary, "w"))
+            written.attrs.update(record)
+            images = written.create_dataset(
+                "reconstruction", (*volumes, n_slices, rows, columns), "f4"
+            )
+            places = iter([(*v, k) for v in _indices(volumes) for k in range(n_slices)])
+
+            def add(image: Tensor) -> None:
+                images[next(places)] = image.cpu().numpy()
+
+        yield add
+
+
+def _indices(volumes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [(k,) for k in range(volumes[0])] if volumes else [()]

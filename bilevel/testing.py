@@ -1,0 +1,345 @@
+"""Checks for a user's own problem: hypergradients, gradients and adjoints."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.errors import ArgumentError, BilevelError
+from bilevel.gmres import GMRES
+from bilevel.methods.base import HypergradientMethod
+from bilevel.methods.implicit import Implicit
+from bilevel.methods.mlm import MLM
+from bilevel.methods.one_step import OneStep
+from bilevel.methods.unrolled import Unrolled
+from bilevel.solver import BilevelSolver
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class DotProductTest:
+    """Re<A v, w> and Re<v, A^* w> of random v and w.
+
+    Attributes:
+        forward: the first.
+        adjoint: the second.
+        difference: of both, relative to |A v| |w|.
+    """
+
+    forward: float
+    adjoint: float
+    difference: float
+
+
+def dot_product_test(
+    apply: Callable[[Tree], Tree],
+    adjoint: Callable[[Tree], Tree],
+    domain: Tree,
+    image: Tree | None = None,
+    *,
+    seed: int = 0,
+) -> DotProductTest:
+    """Whether `adjoint` is the adjoint of `apply` under Re<., .>.
+
+    Args:
+        apply: a real-linear map of trees.
+        adjoint: what should be its adjoint.
+        domain: tree like the arguments of `apply`; values do not count.
+        image: tree like its results; None where that is the domain.
+        seed: of the random vectors.
+
+    Returns:
+        Both inner products and their difference; for an adjoint it is a few times the rounding.
+
+    Example:
+        >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+        >>> found = dot_product_test(
+        ...     lambda v: A @ v, lambda w: A.T @ w, torch.ones(2), torch.ones(3)
+        ... )
+        >>> found.difference < 1e-6
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    v = random_like(domain, generator)
+    w = random_like(domain if image is None else image, generator)
+    Av = apply(v)
+    forward, backward = float(tree.inner(Av, w)), float(tree.inner(v, adjoint(w)))
+    size = tree.norm(Av) * tree.norm(w)
+    return DotProductTest(forward, backward, abs(forward - backward) / size if size else 0.0)
+
+
+@dataclass(frozen=True)
+class TaylorTest:
+    """Remainders of a first-order expansion.
+
+    Attributes:
+        steps: h.
+        remainders: |f(x + h d) - f(x) - h Re<g, d>|.
+        order: at which they fall with h, from those above rounding: 2 for a right gradient, 1 for
+            a wrong one; infinite if all are rounding.
+    """
+
+    steps: tuple[float, ...]
+    remainders: tuple[float, ...]
+    order: float
+
+
+def taylor_test(
+    function: Callable[[Tree], Tensor],
+    gradient: Tree,
+    point: Tree,
+    *,
+    seed: int = 0,
+    largest: float = 1e-1,
+    n_steps: int = 6,
+) -> TaylorTest:
+    """Whether `gradient` is that of `function` at `point`, along a random direction.
+
+    Args:
+        function: of a tree, a real scalar.
+        gradient: a vector of the space of `point`; None counts as zero.
+        point: floating-point or complex tensors; other leaves stay as they are.
+        seed: of the direction, which has norm 1.
+        largest: first step; each is half of the one before.
+        n_steps: how many, at least 2.
+
+    Returns:
+        The remainders and their order.
+
+    Raises:
+        ArgumentError: if there are fewer than two steps.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> right = taylor_test(lambda x: (x**3).sum(), 3 * x**2, x)
+        >>> wrong = taylor_test(lambda x: (x**3).sum(), 3 * x, x)
+        >>> round(right.order), round(wrong.order)
+        (2, 1)
+    """
+    if n_steps < 2:
+        raise ArgumentError(f"n_steps must be at least 2, got {n_steps}.")
+    direction = unit_like(point, torch.Generator().manual_seed(seed))
+    value, slope = float(function(point)), float(tree.inner(gradient, direction))
+    steps = [largest / 2**i for i in range(n_steps)]
+    values = [float(function(moved(point, direction, h))) for h in steps]
+    remainders = [abs(v - value - h * slope) for v, h in zip(values, steps, strict=True)]
+    floor = 100 * _eps(point) * max(map(abs, (value, *values)))
+    seen = [(math.log(h), math.log(r)) for h, r in zip(steps, remainders, strict=True) if r > floor]
+    return TaylorTest(tuple(steps), tuple(remainders), _slope(seen))
+
+
+def _slope(points: list[tuple[float, float]]) -> float:
+    if len(points) < 2:
+        return math.inf
+    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    above = sum((x - mean_x) * (y - mean_y) for x, y in points)
+    return above / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+def _eps(values: Tree) -> float:
+    return max(torch.finfo(x.dtype).eps for x in tree.leaves_of(values) if tree.is_variable(x))
+
+
+def random_like(values: Tree, generator: torch.Generator) -> Tree:
+    """A vector of the space of `values` with normal entries, drawn on the CPU."""
+    return tree.map_leaves(
+        lambda x: (
+            torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
+            if tree.is_variable(x)
+            else None
+        ),
+        values,
+    )
+
+
+def unit_like(values: Tree, generator: torch.Generator) -> Tree:
+    """A random vector of norm 1."""
+    vector = random_like(values, generator)
+    size = tree.norm(vector)
+    return tree.map_leaves(lambda x: None if x is None else x / size, vector)
+
+
+def moved(point: Tree, direction: Tree, step: float) -> Tree:
+    """`point + step * direction`."""
+    return tree.map_leaves(lambda x, d: x if d is None else x + step * d, point, direction)
+
+
+@dataclass(frozen=True, eq=False)
+class MethodCheck:
+    """One method on the problem at hand.
+
+    Attributes:
+        method: which.
+        gradient: its hypergradient; None if it does not apply.
+        error: of its slopes along the directions, relative to the finite differences.
+        seconds: of one hypergradient, the second of two, without certificate.
+        estimate: relative error against the exact inner minimiser, as the certificate estimates
+            it; NaN without certificate.
+        note: why it does not apply, or what the linear solver said.
+    """
+
+    method: HypergradientMethod
+    gradient: Tree
+    error: float
+    seconds: float
+    estimate: float
+    note: str
+
+
+@dataclass(frozen=True, eq=False)
+class HypergradientCheck:
+    """All methods against finite differences of the k-step value; prints as a table.
+
+    Attributes:
+        rows: one a method.
+        difference_error: of the finite differences, relative: what doubling their step changes.
+        recommendation: which method to take, and why.
+    """
+
+    rows: tuple[MethodCheck, ...]
+    difference_error: float
+    recommendation: str
+
+    def __str__(self) -> str:
+        """The table."""
+        lines = [
+            f"{'method':10} {'error to differences':>21} {'seconds':>9} {'to exact minimiser':>19}"
+        ]
+        for row in self.rows:
+            numbers = f"{row.error:21.1e} {row.seconds:9.3g} {row.estimate:19.1e}"
+            if row.gradient is None:
+                numbers = f"{'-':>21} {'-':>9} {'-':>19}"
+            lines.append(f"{type(row.method).__name__:10} {numbers}  {row.note}".rstrip())
+        lines.append(
+            f"Differences are central, of the k-step value, and good to {self.difference_error:.1e}"
+            "; the last column is the estimate of the certificate."
+        )
+        return "\n".join([*lines, self.recommendation])
+
+
+def check_hypergradient(
+    solver: BilevelSolver,
+    params: Tree,
+    control: Tree,
+    inner_batch: Any = None,
+    outer_batch: Any = None,
+    *,
+    methods: Sequence[HypergradientMethod] | None = None,
+    n_directions: int = 3,
+    step: float | None = None,
+    seed: int = 0,
+) -> HypergradientCheck:
+    """Compare all methods with central finite differences on one's own problem.
+
+    The differences are of the value after the solver's inner steps, so that `Unrolled` and `MLM`
+    must agree with them; `Implicit` does as far as the inner iteration has converged.
+
+    Args:
+        solver: whose problem, optimiser and number of inner steps are used.
+        params: where the inner iteration starts.
+        control: the outer variable.
+        inner_batch: as in `BilevelSolver.hypergradient`.
+        outer_batch: likewise.
+        methods: to compare; None takes all four and the solver's own.
+        n_directions: random directions, each four solves.
+        step: of the differences; None is the cube root of the rounding, times the size of the
+            control.
+        seed: of the directions.
+
+    Returns:
+        A table with errors and times, and a recommendation.
+
+    Raises:
+        ArgumentError: if `n_directions` or `step` is out of range.
+    """
+    if n_directions < 1 or (step is not None and not step > 0):
+        raise ArgumentError(f"n_directions >= 1 and step > 0, got {n_directions} and {step}.")
+    quiet = replace(solver, certificate=None, on_failure="ignore", method=Unrolled())
+    control = tree.detach(control)
+    generator = torch.Generator().manual_seed(seed)
+    directions = [unit_like(control, generator) for _ in range(n_directions)]
+    h = step or _eps(control) ** (1 / 3) * max(1.0, tree.norm(control))
+
+    def slope(direction: Tree, h: float) -> float:
+        up, down = (
+            float(
+                quiet.value(params, moved(control, direction, sign * h), inner_batch, outer_batch)
+            )
+            for sign in (1, -1)
+        )
+        return (up - down) / (2 * h)
+
+    fine = torch.tensor([slope(d, h) for d in directions], dtype=torch.float64)
+    coarse = torch.tensor([slope(d, 2 * h) for d in directions], dtype=torch.float64)
+    size = float(fine.norm()) or 1.0
+    rows = [
+        _row(replace(quiet, method=method), solver, params, control, (inner_batch, outer_batch))
+        for method in (_all_methods(solver) if methods is None else methods)
+    ]
+    judged = []
+    for row in rows:
+        if row.gradient is not None:
+            slopes = [float(tree.inner(row.gradient, d)) for d in directions]
+            error = float((torch.tensor(slopes, dtype=torch.float64) - fine).norm()) / size
+            row = replace(row, error=error)
+        judged.append(row)
+    own = float((fine - coarse).norm()) / size
+    return HypergradientCheck(tuple(judged), own, _recommend(judged, own))
+
+
+def _all_methods(solver: BilevelSolver) -> list[HypergradientMethod]:
+    implicit = Implicit() if solver.optimizer.symmetric else Implicit(GMRES())
+    standard = {type(m): m for m in (Unrolled(), MLM(), implicit, OneStep())}
+    return list({**standard, type(solver.method): solver.method}.values())
+
+
+def _row(
+    quiet: BilevelSolver,
+    solver: BilevelSolver,
+    params: Tree,
+    control: Tree,
+    batches: tuple[Any, Any],
+) -> MethodCheck:
+    try:
+        quiet.hypergradient(params, control, *batches)
+        begun = time.perf_counter()
+        found = quiet.hypergradient(params, control, *batches)
+        seconds = time.perf_counter() - begun
+    except BilevelError as error:
+        return MethodCheck(quiet.method, None, math.nan, math.nan, math.nan, str(error))
+    estimate = math.nan
+    if solver.certificate is not None:
+        judged = replace(quiet, certificate=solver.certificate)
+        certificate = judged.hypergradient(params, control, *batches).certificate
+        estimate = math.nan if certificate is None else certificate.error_estimate
+    return MethodCheck(
+        quiet.method, found.gradient, math.nan, seconds, estimate, found.complaint or ""
+    )
+
+
+def _recommend(rows: Sequence[MethodCheck], difference_error: float) -> str:
+    by = {type(row.method): row for row in rows if row.gradient is not None}
+    allowed = max(10 * difference_error, 1e-6)
+    for kind in (Unrolled, MLM):
+        if kind in by and not by[kind].error <= allowed:
+            return (
+                f"{kind.__name__} differs from the differences by {by[kind].error:.1e}: the "
+                "objectives are not smooth here, not deterministic, or computed in too low a "
+                "precision. Try float64, another step=, or another point, before any method."
+            )
+    implicit = by.get(Implicit)
+    if implicit is not None and not implicit.note and implicit.error <= max(1e-2, allowed):
+        return (
+            f"Take Implicit: it agrees to {implicit.error:.1e}, so the inner iteration has "
+            "converged, and it keeps no trajectory."
+        )
+    why = "does not apply" if implicit is None else f"is {implicit.error:.0%} off"
+    return (
+        f"Take MLM, exact for these inner steps in the memory you choose: Implicit {why}. If you "
+        "want the hypergradient at the exact inner minimiser, make more inner steps and look again."
+    )

@@ -1,0 +1,187 @@
+r"""Learned weights of training tasks: the bilevel problem (3).
+
+.. math::
+    \min_\alpha \sum_j l_{v_j}(\theta(\alpha)) \quad \text{where} \quad
+    \theta(\alpha) = \arg\min_\theta \sum_i \sigma(\alpha)_i\, l_{\tau_i}(\theta)
+
+With a matrix alpha, column j weighs the training tasks for validation task j and has a theta of its
+own; :math:`\sigma(\alpha_j)_i` is read as the learned correlation of training task i with
+validation task j.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.errors import ArgumentError, StructureError
+from bilevel.problem import BilevelProblem
+from bilevel.task_weights import TaskWeights
+from bilevel.tree import Tree
+
+Losses = Callable[[Tree, Any], Tensor]  # (params, batch) -> one loss a task, shape (n,)
+
+
+class Columns(ABC):
+    """How the losses of M independent params are evaluated."""
+
+    @abstractmethod
+    def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:
+        """`losses` of each column of the params.
+
+        Args:
+            losses: of one model.
+            params: variables with a leading axis of length `columns`.
+            batch: the same for all.
+            columns: M.
+
+        Returns:
+            Shape ``(M, n)``.
+        """
+
+
+def _split(params: Tree, columns: int) -> tuple[list[Tensor], Callable[[Sequence[Any]], Tree]]:
+    """The variables, which have a leading axis, and what puts columns of them back."""
+    leaves, structure = tree.flatten(params)
+    for leaf, name in zip(leaves, tree.leaf_names(params, "params"), strict=True):
+        if tree.is_variable(leaf) and (not leaf.ndim or leaf.shape[0] != columns):
+            raise StructureError(
+                f"{name} must have a leading axis of length {columns}, one entry a validation "
+                f"task, got shape {tuple(leaf.shape)}; TaskWeights.stacked(params) makes it."
+            )
+
+    def joined(variables: Sequence[Any]) -> Tree:
+        each = iter(variables)
+        return tree.unflatten(structure, [next(each) if tree.is_variable(x) else x for x in leaves])
+
+    return [x for x in leaves if tree.is_variable(x)], joined
+
+
+@final
+@dataclass(frozen=True)
+class Vmapped(Columns):
+    """All columns together under `torch.func.vmap`; differentiation stays outside of it.
+
+    Attributes:
+        randomness: as in `torch.func.vmap`, for losses that draw (dropout): "error", or whether
+            columns draw the "same" or "different" numbers.
+    """
+
+    randomness: Literal["error", "same", "different"] = "error"
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        if self.randomness not in ("error", "same", "different"):
+            raise ArgumentError(
+                f"randomness must be 'error', 'same' or 'different', got {self.randomness!r}."
+            )
+
+    def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:
+        """See `Columns`."""
+        variables, joined = _split(params, columns)
+        return torch.func.vmap(lambda *own: losses(joined(own), batch), randomness=self.randomness)(
+            *variables
+        )
+
+
+@final
+@dataclass(frozen=True)
+class Looped(Columns):
+    """One column after another, for losses that `torch.func` refuses, such as a `rollout`."""
+
+    def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:
+        """See `Columns`."""
+        variables, joined = _split(params, columns)
+        rows = zip(*(x.unbind(0) for x in variables), strict=True)
+        return torch.stack([losses(joined(own), batch) for own in rows])
+
+
+def weighted_problem(
+    train_losses: Losses,
+    validation_losses: Losses,
+    weights: TaskWeights,
+    columns: Columns | None = None,
+) -> BilevelProblem:
+    """The problem (3) of learned task weights; its control is alpha.
+
+    With a matrix of weights the params carry a leading axis M (`TaskWeights.stacked`), and both
+    objectives are sums over the columns, column j being judged by validation loss j alone.
+
+    Args:
+        train_losses: `(params, batch) -> losses`, shape ``(N,)``.
+        validation_losses: `(params, batch) -> losses`, shape ``(M,)``; any number for a vector.
+        weights: sigma.
+        columns: how the columns of a matrix are evaluated; None is `Vmapped()`.
+
+    Returns:
+        The problem.
+
+    Raises:
+        ArgumentError: if an argument is not what it should be.
+        StructureError: when it is evaluated, if losses or alpha have another shape.
+
+    Example:
+        >>> import bilevel as bl
+        >>> goals = torch.tensor([1.0, -1.0])
+        >>> problem = weighted_problem(
+        ...     lambda w, batch: (w - goals) ** 2, lambda w, batch: (w - 1) ** 2, TaskWeights(2)
+        ... )
+        >>> problem.inner(torch.tensor(1.0), torch.zeros(2), None)
+        tensor(2.)
+    """
+    if not isinstance(weights, TaskWeights):
+        raise ArgumentError(f"weights must be a TaskWeights, got {type(weights).__name__}.")
+    if not isinstance(columns, Columns | None):
+        raise ArgumentError(f"columns must be Vmapped() or Looped(), got {columns!r}.")
+    n, m = weights.n_tasks, weights.n_validations
+    each = Vmapped() if columns is None else columns
+
+    def train(params: Tree, batch: Any) -> Tensor:
+        return _checked(train_losses(params, batch), n, "train_losses")
+
+    def validation(params: Tree, batch: Any) -> Tensor:
+        return _checked(validation_losses(params, batch), m, "validation_losses")
+
+    def inner(params: Tree, alpha: Tensor, batch: Any) -> Tensor:
+        sigma = weights.sigma(alpha)
+        if m is None:
+            return (sigma * train(params, batch)).sum()
+        return (sigma.T * each.losses(train, params, batch, m)).sum()
+
+    def outer(params: Tree, alpha: Tensor, batch: Any) -> Tensor:
+        losses = (
+            validation(params, batch)
+            if m is None
+            else each.losses(validation, params, batch, m).diagonal()
+        )
+        value = losses.sum()
+        if weights.entropy:
+            value = value - weights.entropy * weights.spread(weights.sigma(alpha))
+        return value
+
+    return BilevelProblem(inner, outer, columns=m)
+
+
+def _checked(losses: Any, n: int | None, name: str) -> Tensor:
+    """`losses` if they are real and of shape (n,), or (any,)."""
+    if (
+        isinstance(losses, Tensor)
+        and losses.is_floating_point()
+        and losses.ndim == int(n is not None or losses.ndim > 0)
+        and (n is None or losses.shape[0] == n)
+    ):
+        return losses
+    came = (
+        f"{losses.dtype} of shape {tuple(losses.shape)}"
+        if isinstance(losses, Tensor)
+        else type(losses).__name__
+    )
+    needed = "(M,)" if n is None else f"({n},)"
+    raise StructureError(
+        f"{name} must return a real tensor of shape {needed}, one loss a task, got {came}; "
+        "torch.stack puts scalars together."
+    )

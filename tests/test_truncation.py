@@ -1,0 +1,171 @@
+"""Sweeps that stop early: bounds that hold, estimates that say so, what cannot be judged."""
+
+import pytest
+import torch
+from bilevel_cases import ridge
+from problems import real, square
+
+import bilevel as bl
+
+
+def contraction(case, step_size):
+    """|I - eta H|, exact for ridge."""
+    inner = torch.func.grad(lambda w: case.problem.inner(w, case.control, None))
+    H = torch.func.jacrev(inner)(case.params)
+    return float(torch.linalg.matrix_norm(torch.eye(4, dtype=H.dtype) - step_size * H, 2))
+
+
+def find(case, method, steps, step_size, **settings):
+    solver = bl.BilevelSolver(
+        case.problem, bl.GradientDescent(step_size), steps, method, certificate=None, **settings
+    )
+    return solver.hypergradient(case.params, case.control)
+
+
+def coupling(case, steps, step_size):
+    """The largest |B_s| on the trajectory: eta |e^alpha w| for ridge with a weight each."""
+    largest, w = 0.0, case.params
+    for _ in range(steps):
+        largest = max(largest, float((case.control.exp() * w).abs().max()))
+        w = w - step_size * torch.func.grad(case.problem.inner)(w, case.control, None)
+    return step_size * largest
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 1e-1, 1e-2, 1e-4, 1e-8])
+@pytest.mark.parametrize("steps", [5, 60, 300])
+@pytest.mark.parametrize("slow", [1.0, 0.2])
+def test_with_constants_what_is_left_out_is_within_the_tolerance(tolerance, steps, slow):
+    case = ridge(4)
+    eta = slow * case.step_size
+    bounds = bl.Bounds(contraction(case, eta), coupling(case, steps, eta))
+    whole = find(case, bl.MLM(), steps, eta).gradient
+    found = find(case, bl.MLM(tolerance=tolerance, bounds=bounds), steps, eta)
+    apart = float((found.gradient - whole).norm() / whole.norm())
+    if found.truncation is None:
+        assert apart == 0
+        return
+    assert found.truncation.rigorous
+    assert 0 < found.truncation.steps < steps
+    assert apart <= found.truncation.error <= tolerance
+
+
+def test_a_loose_tolerance_reverses_fewer_steps():
+    case = ridge(4)
+    bounds = bl.Bounds(contraction(case, case.step_size), coupling(case, 300, case.step_size))
+    left = [
+        find(case, bl.MLM(tolerance=tol, bounds=bounds), 300, case.step_size).truncation.steps
+        for tol in (1e-8, 1e-4, 1e-1)
+    ]
+    assert left == sorted(left)
+    assert left[0] < left[-1]
+
+
+def test_observed_ratios_would_claim_too_little_and_are_not_used():
+    # A = diag(.5, .999), B = (1, 1): the rule of observed ratios claims 4.6 %, 35 % is left out.
+    A = torch.tensor([0.5, 0.999], dtype=torch.float64)
+    problem = bl.BilevelProblem(
+        lambda w, a, batch: ((1 - A) * w**2 / 2 - a * w).sum(),
+        lambda w, a, batch: -w[0] - 0.001 * w[1],
+    )
+    solver = bl.BilevelSolver(
+        problem, bl.GradientDescent(1.0), 1000, bl.MLM(tolerance=0.1), certificate=None
+    )
+    start, control = torch.zeros(2, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    exact = -sum((A**s)[0] + 0.001 * (A**s)[1] for s in range(1000))
+    found = solver.hypergradient(start, control)
+    apart = abs(float(found.gradient - exact)) / abs(float(exact))
+    assert apart <= 0.1
+    assert found.truncation is None or not found.truncation.rigorous
+
+
+@pytest.mark.parametrize("last", [1, 5, 20])
+def test_truncation_to_the_last_steps_starts_the_sweep_at_a_constant(last):
+    case = ridge(4)
+    eta, steps = case.step_size / 3, 20
+    w = case.params
+    for _ in range(steps - last):
+        w = w - eta * torch.func.grad(case.problem.inner)(w, case.control, None)
+    expected = bl.BilevelSolver(
+        case.problem, bl.GradientDescent(eta), last, bl.Unrolled(), certificate=None
+    ).hypergradient(w, case.control)
+    found = find(case, bl.MLM(last=last), steps, eta)
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.value, expected.value, rtol=1e-13, atol=0)
+    assert (found.truncation is None) == (last == steps)
+    if last < steps:
+        assert found.truncation.steps == steps - last
+        assert found.truncation.error is None
+        bounds = bl.Bounds(contraction(case, eta), coupling(case, steps, eta))
+        bounded = find(case, bl.MLM(last=last, bounds=bounds), steps, eta)
+        whole = find(case, bl.MLM(), steps, eta).gradient
+        apart = float((bounded.gradient - whole).norm() / whole.norm())
+        assert apart <= bounded.truncation.error
+
+
+def test_one_step_is_the_last_step():
+    case = ridge(4)
+    one = find(case, bl.OneStep(), 20, case.step_size)
+    last = find(case, bl.MLM(last=1), 20, case.step_size)
+    assert torch.equal(one.gradient, last.gradient)
+
+
+@pytest.mark.parametrize("optimizer", [bl.HeavyBall(0.1), bl.Adam(0.1)], ids=repr)
+def test_truncation_goes_on_with_momentum_and_step_count(optimizer):
+    case = ridge(4)
+    whole = bl.BilevelSolver(case.problem, optimizer, 12, bl.MLM(), certificate=None)
+    cut = bl.BilevelSolver(case.problem, optimizer, 12, bl.MLM(last=4), certificate=None)
+    a, b = (s.hypergradient(case.params, case.control) for s in (whole, cut))
+    torch.testing.assert_close(a.params, b.params, rtol=1e-14, atol=0)
+    torch.testing.assert_close(a.value, b.value, rtol=1e-14, atol=0)
+    assert b.warm.steps == 12
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        bl.HeavyBall(0.1),
+        bl.Adam(0.1),
+        bl.GradientDescent(lambda c: 0.1 * c.exp()[0]),
+        bl.GradientDescent(bl.ByStep(lambda t: 0.1)),
+    ],
+    ids=lambda o: type(o).__name__,
+)
+def test_without_constants_only_plain_descent_is_judged(optimizer):
+    case = ridge(4)
+    solver = bl.BilevelSolver(case.problem, optimizer, 5, bl.MLM(tolerance=0.1), certificate=None)
+    with pytest.raises(bl.ArgumentError, match=r"needs bounds=Bounds\(rate, coupling\)"):
+        solver.hypergradient(case.params, case.control)
+
+
+def test_a_start_cannot_be_judged():
+    problem = bl.BilevelProblem(
+        lambda w, a, b: square(w - 1), lambda w, a, b: square(w), start=lambda w, a: w + a
+    )
+    method = bl.MLM(tolerance=0.1, bounds=bl.Bounds(0.9, 1.0))
+    solver = bl.BilevelSolver(problem, bl.GradientDescent(0.1), 5, method, certificate=None)
+    with pytest.raises(bl.ArgumentError, match="what the start contributes"):
+        solver.hypergradient(real(1, 2), real(2, 2))
+
+
+def test_larger_blocks_are_refused_where_every_multiplier_is_looked_at():
+    case = ridge(4)
+    method = bl.MLM(bl.Checkpointing(block=5), tolerance=0.1)
+    with pytest.raises(bl.ArgumentError, match="blocks of one step"):
+        find(case, method, 20, case.step_size)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: bl.MLM(last=0), "last must be a whole number of steps >= 1"),
+        (lambda: bl.MLM(last=2.5), "last must be a whole number"),
+        (lambda: bl.MLM(tolerance=0.0), "tolerance must be > 0 and < 1"),
+        (lambda: bl.MLM(tolerance=1.0), "tolerance must be > 0 and < 1"),
+        (lambda: bl.MLM(last=3, tolerance=0.1), "give one of them"),
+        (lambda: bl.Bounds(-0.1, 1.0), "rate and coupling must be >= 0"),
+        (lambda: bl.Implicit(bl.CG), "linear must be a linear solver such as CG"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message):
+    with pytest.raises(bl.ArgumentError, match=message):
+        make()
