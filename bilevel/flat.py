@@ -1,7 +1,7 @@
 """Trees as flat real vectors: what Krylov methods compute with.
 
-A complex leaf is two real dimensions, so that the dot product of flat vectors is Re<a, b>. Of
-several systems side by side, each is a contiguous part of the flat vector.
+A complex leaf is two real dimensions, so that the dot product of flat vectors is Re<a, b>. Those of
+several systems side by side are the rows of a matrix.
 """
 
 import itertools
@@ -14,7 +14,6 @@ from bilevel import tree
 from bilevel.errors import StructureError
 from bilevel.tree import Tree
 
-
 _AS_THEY_ARE = (torch.float32, torch.float64)
 
 
@@ -22,8 +21,8 @@ class _Piece(NamedTuple):
     """One leaf and its part of the flat vector."""
 
     place: int  # of the leaf in the tree
-    start: int  # in the part of each system
-    shape: tuple[int, ...]  # in the flat vector: (size,), with columns (columns, size)
+    start: int  # of it
+    shape: tuple[int, ...]  # of it: (size,), with columns (columns, size)
     like: Tensor
     strides: tuple[int, ...]
     dtype: torch.dtype  # the leaf's, in the precision of the flat vector
@@ -35,6 +34,12 @@ class Flat:
 
     Leaves of several precisions meet in the widest, at least float32, on the device of the first;
     a product then rounds to each leaf's own.
+
+    Attributes:
+        dtype: of flat vectors.
+        device: of flat vectors.
+        width: dimension of one system.
+        shape: of flat vectors, (width,), with columns (columns, width).
     """
 
     def __init__(self, vector: Tree, name: str, columns: int | None = None) -> None:
@@ -52,10 +57,11 @@ class Flat:
         self._template, self._columns = vector, columns
         # The common cases cost least: the tree is one real tensor, a flat vector even.
         self._is_tensor = isinstance(vector, Tensor) and vector.dtype in _AS_THEY_ARE
-        self._is_vector = self._is_tensor and vector.ndim == 1
+        self._is_vector = self._is_tensor and vector.ndim == 1 and not columns
         if self._is_tensor and not columns:
             self.dtype, self.device, self._shape = vector.dtype, vector.device, vector.shape
-            self.n = self.width = vector.numel()
+            self.width = vector.numel()
+            self.shape = (self.width,)
             return
         leaves, self._structure = tree.flatten(vector)
         self._check_leaves(leaves, name)
@@ -69,7 +75,7 @@ class Flat:
         present.sort(key=lambda item: not item[1].is_complex())
         sizes = [x.numel() * (2 if x.is_complex() else 1) // (columns or 1) for _, x in present]
         self.width = sum(sizes)
-        self.n = self.width * (columns or 1)
+        self.shape = (columns, self.width) if columns else (self.width,)
         self._pieces = [
             self._piece(place, start, size, leaf)
             for (place, leaf), start, size in zip(
@@ -135,7 +141,7 @@ class Flat:
         if self._is_tensor:
             if vector is None:
                 return self.zeros()
-            return vector if self._is_vector else vector.reshape(-1)
+            return vector if self._is_vector else vector.reshape(self.shape)
         leaves: list[Any] = self._structure.flatten_up_to(vector)
         parts = [
             leaves[piece.place].reshape(piece.shape)
@@ -145,8 +151,7 @@ class Flat:
         ]
         if not parts:
             return self.zeros()
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        return joined.reshape(-1) if self._columns else joined
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _part(self, leaf: Tensor | None, piece: _Piece) -> Tensor:
         if leaf is None:
@@ -174,7 +179,7 @@ class Flat:
                 # One call where a slice and a view would be two.
                 vector.as_strided(like.shape, strides, base + start)
                 if as_it_is
-                else vector.view(*shape[:-1], self.width)[..., start : start + shape[-1]]
+                else vector[..., start : start + shape[-1]]
                 .reshape(-1)
                 .view(dtype)
                 .view(like.shape)
@@ -192,4 +197,4 @@ class Flat:
 
     def zeros(self) -> Tensor:
         """The zero vector."""
-        return torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bilevel.krylov import limit_of
-from bilevel.linear import LinearResult, LinearSolver, Operator
-from bilevel.system import System, check_settings, solve_flat
+from bilevel.linear import LinearResult, LinearSolver, Operator, check_settings
+from bilevel.system import System, solve_flat
 from bilevel.tree import Tree
 
 
@@ -59,10 +59,9 @@ class GMRES(LinearSolver):
             for norm, size in zip(norms, system.rhs_norms, strict=True)
         ]
         while True:
-            for column, size, length in zip(
-                columns, system.rhs_norms, system.norms(x, done), strict=True
-            ):
-                column.floor = system.unit * (size + column.size * length)
+            floors = system.floors([column.size for column in columns], x)
+            for column, floor in zip(columns, floors, strict=True):
+                column.floor = floor
             if done == limit or not any(column.unsolved for column in columns):
                 break
             if done:
@@ -74,7 +73,7 @@ class GMRES(LinearSolver):
             correction, steps = _cycle(
                 system, r, columns, min(self.restart, limit - done, system.flat.width), done
             )
-            x, done = x + correction, done + steps
+            x, done = x + correction.view_as(x), done + steps
         return system.result(
             x,
             [max(column.norm, column.floor) for column in columns],
@@ -90,18 +89,18 @@ def _cycle(
     """The correction of least residual from the Krylov space of `r`, and the steps it took."""
     for column in columns:
         column.begin()
-    v = system.rows(r) / _divisors(r, columns, [column.norm for column in columns])
+    v = r.view(-1, system.flat.width) / _divisors(r, columns, [column.norm for column in columns])
     basis = v.new_empty(len(v), length + 1, v.shape[1])
     basis[:, 0], steps = v, 0
     while steps < length and any(column.going for column in columns):
-        w = system.rows(system.apply(v.view(-1)))[..., None]
+        w = system.apply(v.view_as(r)).reshape(*v.shape, 1)
         steps += 1
         known = basis[:, :steps]
         h = known @ w
         w = torch.baddbmm(w, known.mT, h, alpha=-1)
         again = known @ w  # once more: one Gram-Schmidt pass loses orthogonality
         w = torch.baddbmm(w, known.mT, again, alpha=-1).squeeze(-1)
-        tails = system.norms(w.view(-1), done + steps)
+        tails = system.norms(w.view_as(r), done + steps)
         products = (h + again).squeeze(-1).tolist()
         for column, product, tail in zip(columns, products, tails, strict=True):
             if column.going:
@@ -109,7 +108,7 @@ def _cycle(
         v = w / _divisors(r, columns, tails)
         basis[:, steps] = v
     weights = r.new_tensor([column.weights(steps) for column in columns])
-    return (weights[:, None] @ basis[:, :steps]).view(-1), steps
+    return weights[:, None] @ basis[:, :steps], steps
 
 
 def _divisors(like: Tensor, columns: "list[_Column]", norms: list[float]) -> Tensor:

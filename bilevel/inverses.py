@@ -1,4 +1,4 @@
-"""Solvers that are not Krylov methods: the Neumann series, a Nystrom sketch, the full matrix."""
+"""Solvers that do not iterate: a Nystrom sketch, the full matrix."""
 
 import math
 from dataclasses import dataclass
@@ -8,72 +8,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel.columns import neumann_series
 from bilevel.errors import ArgumentError
-from bilevel.linear import LinearResult, LinearSolver, Operator
-from bilevel.system import (
-    System,
+from bilevel.linear import (
+    LinearResult,
+    LinearSolver,
+    Operator,
     check_settings,
-    dot,
-    finite,
     refuse_asymmetric,
-    solve_flat,
 )
+from bilevel.system import System, solve_flat
 from bilevel.tree import Tree
-
-
-@final
-@dataclass(frozen=True)
-class Neumann(LinearSolver):
-    """The series `x = step sum_{k < terms} (I - step A)^k b`, for any operator.
-
-    It converges where the spectral radius of `I - step A` is below 1. On `A = (I - dPhi)^*` it is
-    the multiplier sweep frozen at the last iterate.
-
-    Attributes:
-        terms: most terms to add up, one product each; the last serves the residual alone.
-        step: factor `step` of the series.
-        rtol: stop at `|b - A x| <= rtol |b|`; 0 adds all terms.
-
-    Raises:
-        ArgumentError: if a setting is out of range.
-
-    Example:
-        >>> found = Neumann(terms=3, step=0.5).solve(Operator(lambda v: v), torch.tensor(1.0))
-        >>> found.solution, found.residual
-        (tensor(0.8750), 0.125)
-    """
-
-    terms: int
-    step: float = 1.0
-    rtol: float = 1e-8
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        check_settings(rtol=self.rtol, positive={"terms": self.terms})
-        if not (self.step > 0 and math.isfinite(self.step)):
-            raise ArgumentError(f"step must be finite and > 0, got {self.step}.")
-
-    def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
-        """See `LinearSolver`; `steps` products, one more with a `start`."""
-        iterate = self._iterate_columns if operator.columns else self._iterate
-        return solve_flat(iterate, operator, rhs, start)
-
-    def _iterate(self, system: System) -> LinearResult:
-        x, r, (norm,) = system.begin()
-        target, size, steps = self.rtol * system.rhs_norms[0], 0.0, 0
-        while norm > target and steps < self.terms:
-            steps += 1
-            x.add_(r, alpha=self.step)
-            Ar = system.apply(r)
-            size = max(size, math.sqrt(finite(dot(Ar, Ar), steps)) / norm)
-            r = torch.sub(r, Ar, alpha=self.step)
-            norm = math.sqrt(finite(dot(r, r), steps))
-        floor = system.unit * (system.rhs_norms[0] + size * math.sqrt(dot(x, x)))
-        return system.result(x, [max(norm, floor)], [steps], rtol=self.rtol, floors=[floor])
-
-    def _iterate_columns(self, system: System) -> LinearResult:
-        return neumann_series(system, self.rtol, self.terms, self.step)
 
 
 @final
@@ -133,13 +77,10 @@ class Nystrom(LinearSolver):
         basis, R = torch.linalg.qr((Y @ vectors) * kept[:, None])
         found, turn = torch.linalg.eigh((R / torch.where(kept, values, 1)[:, None]) @ R.mT)
         U = basis @ turn
-        r = system.rows(r)[..., None]
+        r = r.view(-1, n, 1)
         part = U.mT @ r
-        x.add_(
-            ((r - U @ part) / self.damping + U @ (part / (found + self.damping)[..., None])).view(
-                -1
-            )
-        )
+        beyond = (r - U @ part) / self.damping
+        x.add_((beyond + U @ (part / (found + self.damping)[..., None])).view_as(x))
         r = system.rhs - system.apply(x)
         ritz = (values[:, 0] + self.damping).tolist()
         return system.result(
@@ -201,7 +142,7 @@ class Dense(LinearSolver):
                     "symmetric=False."
                 )
         values, V = torch.linalg.eigh((A + A.mT) / 2)
-        x.add_((V @ _divided(V.mT @ system.rows(r)[..., None], values)).view(-1))
+        x.add_((V @ _divided(V.mT @ _upright(r, A), values)).view_as(x))
         smallest = values[:, 0].tolist()
         return self._result(
             system,
@@ -215,11 +156,11 @@ class Dense(LinearSolver):
         x, r, _ = system.begin()
         A = _matrices(system)
         U, values, Vh = torch.linalg.svd(A)
-        x.add_((Vh.mT @ _divided(U.mT @ system.rows(r)[..., None], values)).view(-1))
+        x.add_((Vh.mT @ _divided(U.mT @ _upright(r, A), values)).view_as(x))
         return self._result(system, x, A)
 
     def _result(self, system: System, x: Tensor, A: Tensor, **more: Any) -> LinearResult:
-        r = system.rhs - (A @ system.rows(x)[..., None]).view(-1)
+        r = system.rhs - (A @ _upright(x, A)).view_as(x)
         return system.result(
             x,
             system.norms(r, 1),
@@ -234,10 +175,15 @@ def _image(system: System, Q: Tensor) -> Tensor:
     """The products with the columns of `Q`, for each column of the system a matrix."""
     found = []
     for k, v in enumerate(Q.T, 1):
-        product = system.apply(v.repeat(system.columns or 1))
+        product = system.apply(v.expand(system.flat.shape).clone())
         system.norms(product, k)
-        found.append(system.rows(product).clone())
+        found.append(product.clone().view(-1, len(v)))
     return torch.stack(found, -1)
+
+
+def _upright(v: Tensor, A: Tensor) -> Tensor:
+    """A flat vector as what the matrices `A` are multiplied with."""
+    return v.reshape(len(A), -1, 1)
 
 
 def _matrices(system: System) -> Tensor:
@@ -259,8 +205,5 @@ def _divided(a: Tensor, values: Tensor) -> Tensor:
 
 def _floors(system: System, sizes: list[float], x: Tensor) -> list[float]:
     """Rounding level of residuals that are computed: sums of n terms, whose roundings add up."""
-    unit = 4 * math.sqrt(system.flat.width) * system.unit
-    return [
-        unit * (norm + size * length)
-        for norm, size, length in zip(system.rhs_norms, sizes, system.norms(x, 1), strict=True)
-    ]
+    factor = 4 * math.sqrt(system.flat.width)
+    return [factor * floor for floor in system.floors(sizes, x)]

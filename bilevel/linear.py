@@ -4,6 +4,7 @@ Trees are real vector spaces under Re<a, b>, complex leaves of twice the dimensi
 real function of complex variables is linear over the reals only, so every coefficient is real.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -144,3 +145,41 @@ class LinearSolver(ABC):
                 has not the leading axis that the operator's `columns` promise.
             DivergenceError: if something is not finite; the message names the step.
         """
+
+
+def refuse_asymmetric(operator: Operator, method: str) -> None:
+    """Refuse an operator that is not known to be symmetric.
+
+    Args:
+        operator: of the system.
+        method: which needs it.
+
+    Raises:
+        ArgumentError: naming methods that do not.
+    """
+    if not operator.symmetric:
+        raise ArgumentError(
+            f"{method} needs a symmetric operator, got symmetric=False; use GMRES, or NormalCG "
+            "with an adjoint, or pass symmetric=True if Re<A v, w> = Re<v, A w>."
+        )
+
+
+def check_settings(
+    *, rtol: float, damping: float = 0.0, positive: dict[str, float | None] | None = None
+) -> None:
+    """Refuse settings out of range.
+
+    Args:
+        rtol: finite, >= 0.
+        damping: finite, >= 0.
+        positive: by name, whole numbers >= 1, or None.
+
+    Raises:
+        ArgumentError: naming the setting.
+    """
+    for name, value in (("rtol", rtol), ("damping", damping)):
+        if not (value >= 0 and math.isfinite(value)):
+            raise ArgumentError(f"{name} must be finite and >= 0, got {value}.")
+    for name, value in (positive or {}).items():
+        if value is not None and (value < 1 or value != int(value)):
+            raise ArgumentError(f"{name} must be a whole number >= 1, got {value}.")

@@ -8,21 +8,24 @@ import math
 from collections.abc import Sequence
 
 
-def smallest_ritz(pivots: Sequence[float], ratios: Sequence[float]) -> float | None:
-    """Smallest eigenvalue of the Lanczos matrix of a CG run.
+def smallest_ritz(runs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float | None:
+    """Smallest eigenvalue of the Lanczos matrices of runs of conjugate gradients.
 
     Args:
-        pivots: the matrix is `L diag(pivots) L^T`, with `L` unit lower bidiagonal.
-        ratios: squares of the entries of `L` below its diagonal.
+        runs: a pair each: the matrix is `L diag(pivots) L^T` with `L` unit lower bidiagonal; the
+            pivots, and the squares of the entries below the diagonal of `L`.
 
     Returns:
         The eigenvalue; None before the first step.
     """
-    if not pivots:
-        return None
-    beside = [c * q * q for c, q in zip(ratios, pivots, strict=False)]
+    found = [_of_run(pivots, ratios) for pivots, ratios in runs if pivots]
+    return min(found, default=None)
+
+
+def _of_run(pivots: Sequence[float], ratios: Sequence[float]) -> float:
+    beside = [c * q * q for c, q in zip(ratios, pivots, strict=False)][: len(pivots) - 1]
     carried = [0.0, *(c * q for c, q in zip(ratios, pivots, strict=False))]
-    return smallest_eigenvalue([q + c for q, c in zip(pivots, carried, strict=True)], beside)
+    return smallest_eigenvalue([q + c for q, c in zip(pivots, carried, strict=False)], beside)
 
 
 def smallest_eigenvalue(diagonal: Sequence[float], beside: Sequence[float]) -> float:

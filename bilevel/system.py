@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff
-from bilevel.errors import ArgumentError, DivergenceError
+from bilevel.errors import DivergenceError
 from bilevel.flat import Flat
 from bilevel.linear import LinearResult, Operator
 from bilevel.tree import Tree
@@ -55,8 +55,8 @@ class System:
         b = self.flat.vector(rhs).detach()
         limits = torch.finfo(b.dtype)
         self.eps, self.unit = limits.eps, 0.5 * limits.eps
-        square, small = dot(b, b), limits.tiny ** (1 / 3)
-        if small < square < 1 / small and not self.columns:
+        small = limits.tiny ** (1 / 3)
+        if self.columns is None and small < (square := dot(b, b)) < 1 / small:
             self._scale, self.rhs, self.rhs_norms = None, b, [math.sqrt(square)]
         else:
             self._scale = self._power_of_two(b)
@@ -69,28 +69,33 @@ class System:
             x = self.flat.vector(start).detach() / (1.0 if self._scale is None else self._scale)
             for k, norm in enumerate(self.rhs_norms):
                 if not norm:  # where the right-hand side is zero, so is the solution
-                    self.rows(x)[k] = 0
+                    x[k] = 0
             if not torch.isfinite(torch.linalg.vector_norm(x)):
                 raise DivergenceError("start is not finite: pass None to start at zero.")
             self._start, self.start_norms = x, self.norms(x, 0)
 
     def _power_of_two(self, b: Tensor) -> float | Tensor:
-        """The scale; with columns one an entry of `b`."""
-        if not self.columns:
-            return _below(torch.linalg.vector_norm(b, math.inf).item() if self.flat.n else 0.0)
-        largest = self.rows(b).abs().amax(1).tolist() if self.flat.n else [0.0] * self.columns
-        scales = torch.tensor([_below(x) for x in largest], dtype=b.dtype, device=b.device)
-        return scales.repeat_interleave(self.flat.width)
+        """The scale of each column."""
+        if self.columns is None:
+            return _below(b.abs().max().item() if self.flat.width else 0.0)
+        largest = b.abs().amax(1).tolist() if self.flat.width else [0.0] * self.columns
+        return self.factors([_below(x) for x in largest])
 
-    def rows(self, v: Tensor) -> Tensor:
-        """A flat vector as a matrix, one row a column of the system, in the same memory."""
-        return v.view(self.columns or 1, self.flat.width)
+    def factors(self, values: list[float]) -> float | Tensor:
+        """What flat vectors are multiplied by, one value a column."""
+        if self.columns is None:
+            return values[0]
+        return torch.tensor(values, dtype=self.flat.dtype, device=self.flat.device)[:, None]
+
+    def dots(self, a: Tensor, b: Tensor, step: int) -> list[float]:
+        """Dot product of each column; `step` is for the error if one is not finite."""
+        if self.columns is None:
+            return [finite(dot(a, b), step)]
+        return _finite_columns((a * b).sum(1), step)
 
     def norms(self, v: Tensor, step: int) -> list[float]:
-        """Norm of each column of a flat vector; `step` is for the error if one is not finite."""
-        if not self.columns:
-            return [math.sqrt(finite(dot(v, v), step))]
-        return finite_columns(torch.linalg.vector_norm(self.rows(v), dim=1), step)
+        """Norm of each column, likewise."""
+        return [math.sqrt(square) for square in self.dots(v, v, step)]
 
     def begin(self) -> tuple[Tensor, Tensor, list[float]]:
         """The first iterate, its residual and the norms of that; 0 or 1 product."""
@@ -117,6 +122,13 @@ class System:
             self._unchecked.discard(name)
         product = self.flat.vector(found)
         return product.add(v, alpha=self._damping) if self._damping else product
+
+    def floors(self, sizes: list[float], x: Tensor) -> list[float]:
+        """Least norms of the residual of `x` that rounding allows, by size of the operator."""
+        return [
+            self.unit * (norm + size * length)
+            for norm, size, length in zip(self.rhs_norms, sizes, self.norms(x, 0), strict=True)
+        ]
 
     def result(
         self,
@@ -179,8 +191,8 @@ def solve_flat(
         system = System(operator, rhs, start, damping)
         if any(system.rhs_norms):
             return method(system)
-        none = [0] * len(system.rhs_norms)
-        return system.result(system.flat.zeros(), system.rhs_norms, none, rtol=0.0, floors=none)
+        norms = system.rhs_norms
+        return system.result(system.flat.zeros(), norms, [0] * len(norms), rtol=0.0, floors=norms)
 
 
 def _below(largest: float) -> float:
@@ -218,44 +230,6 @@ def finite(value: float, step: int, place: str = "") -> float:
     return value
 
 
-def finite_columns(values: Tensor, step: int) -> list[float]:
+def _finite_columns(values: Tensor, step: int) -> list[float]:
     """`finite`, of one value a column."""
     return [finite(x, step, f" in column {k}") for k, x in enumerate(values.tolist())]
-
-
-def refuse_asymmetric(operator: Operator, method: str) -> None:
-    """Refuse an operator that is not known to be symmetric.
-
-    Args:
-        operator: of the system.
-        method: which needs it.
-
-    Raises:
-        ArgumentError: naming methods that do not.
-    """
-    if not operator.symmetric:
-        raise ArgumentError(
-            f"{method} needs a symmetric operator, got symmetric=False; use GMRES, or NormalCG "
-            "with an adjoint, or pass symmetric=True if Re<A v, w> = Re<v, A w>."
-        )
-
-
-def check_settings(
-    *, rtol: float, damping: float = 0.0, positive: dict[str, float | None] | None = None
-) -> None:
-    """Refuse settings out of range.
-
-    Args:
-        rtol: finite, >= 0.
-        damping: finite, >= 0.
-        positive: by name, whole numbers >= 1, or None.
-
-    Raises:
-        ArgumentError: naming the setting.
-    """
-    for name, value in (("rtol", rtol), ("damping", damping)):
-        if not (value >= 0 and math.isfinite(value)):
-            raise ArgumentError(f"{name} must be finite and >= 0, got {value}.")
-    for name, value in (positive or {}).items():
-        if value is not None and (value < 1 or value != int(value)):
-            raise ArgumentError(f"{name} must be a whole number >= 1, got {value}.")
