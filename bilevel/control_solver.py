@@ -79,7 +79,7 @@ class ControlSolver:
         ArgumentError: if a field is not what it should be.
 
     Example:
-        >>> import bilevel as bl
+        >>> import torch, bilevel as bl
         >>> problem = bl.ControlProblem(
         ...     bl.Map(lambda state, control, t: state + control),
         ...     terminal=lambda state, control: state**2 / 2,
