@@ -263,7 +263,7 @@ class _Experiment:
             callback=lambda progress: done(progress.step / settings.updates),
         )
         seconds = time.perf_counter() - began
-        judged = replace(solver, certificate=bl.Newton()).hypergradient(
+        judged = replace(solver, certificate=bl.Newton(max_products=500)).hypergradient(
             solution.params, solution.control
         )
         sigma = weights.sigma(solution.control)
