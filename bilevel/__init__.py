@@ -1,7 +1,7 @@
 """Bilevel optimisation and discrete optimal control by the Method of Lagrangian Multipliers."""
 
 from bilevel.adaptation import adapt
-from bilevel.certificate import Certificate, Iterate, Minimiser, Newton
+from bilevel.certificate import Certificate, Certifier, Constants, Iterate, Minimiser, Target
 from bilevel.checkpointing import Budget, Checkpointing, plan
 from bilevel.compiled import Compiled
 from bilevel.control import ControlProblem
@@ -21,6 +21,7 @@ from bilevel.errors import (
     StructureError,
     UnsupportedError,
 )
+from bilevel.estimate import Newton
 from bilevel.gmres import GMRES
 from bilevel.inverses import Dense, Neumann, Nystrom
 from bilevel.kkt import KKT, kkt
@@ -76,10 +77,12 @@ __all__ = [
     "Budget",
     "ByStep",
     "Certificate",
+    "Certifier",
     "Checkpointing",
     "Columns",
     "CompileWarning",
     "Compiled",
+    "Constants",
     "ControlProblem",
     "ControlSolution",
     "ControlSolver",
@@ -132,6 +135,7 @@ __all__ = [
     "StorageError",
     "StructureError",
     "Swept",
+    "Target",
     "TaskWeights",
     "TaylorTest",
     "Truncation",

@@ -303,7 +303,6 @@ def _graph_leaves(tensors: Sequence[Tensor], seen: set[Node | None]) -> Iterator
         elif node not in seen:
             seen.add(node)
             pending.append(node)
-    seen.add(None)
     while pending:
         node = pending.pop()
         edges = node.next_functions
@@ -312,7 +311,7 @@ def _graph_leaves(tensors: Sequence[Tensor], seen: set[Node | None]) -> Iterator
             if isinstance(variable, Tensor):
                 yield variable
         for previous, _ in edges:
-            if previous not in seen:
+            if previous is not None and previous not in seen:
                 seen.add(previous)
                 pending.append(previous)
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import tree
-from bilevel.certificate import Certificate, Certifier, Minimiser, Newton, Target
+from bilevel.certificate import Certificate, Certifier, Minimiser, Target
 from bilevel.descent import (
     MakeOptimizer,
     OnFailure,
@@ -23,6 +23,7 @@ from bilevel.descent import (
 )
 from bilevel.dynamics import PerStep
 from bilevel.errors import ArgumentError, DivergenceError
+from bilevel.estimate import Newton
 from bilevel.methods.base import HypergradientMethod, Instance, Warm
 from bilevel.methods.mlm import MLM
 from bilevel.optimizers import InnerOptimizer

@@ -56,6 +56,8 @@ LAYERS = [
     "methods.one_step",
     "methods",
     "certificate",
+    "correction",
+    "estimate",
     "solution",
     "solver",
     "adaptation",
