@@ -73,7 +73,7 @@ class Settings:
     updates: int = 25
     learning_rate: float = 0.3
     inner_steps: int = 20
-    entropy: float = 0.0
+    entropy: float = 0.05
     decay: float = 0.01
     fit_steps: int = 300
     adapt_steps: int = 100
@@ -273,7 +273,7 @@ class _Experiment:
             if sigma.ndim == 1
             else torch.where(related, sigma, 0).sum(0)
         )
-        estimate = judged.certificate.error_estimate if judged.certificate else float("nan")
+        estimate = judged.certificate.error_estimate if judged.certificate else float("inf")
         return Learned(sigma, mass, solution.values, estimate, seconds)
 
     def fit(self, samples: Samples, sigma: Tensor) -> Params:
