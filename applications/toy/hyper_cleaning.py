@@ -17,7 +17,7 @@ chooses the weight decay of each way of training and when to stop. Then all of i
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -207,9 +207,7 @@ class _Experiment:
         self.settings, self.seed = settings, seed
         generator = torch.Generator().manual_seed(seed)
         self.clean, self.validation, self.test = split(data, settings.parts, generator)
-        self.noisy: Corrupted = corrupt(
-            self.clean, settings.share, settings.convention, generator
-        )
+        self.noisy: Corrupted = corrupt(self.clean, settings.share, settings.convention, generator)
         n = len(self.validation)
         if n < 2:
             raise InputError(f"2 validation samples were needed, one held out, got {n}; take more.")
