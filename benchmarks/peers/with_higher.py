@@ -1,0 +1,26 @@
+"""Unrolling by `higher`; it has no implicit mode."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.modules import Run, Weights, sgd
+from benchmarks.ridge import Problem
+
+
+def unrolled(problem: Problem, steps: int, **options: Any) -> Run:
+    import higher
+
+    model = Weights(problem)
+    optimizer = sgd(model, problem, **options)
+
+    def run() -> Tensor:
+        alpha = problem.alpha.detach().requires_grad_()
+        with higher.innerloop_ctx(model, optimizer) as (functional, differentiable):
+            for _ in range(steps):
+                differentiable.step(functional(alpha))
+            (w,) = functional.parameters()
+            return torch.autograd.grad(problem.outer(w, alpha), alpha)[0]
+
+    return run
