@@ -40,6 +40,7 @@ docs: $(STAMPS)/docs
 bench: $(STAMPS)/mri
 	$(VENV)/bin/python -m benchmarks.training_step
 	$(VENV)/bin/python -m benchmarks.memory
+	$(VENV)/bin/python -m benchmarks.columns
 
 clean:
 	rm -rf $(VENV) docs/_build
