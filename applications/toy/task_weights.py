@@ -73,7 +73,7 @@ class Settings:
     updates: int = 25
     learning_rate: float = 0.3
     inner_steps: int = 20
-    entropy: float = 0.0
+    entropy: float = 0.05
     decay: float = 0.01
     fit_steps: int = 300
     adapt_steps: int = 100
@@ -263,7 +263,7 @@ class _Experiment:
             callback=lambda progress: done(progress.step / settings.updates),
         )
         seconds = time.perf_counter() - began
-        judged = replace(solver, certificate=bl.Newton()).hypergradient(
+        judged = replace(solver, certificate=bl.Newton(max_products=500)).hypergradient(
             solution.params, solution.control
         )
         sigma = weights.sigma(solution.control)
@@ -273,7 +273,7 @@ class _Experiment:
             if sigma.ndim == 1
             else torch.where(related, sigma, 0).sum(0)
         )
-        estimate = judged.certificate.error_estimate if judged.certificate else float("nan")
+        estimate = judged.certificate.error_estimate if judged.certificate else float("inf")
         return Learned(sigma, mass, solution.values, estimate, seconds)
 
     def fit(self, samples: Samples, sigma: Tensor) -> Params:
