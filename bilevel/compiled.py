@@ -3,29 +3,33 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 import torch
+from torch import Tensor
 
-from bilevel.dynamics import Dynamics
-from bilevel.errors import ArgumentError, CompileWarning
+from bilevel import tree
+from bilevel.dynamics import Dynamics, Map
+from bilevel.errors import ArgumentError, CompileWarning, UnsupportedError
 from bilevel.tree import Tree
+
+Step = Callable[[Tree, Tree, int], Tree]
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Compiled(Dynamics):
-    """The same dynamics, its step compiled.
+    """The same dynamics, its step compiled; results agree to rounding, random numbers exactly.
 
-    It pays where a step is many small operations on tensors too large for the overhead to count
-    and too small for one operation to fill the machine: pointwise chains are fused, which saves
-    memory traffic and, in a taped step, kept intermediates. The first steps wait for the compiler,
-    seconds to a minute; matrix products and convolutions gain nothing. Results agree to rounding.
-    Second derivatives (`hvp`, `NewtonCG`, inner objectives that a step differentiates) use the
-    plain step, since torch differentiates a compiled function once.
+    It pays where a step is a chain of pointwise operations, small or large: the chain becomes one
+    kernel. A step that is one matrix product or convolution gains nothing, or loses
+    (`benchmarks/compiled.py`). The first steps wait for the compiler, up to a minute, and so does
+    every dynamics made anew: make it once.
 
-    Where compilation is not possible (no C++ compiler, code that torch cannot trace) the plain step
-    is used, with a `CompileWarning`.
+    Second derivatives (`hvp`, `NewtonCG`, a gradient of a gradient of `rollout`) use the plain
+    step, because torch differentiates a compiled function once. Where a step cannot be compiled as
+    a whole (no C++ compiler, complex tensors, code that torch cannot trace or would compile again
+    for each t) the plain step is used, with a `CompileWarning`.
 
     Attributes:
         dynamics: what is compiled.
@@ -35,7 +39,7 @@ class Compiled(Dynamics):
     """
 
     dynamics: Dynamics
-    _chosen: dict[str, Callable[[Tree, Tree, int], Tree]] = field(default_factory=dict, repr=False)
+    _chosen: dict[str, Step] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the field."""
@@ -44,6 +48,7 @@ class Compiled(Dynamics):
                 f"Compiled takes a Dynamics, got {type(self.dynamics).__name__}; wrap a function "
                 "with Map first."
             )
+        object.__setattr__(self, "dynamics", plain(self.dynamics))
 
     def init(self, observation: Tree, control: Tree) -> Tree:  # noqa: D102
         return self.dynamics.init(observation, control)
@@ -53,23 +58,29 @@ class Compiled(Dynamics):
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         step = self._chosen.get("step")
-        if step is None:
-            step = self._chosen["step"] = torch.compile(self.dynamics.step)
-        if step == self.dynamics.step:
+        if step is not None and step == self.dynamics.step:
             return step(state, control, t)
         try:
+            if step is None:
+                step = self._chosen["step"] = self._compiled(state, control)
             return step(state, control, t)
         except Exception as error:
             found = self.dynamics.step(state, control, t)  # raises what is the step's own fault
-            self._fall_back(error)
+            self._fall_back(_reason(error))
             return found
 
-    def _fall_back(self, error: Any) -> None:
+    def _compiled(self, state: Tree, control: Tree) -> Step:
+        if any(isinstance(x, Tensor) and x.is_complex() for x in tree.leaves_of((state, control))):
+            raise UnsupportedError("torch makes no kernels for complex tensors")
+        # Torch allows a function so many compilations, and every Map has the same `step`.
+        step = self.dynamics.g if isinstance(self.dynamics, Map) else self.dynamics.step
+        return torch.compile(step, fullgraph=True, options={"fallback_random": True})
+
+    def _fall_back(self, reason: str) -> None:
         self._chosen["step"] = self.dynamics.step
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(
-            f"the step could not be compiled and runs as it is ({reason[0]}); leave out "
-            "compilation to silence this, or install a C++ compiler.",
+            f"the step could not be compiled and runs as it is ({reason}); leave out compilation "
+            "to silence this.",
             CompileWarning,
             stacklevel=3,
         )
@@ -78,3 +89,11 @@ class Compiled(Dynamics):
 def plain(dynamics: Dynamics) -> Dynamics:
     """What `dynamics` was compiled from, or itself."""
     return dynamics.dynamics if isinstance(dynamics, Compiled) else dynamics
+
+
+def _reason(error: Exception) -> str:
+    name = type(error).__name__
+    if name == "FailOnRecompileLimitHit":
+        return "torch would compile it again and again, as where t picks an item of a list"
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.endswith("raised:")), name)

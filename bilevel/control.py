@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bilevel.compiled import Compiled, plain
+from bilevel.compiled import Compiled
 from bilevel.dynamics import Dynamics
 from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
@@ -23,7 +23,7 @@ class ControlProblem:
         terminal: l, a real scalar of the final state and the whole control.
         horizon: number of steps, T >= 0.
         running: r, a real scalar of u(t-1), of what `step` receives at t, and of t = 1..T.
-        compile: compile the step; the dynamics is then a `Compiled`.
+        compile: compile the step; the dynamics is then a `Compiled`, unless it is one already.
 
     Raises:
         ArgumentError: if the horizon is not an integer >= 0.
@@ -51,5 +51,5 @@ class ControlProblem:
                 f"dynamics must be a bilevel.Dynamics, got {type(self.dynamics).__name__}; "
                 "wrap a plain function g(state, control, t) with bilevel.Map."
             )
-        if self.compile:
-            object.__setattr__(self, "dynamics", Compiled(plain(self.dynamics)))
+        if self.compile and not isinstance(self.dynamics, Compiled):
+            object.__setattr__(self, "dynamics", Compiled(self.dynamics))

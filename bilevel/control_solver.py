@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -27,8 +29,8 @@ from bilevel.dynamics import initial_control, step_control
 from bilevel.errors import ArgumentError
 from bilevel.kkt import KKT, kkt
 from bilevel.lagrangian import Adjoint, adjoint
-from bilevel.newton import NewtonCG, NewtonSteps
-from bilevel.second_order import hvp
+from bilevel.newton import NewtonCG, NewtonRun
+from bilevel.randomness import RandomState
 from bilevel.tree import Tree
 
 Build = Callable[[Any], tuple[ControlProblem, Tree]]  # batch -> (problem, observation)
@@ -77,7 +79,7 @@ class ControlSolver:
         ArgumentError: if a field is not what it should be.
 
     Example:
-        >>> import bilevel as bl
+        >>> import torch, bilevel as bl
         >>> problem = bl.ControlProblem(
         ...     bl.Map(lambda state, control, t: state + control),
         ...     terminal=lambda state, control: state**2 / 2,
@@ -144,11 +146,16 @@ class ControlSolver:
                 "batches go with a solver that holds build(batch); a solver that holds one "
                 "ControlProblem takes an observation instead."
             )
-        run = _Run(self, observation)
+        evaluate, make = partial(self._evaluate, observation), self.optimizer
+        random = RandomState.capture(_devices(observation, control))
+        if isinstance(make, NewtonCG):
+            given = partial(self._given, observation)
+            run = NewtonRun(make, given, self._adjoint, self.checkpointing, random)
+            evaluate, make = run.evaluate, run.optimizer
         done = descend(
-            run.evaluate,
+            evaluate,
             control,
-            optimizer=run.newton if isinstance(self.optimizer, NewtonCG) else self.optimizer,
+            optimizer=make,
             steps=steps,
             batches=batches,
             scheduler=scheduler,
@@ -158,29 +165,43 @@ class ControlSolver:
             progress=progress,
         )
         cost, norm, _ = done.last or (math.nan, math.nan, None)
-        final, residuals, converged = None, None, done.converged
+        final, residuals, converged, n_steps = None, None, done.converged, len(done.costs)
         if isinstance(self.problem, ControlProblem):
-            final = self._adjoint(
-                self.problem, observation, done.control, len(done.costs), keep=True
-            )
+            if not isinstance(self.optimizer, NewtonCG):
+                random = RandomState.capture(_devices(observation, control))
+            random.restore()
+            final = self._adjoint(self.problem, observation, done.control, n_steps, keep=True)
             cost, norm = float(final.cost), tree.norm(final.gradient)
+            random.restore()  # so that steps which draw at random draw what they drew
             residuals = kkt(
                 self.problem, observation, done.control, final.states or [], final.multipliers or []
             )
             converged = norm <= tolerance if tolerance > 0 else converged
         if tolerance > 0 and not converged:
-            report(above_tolerance(norm, tolerance, len(done.costs)), self.on_failure)
+            message = above_tolerance(norm, tolerance, n_steps, standstill=done.standstill)
+            report(message, self.on_failure)
         return ControlSolution(
             done.control,
             cost,
             norm,
             done.costs,
             done.gradient_norms,
-            len(done.costs),
+            n_steps,
             converged,
             final,
             residuals,
         )
+
+    def _given(self, observation: Tree, batch: Any) -> tuple[ControlProblem, Tree]:
+        if isinstance(self.problem, ControlProblem):
+            return self.problem, observation
+        return self.problem(batch)
+
+    def _evaluate(
+        self, observation: Tree, control: Tree, batch: Any, step: int
+    ) -> tuple[float, Adjoint]:
+        found = self._adjoint(*self._given(observation, batch), control, step)
+        return float(found.cost), found
 
     def _adjoint(
         self,
@@ -203,46 +224,8 @@ class ControlSolver:
         return found
 
 
-class _Run:
-    """What one solve evaluates, and the Hessian of what it evaluated last."""
-
-    def __init__(self, solver: ControlSolver, observation: Tree) -> None:
-        self._solver, self._observation = solver, observation
-        self._last: tuple[ControlProblem, Tree, Tree] | None = None
-
-    def evaluate(self, control: Tree, batch: Any, step: int) -> tuple[float, Adjoint]:
-        """Cost and adjoint at a control."""
-        problem, observation = self._solver.problem, self._observation
-        if not isinstance(problem, ControlProblem):
-            problem, observation = problem(batch)
-        self._last = problem, observation, control
-        found = self._solver._adjoint(problem, observation, control, step)
-        return float(found.cost), found
-
-    def newton(self, parameters: list[Tensor]) -> Optimizer:
-        """The Newton-CG optimiser of the control."""
-        settings = self._solver.optimizer
-        if not isinstance(settings, NewtonCG):
-            raise ArgumentError(f"optimizer must be a NewtonCG, got {settings!r}.")
-        return NewtonSteps(parameters, settings, self._product)
-
-    def _product(self, direction: list[Tensor]) -> list[Tensor]:
-        """The Hessian where `evaluate` was last, times a direction of the variables."""
-        if self._last is None:
-            raise ArgumentError("a Hessian product needs an evaluation before it.")
-        problem, observation, control = self._last
-        leaves, structure = tree.flatten(control)
-        each = iter(direction)
-        along = [next(each) if tree.is_variable(x) else None for x in leaves]
-        found = hvp(
-            problem,
-            observation,
-            control,
-            tree.unflatten(structure, along),
-            checkpointing=self._solver.checkpointing,
-        )
-        products = zip(leaves, tree.leaves_of(found.product), strict=True)
-        return [h for x, h in products if tree.is_variable(x)]
+def _devices(*values: Tree) -> set[torch.device]:
+    return {x.device for x in tree.leaves_of(values) if isinstance(x, Tensor)}
 
 
 def _where(problem: ControlProblem, observation: Tree, control: Tree) -> str:

@@ -59,6 +59,7 @@ class Descent:
         costs: before each update.
         gradient_norms: likewise.
         converged: whether the norm of the gradient came down to the tolerance.
+        standstill: whether the optimiser found no way down.
         last: cost, norm and evaluation as last seen; None if never.
     """
 
@@ -66,6 +67,7 @@ class Descent:
     costs: list[float]
     gradient_norms: list[float]
     converged: bool
+    standstill: bool
     last: "tuple[float, float, Any] | None"
 
 
@@ -122,7 +124,7 @@ def descend(
     stream = None if batches is None else _cycle(batches)
     costs: list[float] = []
     norms: list[float] = []
-    closure, converged = None, False
+    closure, converged, standstill = None, False, False
     with progress_bar(steps, show=progress) as advance:
         for step in range(1, steps + 1):
             batch = None if stream is None else next(stream)
@@ -132,6 +134,10 @@ def descend(
             except _ReachedError:
                 converged = True
                 break
+            except StandstillError:
+                if stream is None:  # another batch may be another matter
+                    standstill = True
+                    break
             if schedule is not None:
                 schedule.step()
             if project is not None:
@@ -145,7 +151,11 @@ def descend(
             if callback is not None and callback(seen):
                 break
     last = closure.seen() if closure is not None else None
-    return Descent(tree.detach(current), costs, norms, converged, last)
+    return Descent(tree.detach(current), costs, norms, converged, standstill, last)
+
+
+class StandstillError(Exception):
+    """Raised by an optimiser that finds no step down, and left the control as it was."""
 
 
 class _ReachedError(Exception):
@@ -228,11 +238,17 @@ def report(message: str, on_failure: OnFailure, *, level: int = 3) -> None:
         warnings.warn(message, ConvergenceWarning, stacklevel=level)
 
 
-def above_tolerance(norm: float, tolerance: float, steps: int) -> str:
+def above_tolerance(norm: float, tolerance: float, steps: int, *, standstill: bool = False) -> str:
     """What to say of a descent that did not converge."""
+    remedy = (
+        "no step along the direction lowers the cost any further: take a larger tolerance, float64,"
+        " or costs that are smooth."
+        if standstill
+        else "take more steps, another optimiser, or a larger tolerance."
+    )
     return (
         f"the gradient norm is {norm:.3g} after {steps} steps, above the tolerance "
-        f"{tolerance:.3g}: take more steps, another optimiser, or a larger tolerance."
+        f"{tolerance:.3g}: {remedy}"
     )
 
 

@@ -57,16 +57,15 @@ def kkt(
     states, multipliers = tree.detach((list(states), list(multipliers)))
     theta = autodiff.variables(control)
     gradient = GradientSum(theta)
-    _, (state_part, control_part) = autodiff.value_and_gradient(
-        lambda state, whole: terminal_cost(problem, state, whole),
-        states[-1],
-        control,
-        name="the terminal cost",
-    )
-    gradient.add(theta, control_part)
-    costate, feasibility = 0.0, 0.0
+    costate = 0.0
+    # Forward, so that what the steps draw at random can be what they drew when the states were
+    # found, if the caller restores the generators.
     with autodiff.recording():
-        for t in range(problem.horizon, 0, -1):
+        start = problem.dynamics.init(tree.detach(observation), initial_control(theta))
+        autodiff.refuse_hidden(start, theta, "dynamics.init")
+        gradient.subtract(theta, autodiff.pull(start, multipliers[0], theta))
+        feasibility = tree.norm(tree.subtract(states[0], tree.detach(start)))
+        for t in range(1, problem.horizon + 1):
             u, theta_t = autodiff.variables(states[t - 1]), step_control(theta, t)
             step = problem.dynamics.step(u, theta_t, t)
             block = Block(range(t - 1, t), [u, step], [theta_t])
@@ -78,16 +77,17 @@ def kkt(
             gradient.subtract(theta_t, control_part)
             defect = tree.subtract(states[t], tree.detach(step))
             feasibility = math.hypot(feasibility, tree.norm(defect))
-            # grad_{u(t)} L = lambda_t + grad_{u(t)} (l at t = T; else r - Re<lambda_{t+1}, g>)
-            costate = math.hypot(costate, _sum_norm(multipliers[t], state_part))
-            state_part = tree.negative(swept)
-        costate = math.hypot(costate, _sum_norm(multipliers[0], state_part))
-        start = problem.dynamics.init(tree.detach(observation), initial_control(theta))
-        autodiff.refuse_hidden(start, theta, "dynamics.init")
-        control_part = autodiff.pull(start, multipliers[0], theta)
-        gradient.subtract(theta, control_part)
-        defect = tree.subtract(states[0], tree.detach(start))
-        feasibility = math.hypot(feasibility, tree.norm(defect))
+            # grad_{u(t-1)} L = lambda_{t-1} + grad_u r - (dg/du)^* lambda_t
+            costate = math.hypot(costate, _sum_norm(multipliers[t - 1], tree.negative(swept)))
+    _, (state_part, control_part) = autodiff.value_and_gradient(
+        lambda state, whole: terminal_cost(problem, state, whole),
+        states[-1],
+        control,
+        name="the terminal cost",
+    )
+    gradient.add(theta, control_part)
+    # grad_{u(T)} L = lambda_T + grad_u l
+    costate = math.hypot(costate, _sum_norm(multipliers[-1], state_part))
     return KKT(feasibility, costate, tree.norm(gradient.total()))
 
 

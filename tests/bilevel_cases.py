@@ -36,7 +36,7 @@ class BilevelCase:
 
 def ridge(d: int, *, complex_: bool = False, scalar_control: bool = False) -> BilevelCase:
     """|X w - y|^2 / 2n + sum e^alpha |w|^2 / 2, judged by |V w - z|^2 / 2n; alpha real."""
-    draw, n = (cplx if complex_ else real), 2 * d + 3
+    draw, n = (cplx if complex_ else real), 4 * d + 3
     X, y, V, z = draw(1, n, d), draw(2, n), draw(3, n, d), draw(4, n)
     alpha = real(5) if scalar_control else 0.3 * real(5, d)
 

@@ -19,9 +19,12 @@ LAYERS = [
     "autodiff",
     "flat",
     "linear",
+    "ritz",
     "system",
     "krylov",
+    "normal_cg",
     "gmres",
+    "neumann",
     "inverses",
     "schedule",
     "checkpointing",
@@ -216,7 +219,7 @@ def test_the_package_only_re_exports_and_lists_all_of_it_in_order():
 
 HEAVY = [
     *("applications", "h5py", "ismrmrd", "matplotlib", "nibabel", "rich", "scipy", "sigpy"),
-    *("skimage", "typer"),
+    *("skimage", "sklearn", "typer"),
 ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.formats.nifti import Plane, is_nifti, read_images
 from applications.mri.hdf5 import dataset, opened
 

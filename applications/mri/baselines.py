@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.metrics import score
 from applications.mri.operators import ifft2c, rss
 from applications.mri.sampling import check_mask

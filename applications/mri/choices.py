@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.mask_files import SUFFIXES, FromFile
 from applications.mri.sampling import (
     CartesianEquispaced,

@@ -1,18 +1,16 @@
 """The command line: `python -m applications.mri demo|simulate|train|evaluate|reconstruct`."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from applications.command_line import Seed, Threads, guarded, progress_bars, use_threads
+from applications.errors import InputError
+from applications.files import make_place, write_json
 from applications.mri.choices import (
     Acceleration,
     Calibration,
@@ -24,7 +22,6 @@ from applications.mri.choices import (
 )
 from applications.mri.data import SliceDataset
 from applications.mri.demo import DemoSettings, run_demo
-from applications.mri.errors import InputError
 from applications.mri.evaluation import (
     Evaluation,
     classical_methods,
@@ -34,19 +31,17 @@ from applications.mri.evaluation import (
     table_rows,
 )
 from applications.mri.figures import draw_image
-from applications.mri.files import write_json
 from applications.mri.formats.nifti import Plane, is_nifti
 from applications.mri.images import check_image_path
-from applications.mri.keeping import Keeper, Report, describe
+from applications.mri.keeping import Keeper, describe
 from applications.mri.mask_files import FromFile
 from applications.mri.metrics import Convention
 from applications.mri.network import Architecture, light, paper
-from applications.mri.phantoms import SimulationSettings, make_place, simulate_folder
+from applications.mri.phantoms import SimulationSettings, simulate_folder
 from applications.mri.reconstruction import Network
 from applications.mri.scanning import reconstruct_scan
 from applications.mri.training import TrainingSettings, train
 from applications.mri.weights import Trained, load_weights
-from bilevel.errors import BilevelError
 
 app = typer.Typer(
     add_completion=False,
@@ -57,9 +52,7 @@ app = typer.Typer(
 console = Console()
 
 
-Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 Weights = Annotated[Path, typer.Option(help="Trained weights, safetensors.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")]
 
 
 def main() -> None:
@@ -67,25 +60,8 @@ def main() -> None:
     app()
 
 
-def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that a user can mend are one line and exit code 2; Ctrl-C is exit code 130."""
-
-    @wraps(command)
-    def run(**arguments: object) -> None:
-        try:
-            command(**arguments)
-        except BilevelError as error:
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            sys.stderr.write("interrupted: the files that were written are complete.\n")
-            raise typer.Exit(130) from None
-
-    return run
-
-
 @app.command()
-@_guarded
+@guarded
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for figure, results and weights.")],
     seconds: Annotated[float, typer.Option(help="Seconds to train.", min=1.0)] = 211.0,
@@ -93,8 +69,8 @@ def demo(
     threads: Threads = 0,
 ) -> None:
     """Simulate, train, evaluate and reconstruct a real scan, all on bundled data."""
-    _use(threads)
-    with _progress() as report:
+    use_threads(threads)
+    with progress_bars(console) as report:
         found = run_demo(out, DemoSettings(seconds, seed), report)
     _print(found.evaluation, "Held-out slices, Cartesian random 4 x, mean over anatomies")
     console.print(f"Figure   {found.figure}")
@@ -104,7 +80,7 @@ def demo(
 
 
 @app.command()
-@_guarded
+@guarded
 def simulate(
     out: Annotated[Path, typer.Option(help="Folder for train/, validation/ and test/.")],
     size: Annotated[int, typer.Option(help="Rows and columns.", min=16)] = 128,
@@ -121,14 +97,14 @@ def simulate(
 ) -> None:
     """Write fully sampled multi-coil scans of magnitude images, in the layout of fastMRI."""
     settings = SimulationSettings(size, coils, noise, repeats, seed, anatomies, plane)
-    with _progress() as report:
+    with progress_bars(console) as report:
         files = simulate_folder(out, settings, lambda k, n: report("simulating scans", k / n))
     for role, paths in files.items():
         console.print(f"{role}: {len(paths)} files in {out / role}")
 
 
 @app.command(name="train")
-@_guarded
+@guarded
 def train_command(
     data: Annotated[Path, typer.Option(help="Folder of fully sampled .h5 scans.")],
     out: Annotated[Path, typer.Option(help="Weights to write, safetensors.")],
@@ -148,7 +124,7 @@ def train_command(
     threads: Threads = 0,
 ) -> None:
     """Train a network by Algorithm 2; Ctrl-C leaves the last complete weights."""
-    _use(threads)
+    use_threads(threads)
     slices = SliceDataset(data)
     make_place(out)
     trained = _begin(preset, init, slices, seed)
@@ -168,7 +144,7 @@ def train_command(
         crop=crop,
         seed=seed,
     )
-    with _progress() as report:
+    with progress_bars(console) as report:
         keeper = Keeper(out, trained.network, describe(settings), report)
         with keeper:
             found = train(trained.network, trained.control, slices, settings, keeper)
@@ -181,7 +157,7 @@ def train_command(
 
 
 @app.command(name="evaluate")
-@_guarded
+@guarded
 def evaluate_command(
     data: Annotated[Path, typer.Option(help="Folder of fully sampled .h5 scans.")],
     weights: Weights,
@@ -202,7 +178,7 @@ def evaluate_command(
     threads: Threads = 0,
 ) -> None:
     """Score a network, and the classical methods if they can be tuned, on the same masks."""
-    _use(threads)
+    use_threads(threads)
     trained = load_weights(weights)
     slices = SliceDataset(data)
     make_place(out)
@@ -214,7 +190,7 @@ def evaluate_command(
         width=width,
         spokes=spokes,
     )
-    with _progress() as report:
+    with progress_bars(console) as report:
         swept = {}
         if baselines is not None:
             report("tuning the baselines", 0.0)
@@ -230,7 +206,7 @@ def evaluate_command(
 
 
 @app.command()
-@_guarded
+@guarded
 def reconstruct(
     scan: Annotated[
         Path,
@@ -249,14 +225,14 @@ def reconstruct(
     threads: Threads = 0,
 ) -> None:
     """Reconstruct all slices; the mask is the one given, the scan's, or what was measured."""
-    _use(threads)
+    use_threads(threads)
     trained = load_weights(weights)
     for place in (out, png):
         if place is not None:
             make_place(place)
     check_image_path(out)
     given = None if mask is None else FromFile(mask)
-    with _progress() as report:
+    with progress_bars(console) as report:
         found = reconstruct_scan(
             scan,
             trained,
@@ -281,33 +257,6 @@ def _begin(preset: str, init: Path | None, slices: SliceDataset, seed: int) -> T
         raise InputError(f"preset must be one of {', '.join(presets)}, got {preset!r}.")
     network = Network(presets[preset](slices.files[0].n_coils), seed)
     return Trained(network, network.controls(), {})
-
-
-def _use(threads: int) -> None:
-    if threads > 0:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _progress() -> Iterator[Report]:
-    """A progress bar a stage, on the screen while it is worked on."""
-    columns: list[Any] = [
-        TextColumn("{task.description:28}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, console=console) as progress:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, share: float) -> None:
-            if stage not in tasks:
-                for other in tasks.values():
-                    progress.update(other, completed=1.0)
-                tasks[stage] = progress.add_task(stage, total=1.0)
-            progress.update(tasks[stage], completed=share)
-
-        yield report
 
 
 def _print(evaluation: Evaluation, title: str) -> None:

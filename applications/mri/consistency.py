@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.operators import ifft2c, sample, sample_adjoint
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.command_line import Report
+from applications.files import make_folder, write_json
 from applications.mri.anatomy import bundled_scan_path
 from applications.mri.data import SliceDataset, VolumeFile, fully_sampled, implied_mask
 from applications.mri.evaluation import (
@@ -20,11 +22,10 @@ from applications.mri.evaluation import (
     sweep_regularisation,
 )
 from applications.mri.figures import Panel, draw_reconstructions
-from applications.mri.files import write_json
-from applications.mri.keeping import Keeper, Report, describe
+from applications.mri.keeping import Keeper, describe
 from applications.mri.network import light
 from applications.mri.operators import ifft2c, rss
-from applications.mri.phantoms import SimulationSettings, make_folder, simulate_folder
+from applications.mri.phantoms import SimulationSettings, simulate_folder
 from applications.mri.reconstruction import Loss, Network
 from applications.mri.sampling import CartesianRandom, acceleration_of
 from applications.mri.training import TrainingSettings, train

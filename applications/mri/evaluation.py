@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from applications.errors import InputError
 from applications.mri.baselines import (
     Case,
     Sweep,
@@ -20,7 +21,6 @@ from applications.mri.baselines import (
     zero_filled,
 )
 from applications.mri.data import SliceDataset, fully_sampled
-from applications.mri.errors import InputError
 from applications.mri.metrics import Convention, Scores, mean_scores, score
 from applications.mri.operators import centre_crop, ifft2c, rss
 from applications.mri.sampling import Sampling, acceleration_of

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from applications.mri.files import write_whole
+from applications.files import write_whole
 from applications.mri.metrics import Convention, score
 
 _ERROR_GAIN = 5

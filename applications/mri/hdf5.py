@@ -6,7 +6,7 @@ from pathlib import Path
 
 import h5py
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 
 
 @contextmanager

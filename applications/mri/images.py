@@ -8,8 +8,8 @@ from pathlib import Path
 import h5py
 from torch import Tensor
 
-from applications.mri.errors import InputError
-from applications.mri.files import whole_file
+from applications.errors import InputError
+from applications.files import whole_file
 from applications.mri.formats import Geometry
 from applications.mri.formats.nifti import SUFFIXES as NIFTI
 from applications.mri.formats.nifti import header_of, is_nifti

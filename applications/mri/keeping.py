@@ -3,17 +3,16 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import bilevel as bl
+from applications.command_line import Report
 from applications.mri.reconstruction import Network
 from applications.mri.training import TrainingState
 from applications.mri.weights import Trained, save_weights
 
-Report = Callable[[str, float], None]  # (stage, share of it done)
 _SAVE_EVERY = 30.0  # seconds
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.formats.cfl import Cfl
 from applications.mri.hdf5 import opened
 from applications.mri.sampling import Sampling, check_mask

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 
 _WINDOW = 7
 

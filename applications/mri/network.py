@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from applications.errors import InputError
 from applications.mri.consistency import times
-from applications.mri.errors import InputError
 from applications.mri.layers import complex_net, soft_threshold, to_complex, to_planes
 from applications.mri.operators import ifft2c, sample, sample_adjoint
 

@@ -8,7 +8,7 @@ odd ``n`` too.
 import torch
 from torch import Tensor
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 
 _IMAGE_AXES = (-2, -1)
 _COIL_AXIS = -3

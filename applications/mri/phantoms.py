@@ -1,6 +1,5 @@
 """Folders of simulated scans from magnitude images of anatomies."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from applications.errors import InputError
+from applications.files import make_folder
 from applications.mri.anatomy import load_anatomies, resize, split
 from applications.mri.coils import biot_savart_coils
 from applications.mri.data import Volume, write_volume
-from applications.mri.errors import InputError
 from applications.mri.formats.nifti import Plane
 from applications.mri.simulate import simulate
 
@@ -84,44 +84,6 @@ def simulate_folder(
         if done is not None:
             done(i, len(plan))
     return files
-
-
-def make_folder(folder: Path) -> Path:
-    """Makes a folder, if need be, and makes sure that files can be written there.
-
-    Args:
-        folder: to write to.
-
-    Returns:
-        The folder.
-
-    Raises:
-        InputError: if it cannot be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError as error:
-        raise InputError(
-            f"{folder}: the folder cannot be made ({error}); choose another."
-        ) from error
-    if not writable:
-        raise InputError(f"{folder}: the folder cannot be written; choose another.")
-    return folder
-
-
-def make_place(path: Path) -> None:
-    """Makes the folder of a file to be written, and makes sure that the file can be.
-
-    Args:
-        path: the file.
-
-    Raises:
-        InputError: if its folder cannot be made or written, or it is a folder itself.
-    """
-    make_folder(path.parent)
-    if path.is_dir():
-        raise InputError(f"{path}: a file will be written, this is a folder; add a file name.")
 
 
 def _volume(

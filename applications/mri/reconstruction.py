@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.errors import InputError
 from applications.mri.consistency import (
     calibrate,
     consistent_image,
     inconsistency_normal,
     low_resolution_phase,
 )
-from applications.mri.errors import InputError
 from applications.mri.layers import to_complex, to_planes
 from applications.mri.network import Architecture, InitialNet, Phase
 from applications.mri.operators import fft2c, ifft2c, rss

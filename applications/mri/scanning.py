@@ -8,8 +8,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from applications.errors import InputError
 from applications.mri.data import Slice, VolumeFile, implied_mask, open_scan
-from applications.mri.errors import InputError
 from applications.mri.images import image_writer
 from applications.mri.operators import centre_crop
 from applications.mri.sampling import Sampling, acceleration_of

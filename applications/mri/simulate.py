@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from applications.errors import InputError
 from applications.mri.coils import biot_savart_coils, pixel_centres
-from applications.mri.errors import InputError
 from applications.mri.operators import fft2c, rss
 
 

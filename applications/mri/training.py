@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.errors import InputError
 from applications.mri.data import Slice, SliceDataset, fully_sampled
-from applications.mri.errors import InputError
 from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.reconstruction import Loss, Network
 from applications.mri.sampling import CartesianRandom, Sampling, samples_columns

@@ -11,8 +11,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 import bilevel as bl
-from applications.mri.errors import InputError
-from applications.mri.files import write_whole
+from applications.errors import InputError
+from applications.files import write_whole
 from applications.mri.network import Architecture
 from applications.mri.reconstruction import Network
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from applications.errors import InputError
 from applications.mri.anatomy import load_anatomies, resize
 from applications.mri.baselines import (
     Case,
@@ -12,7 +13,6 @@ from applications.mri.baselines import (
     sense,
     zero_filled,
 )
-from applications.mri.errors import InputError
 from applications.mri.metrics import score
 from applications.mri.operators import ifft2c, rss
 from applications.mri.sampling import CartesianEquispaced, PoissonDisc, Radial

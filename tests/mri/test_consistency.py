@@ -3,6 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from applications.errors import InputError
 from applications.mri.anatomy import load_anatomies, resize
 from applications.mri.consistency import (
     calibrate,
@@ -12,7 +13,6 @@ from applications.mri.consistency import (
     low_resolution_phase,
     times,
 )
-from applications.mri.errors import InputError
 from applications.mri.metrics import score
 from applications.mri.operators import fft2c, ifft2c, rss, sample, sample_adjoint
 from applications.mri.sampling import CartesianRandom, PoissonDisc, Radial

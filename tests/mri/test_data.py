@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from applications.errors import InputError
 from applications.mri.anatomy import Split, bundled_scan_path, load_anatomies, resize, split
 from applications.mri.data import (
     SliceDataset,
@@ -14,7 +15,6 @@ from applications.mri.data import (
     implied_mask,
     write_volume,
 )
-from applications.mri.errors import InputError
 
 
 def volume(n_slices=3, n_coils=2, rows=8, columns=6, **fields):
@@ -119,7 +119,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("applications.mri.files.Path.replace", fail)
+    monkeypatch.setattr("applications.files.Path.replace", fail)
     with pytest.raises(InputError, match=r"scan.h5: the file cannot be written .disk full"):
         write_volume(tmp_path / "scan.h5", volume(n_slices=2))
     assert [path.name for path in tmp_path.iterdir()] == ["scan.h5"]

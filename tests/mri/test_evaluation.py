@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from applications.errors import InputError
 from applications.mri.baselines import (
     Sweep,
     calibration_width,
@@ -13,7 +14,6 @@ from applications.mri.baselines import (
     zero_filled,
 )
 from applications.mri.data import SliceDataset, Volume, fully_sampled, write_volume
-from applications.mri.errors import InputError
 from applications.mri.evaluation import (
     Evaluation,
     VolumeScores,

@@ -15,6 +15,7 @@ from scan_files import (
     write_ismrmrd,
 )
 
+from applications.errors import InputError
 from applications.mri.data import (
     SliceDataset,
     Volume,
@@ -24,7 +25,6 @@ from applications.mri.data import (
     open_scan,
     write_volume,
 )
-from applications.mri.errors import InputError
 from applications.mri.operators import ifft2c
 
 SLICES, COILS, ROWS, COLUMNS = 3, 2, 12, 10

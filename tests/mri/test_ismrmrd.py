@@ -7,8 +7,8 @@ import pytest
 import torch
 from scan_files import coil_images, header, kspace_of, line, lines_of, write_ismrmrd
 
+from applications.errors import InputError
 from applications.mri.data import VolumeFile, open_scan
-from applications.mri.errors import InputError
 from applications.mri.operators import centre_crop, ifft2c
 
 COILS, SAMPLES, COLUMNS = 2, 16, 10

@@ -5,8 +5,8 @@ import torch
 from matplotlib.image import imsave
 from scan_files import write_cfl
 
+from applications.errors import InputError
 from applications.mri.choices import chosen_sampling
-from applications.mri.errors import InputError
 from applications.mri.mask_files import FromFile
 from applications.mri.sampling import (
     CartesianEquispaced,

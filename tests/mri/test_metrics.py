@@ -10,8 +10,8 @@ from skimage.metrics import (
     structural_similarity,
 )
 
-from applications.mri.errors import InputError
-from applications.mri.files import write_json
+from applications.errors import InputError
+from applications.files import write_json
 from applications.mri.metrics import Convention, Scores, mean_scores, score
 
 

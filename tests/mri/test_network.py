@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from applications.errors import InputError
 from applications.mri.consistency import times
-from applications.mri.errors import InputError
 from applications.mri.network import Architecture, InitialNet, Phase, light, paper
 from applications.mri.operators import fft2c, ifft2c
 from applications.mri.reconstruction import Network

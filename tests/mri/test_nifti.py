@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from applications.errors import InputError
 from applications.mri.anatomy import load_anatomies
 from applications.mri.data import SliceDataset
-from applications.mri.errors import InputError
 from applications.mri.formats import Geometry
 from applications.mri.formats.nifti import Plane, read_images
 from applications.mri.images import check_image_path, image_writer

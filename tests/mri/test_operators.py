@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.operators import centre_crop, fft2c, ifft2c, rss, sample, sample_adjoint
 
 SHAPES = [(6, 8), (5, 8), (6, 7), (5, 7), (1, 3)]

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from applications.errors import InputError
+from applications.files import make_folder, make_place
 from applications.mri.anatomy import load_anatomies, resize, split
 from applications.mri.data import SliceDataset, VolumeFile
-from applications.mri.errors import InputError
 from applications.mri.operators import ifft2c, rss
-from applications.mri.phantoms import SimulationSettings, make_folder, make_place, simulate_folder
+from applications.mri.phantoms import SimulationSettings, simulate_folder
 
 SIZE, N_SLICES = 16, 9  # split(9): slices 0-4, 6 and 8
 
@@ -152,7 +153,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path, settings, monkeypat
         make_folder(tmp_path / "file" / "below")
     with pytest.raises(InputError, match="a file will be written, this is a folder; add a file"):
         make_place(tmp_path)
-    monkeypatch.setattr("applications.mri.phantoms.os.access", lambda *_: False)
+    monkeypatch.setattr("applications.files.os.access", lambda *_: False)
     with pytest.raises(InputError, match="the folder cannot be written; choose another"):
         make_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

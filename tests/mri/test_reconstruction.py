@@ -6,13 +6,13 @@ import torch
 from reference import assert_same, moved, plain_gradients, plain_multipliers
 
 import bilevel as bl
+from applications.errors import InputError
 from applications.mri.consistency import (
     calibrate,
     consistent_image,
     inconsistency_normal,
     low_resolution_phase,
 )
-from applications.mri.errors import InputError
 from applications.mri.network import light, paper
 from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.reconstruction import Loss, Network, Scan

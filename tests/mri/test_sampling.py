@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.sampling import (
     CartesianEquispaced,
     CartesianMagic,

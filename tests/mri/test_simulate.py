@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
+from applications.errors import InputError
 from applications.mri.coils import Loops, biot_savart_coils, receive_field
-from applications.mri.errors import InputError
 from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.simulate import noise_covariance, simulate, smooth_phase
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import bilevel as bl
+from applications.errors import InputError
 from applications.mri.data import SliceDataset, Volume, write_volume
-from applications.mri.errors import InputError
 from applications.mri.keeping import Keeper, describe
 from applications.mri.network import light, paper
 from applications.mri.operators import ifft2c, rss

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.network import light, paper
 from applications.mri.reconstruction import Network
 from applications.mri.weights import Trained, load_weights, save_weights, write_whole
@@ -142,7 +142,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(f"applications.mri.files.Path.{broken}", fail)
+    monkeypatch.setattr(f"applications.files.Path.{broken}", fail)
     expected = InputError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="disk full"):
         save_weights(path, small(light))
@@ -154,7 +154,7 @@ def test_a_first_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("applications.mri.files.Path.write_bytes", fail)
+    monkeypatch.setattr("applications.files.Path.write_bytes", fail)
     with pytest.raises(InputError, match=r"w.safetensors: the file cannot be written .disk full"):
         save_weights(tmp_path / "w.safetensors", small(paper))
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.formats import Facts, Reader, open_volumes
 from applications.mri.operators import ifft2c, rss
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.mri.errors import InputError
-from applications.mri.files import whole_file
+from applications.errors import InputError
+from applications.files import whole_file
 from applications.mri.formats.fastmri import minimal_header
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.formats.base import Facts, Format, RawSlice, Reader
 
 _SPACE, _COIL, _SLICE = (0, 1, 2), 3, 13

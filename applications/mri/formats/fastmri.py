@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.formats.base import Facts, Format, Geometry, RawSlice, Reader
 from applications.mri.hdf5 import dataset, opened
 from applications.mri.sampling import check_mask

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.formats.base import Facts, Format, RawSlice, Reader
 from applications.mri.formats.ismrmrd_header import (
     Encoding,

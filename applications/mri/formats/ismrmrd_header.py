@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.formats.base import Geometry, optional
 
 _EMBEDDED = {"embedded", "interleaved"}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.formats.ismrmrd_header import Encoding
 
 # Bits of the flags, counted from 1: noise, navigator, phase correction, feedback, dummy scans, coil

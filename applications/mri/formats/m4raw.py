@@ -11,7 +11,7 @@ Lyu et al. 2023, M4Raw, DOI 10.1038/s41597-023-02181-4.
 import re
 from pathlib import Path
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.formats.base import Format, Reader
 from applications.mri.formats.fastmri import FastMRIVolume
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.formats.base import Geometry, optional
 
 SUFFIXES = (".nii", ".nii.gz")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.formats import cfl, fastmri, ismrmrd, m4raw
 from applications.mri.formats.base import Reader
 from applications.mri.formats.nifti import is_nifti

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 
 
 class Sampling(ABC):

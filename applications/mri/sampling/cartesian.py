@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.sampling.base import Sampling, check_acceleration, check_shape
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
 from applications.mri.sampling.base import Sampling, check_shape
 from applications.mri.sampling.cartesian import check_cartesian, columns_around, n_central
 from applications.mri.sampling.scattered import calibration_square, check_scattered

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from applications.errors import InputError
 from applications.mri.darts import poisson_discs
-from applications.mri.errors import InputError
 from applications.mri.sampling.base import Sampling, check_acceleration, check_shape
 
 

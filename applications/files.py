@@ -9,7 +9,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from applications.mri.errors import InputError
+from applications.errors import InputError
+
+
+def make_folder(folder: Path) -> Path:
+    """Makes a folder, if need be, and makes sure that files can be written there.
+
+    Args:
+        folder: to write to.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: if it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: the folder cannot be made ({error}); choose another."
+        ) from error
+    if not writable:
+        raise InputError(f"{folder}: the folder cannot be written; choose another.")
+    return folder
+
+
+def make_place(path: Path) -> None:
+    """Makes the folder of a file to be written, and makes sure that the file can be.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: if its folder cannot be made or written, or it is a folder itself.
+    """
+    make_folder(path.parent)
+    if path.is_dir():
+        raise InputError(f"{path}: a file will be written, this is a folder; add a file name.")
 
 
 @contextmanager

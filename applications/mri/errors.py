@@ -1,7 +1,0 @@
-"""The errors a user of the MRI application can mend; the command line prints them in one line."""
-
-from bilevel.errors import BilevelError
-
-
-class InputError(BilevelError, ValueError):
-    """A file, mask, weight or setting does not fit; the message names it, and the remedy."""

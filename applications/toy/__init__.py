@@ -1,0 +1,1 @@
+"""Classification with cross-entropy: weights of tasks and samples, learned by bilevel descent."""

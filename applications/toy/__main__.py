@@ -1,0 +1,5 @@
+"""Entry point of `python -m applications.toy`."""
+
+from applications.toy.cli import main
+
+main()

@@ -1,0 +1,368 @@
+r"""Learned weights of training tasks, against what one would do without them.
+
+A linear softmax model is trained on the weighted losses of N small tasks, of which some are of no
+use. The weights are learned on little validation data: one weight a task for one model
+(`TaskWeights(N)`), or one for each pair of training and validation task, with a model a validation
+task (`TaskWeights(N, M)`).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import bilevel as bl
+from applications.command_line import Report
+from applications.errors import InputError
+from applications.toy.data import load
+from applications.toy.tasks import Samples, Tasks, TaskSettings, make_tasks
+
+Params = dict[str, Tensor]  # "weight" of shape (d, classes), "bias" of shape (classes,)
+Losses = Callable[[Params, object], Tensor]
+
+
+class Method(StrEnum):
+    """How hypergradients are found."""
+
+    IMPLICIT = "implicit"
+    MLM = "mlm"
+    UNROLLED = "unrolled"
+    ONE_STEP = "one-step"
+
+    @property
+    def chosen(self) -> bl.HypergradientMethod:
+        """The method of the library."""
+        methods = {
+            Method.IMPLICIT: bl.Implicit(bl.CG(rtol=1e-3)),
+            Method.MLM: bl.MLM(),
+            Method.UNROLLED: bl.Unrolled(),
+            Method.ONE_STEP: bl.OneStep(),
+        }
+        return methods[self]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The experiment.
+
+    Attributes:
+        tasks: how many, and how large.
+        data: folder of IDX files; None for scikit-learn's digits.
+        seeds: runs, each with tasks of its own.
+        seed: of the first run.
+        method: how hypergradients are found.
+        updates: of the weights, by Adam.
+        learning_rate: of Adam.
+        inner_steps: of the model an update, from where the last ones ended.
+        entropy: of `TaskWeights`.
+        decay: times half the squared weights of the model is added to every training loss.
+        fit_steps: of every final model, from zero, whatever it is trained on.
+        adapt_steps: from the model of the learned vector towards each training task.
+    """
+
+    tasks: TaskSettings = field(default_factory=TaskSettings)
+    data: Path | None = None
+    seeds: int = 3
+    seed: int = 0
+    method: Method = Method.IMPLICIT
+    updates: int = 25
+    learning_rate: float = 0.3
+    inner_steps: int = 20
+    entropy: float = 0.05
+    decay: float = 0.01
+    fit_steps: int = 300
+    adapt_steps: int = 100
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for name in ("seeds", "updates", "inner_steps", "fit_steps", "adapt_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "decay"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be > 0, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """Weights found by bilevel descent.
+
+    Attributes:
+        sigma: shape ``(N,)`` or ``(N, M)``, columns of sum 1.
+        related_mass: share of each column on related tasks; one number for a vector.
+        values: the outer objective before each update.
+        error_estimate: of the last hypergradient, by its certificate.
+        seconds: that the descent took.
+    """
+
+    sigma: Tensor
+    related_mass: Tensor
+    values: list[float]
+    error_estimate: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One seed.
+
+    Attributes:
+        seed: of the tasks.
+        vector: weights of one model for all validation tasks.
+        matrix: weights of one model a validation task.
+        accuracies: on test data, shape ``(M,)``, by way of training.
+    """
+
+    seed: int
+    vector: Learned
+    matrix: Learned
+    accuracies: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """All seeds.
+
+    Attributes:
+        settings: of the experiment.
+        data: name of the data set.
+        tasks: names of the training tasks.
+        validations: names of the validation tasks.
+        related: whether training task i is of the kind of validation task j, shape ``(N, M)``.
+        runs: one a seed.
+    """
+
+    settings: Settings
+    data: str
+    tasks: tuple[str, ...]
+    validations: tuple[str, ...]
+    related: Tensor
+    runs: tuple[Run, ...]
+
+    def accuracy(self, way: str) -> Tensor:
+        """Test accuracy of each seed, in the mean over validation tasks, shape ``(seeds,)``."""
+        return torch.stack([run.accuracies[way].mean() for run in self.runs])
+
+    def as_json(self) -> dict:
+        """Everything, in plain values."""
+        settings = asdict(self.settings)
+        settings["data"] = None if self.settings.data is None else str(self.settings.data)
+        summary = {
+            way: {"mean": float(found.mean()), "spread": spread(found)}
+            for way, found in ((way, self.accuracy(way)) for way in self.runs[0].accuracies)
+        }
+        return {
+            "settings": settings,
+            "data": self.data,
+            "tasks": self.tasks,
+            "validations": self.validations,
+            "related": self.related.int().tolist(),
+            "accuracy": summary,
+            "runs": [
+                {
+                    "seed": run.seed,
+                    "vector": _plain(run.vector),
+                    "matrix": _plain(run.matrix),
+                    "accuracies": {way: x.tolist() for way, x in run.accuracies.items()},
+                }
+                for run in self.runs
+            ],
+        }
+
+
+def spread(values: Tensor) -> float:
+    """Standard deviation over seeds, 0 of a single one."""
+    return float(values.std()) if len(values) > 1 else 0.0
+
+
+def _plain(learned: Learned) -> dict:
+    return {
+        name: value.tolist() if isinstance(value, Tensor) else value
+        for name, value in vars(learned).items()
+    }
+
+
+def run_task_weights(settings: Settings, report: Report) -> Result:
+    """Learn task weights for several seeds, and compare.
+
+    Args:
+        settings: of the experiment.
+        report: told of the share that is done.
+
+    Returns:
+        Weights and accuracies.
+
+    Raises:
+        InputError: if the data cannot be read or are too few.
+        DivergenceError: if a descent diverges.
+    """
+    data = load(settings.data)
+    runs = []
+    for k in range(settings.seeds):
+        seed = settings.seed + k
+        tasks = make_tasks(data, settings.tasks, torch.Generator().manual_seed(seed))
+
+        def done(share: float, k: int = k) -> None:
+            report("learning weights", (k + share) / settings.seeds)
+
+        runs.append(_Experiment(tasks, settings).run(seed, done))
+    names = tasks.train.names, tasks.validation.names  # the same for all seeds
+    return Result(settings, data.name, *names, tasks.related, tuple(runs))
+
+
+class _Experiment:
+    """One seed: the model, its losses, and every way to train it."""
+
+    def __init__(self, tasks: Tasks, settings: Settings) -> None:
+        self.tasks, self.settings = tasks, settings
+        inputs = tasks.train.inputs.flatten(0, 1)
+        d, n_classes = inputs.shape[1], tasks.n_classes
+        self.start = {
+            "weight": torch.zeros(d, n_classes, dtype=torch.float64),
+            "bias": torch.zeros(n_classes, dtype=torch.float64),
+        }
+        # The Hessian of the cross-entropy in the logits is at most 1/2.
+        squared = float(torch.linalg.matrix_norm(inputs, 2)) ** 2 / len(inputs) + 1
+        self.optimizer = bl.HeavyBall(1 / (squared / 2 + settings.decay))
+
+    def decayed(self, samples: Samples) -> Losses:
+        """The loss of each task, with weight decay."""
+        half = self.settings.decay / 2
+        return lambda params, _: losses(params, samples) + half * params["weight"].square().sum()
+
+    def solver(self, weights: bl.TaskWeights) -> bl.BilevelSolver:
+        problem = bl.weighted_problem(
+            self.decayed(self.tasks.train),
+            lambda params, _: losses(params, self.tasks.validation),
+            weights,
+        )
+        settings = self.settings
+        return bl.BilevelSolver(
+            problem,
+            self.optimizer,
+            settings.inner_steps,
+            settings.method.chosen,
+            certificate=None,
+            on_failure="ignore",
+        )
+
+    def learn(self, weights: bl.TaskWeights, done: Callable[[float], None]) -> Learned:
+        """Weights by bilevel descent; the last hypergradient is judged."""
+        settings, solver = self.settings, self.solver(weights)
+        began = time.perf_counter()
+        solution = solver.solve(
+            weights.stacked(self.start),
+            weights.initial(torch.float64),
+            lambda control: torch.optim.Adam(control, settings.learning_rate),
+            steps=settings.updates,
+            callback=lambda progress: done(progress.step / settings.updates),
+        )
+        seconds = time.perf_counter() - began
+        judged = replace(solver, certificate=bl.Newton(max_products=500)).hypergradient(
+            solution.params, solution.control
+        )
+        sigma = weights.sigma(solution.control)
+        related = self.tasks.related
+        mass = (
+            sigma[related.any(1)].sum()
+            if sigma.ndim == 1
+            else torch.where(related, sigma, 0).sum(0)
+        )
+        estimate = judged.certificate.error_estimate if judged.certificate else float("inf")
+        return Learned(sigma, mass, solution.values, estimate, seconds)
+
+    def fit(self, samples: Samples, sigma: Tensor) -> Params:
+        """One model for each column of weights, all trained alike, stacked."""
+        k = sigma.shape[1]
+        each, columns = self.decayed(samples), bl.Vmapped()
+        return bl.adapt(
+            self.solver(bl.TaskWeights(1)),
+            bl.TaskWeights(1, k).stacked(self.start),
+            lambda params: (sigma.T * columns.losses(each, params, None, k)).sum(),
+            self.settings.fit_steps,
+        )
+
+    def adapted(self, joint: Params, sigma: Tensor) -> Params:
+        """Step (4) of Algorithm 1: the joint model towards each training task, by its weight."""
+        each, solver = self.decayed(self.tasks.train), self.solver(bl.TaskWeights(1))
+        found = [
+            bl.adapt(
+                solver,
+                joint,
+                lambda params, i=i: each(params, None)[i],
+                self.settings.adapt_steps,
+                weight=float(weight),
+            )
+            for i, weight in enumerate(sigma)
+        ]
+        return {name: torch.stack([one[name] for one in found]) for name in joint}
+
+    def best(self, models: Params) -> Params:
+        """For each validation task, the model of least validation loss."""
+        return chosen(models, table(losses, models, self.tasks.validation).argmin(0))
+
+    def run(self, seed: int, done: Callable[[float], None]) -> Run:
+        """Learn both forms of weights, and train in every way."""
+        tasks = self.tasks
+        n, m = tasks.related.shape
+        entropy = self.settings.entropy
+        vector = self.learn(bl.TaskWeights(n, entropy=entropy), lambda s: done(0.4 * s))
+        matrix = self.learn(bl.TaskWeights(n, m, entropy=entropy), lambda s: done(0.4 + 0.4 * s))
+        uniform = torch.full((n, 1), 1 / n, dtype=torch.float64)
+        oracle = tasks.related / tasks.related.sum(0)
+        columns = [uniform, torch.eye(n).double(), vector.sigma[:, None], matrix.sigma, oracle]
+        fitted = self.fit(tasks.train, torch.cat(columns, 1))
+        widths = [part.shape[1] for part in columns]
+        parts = {name: stack.split(widths) for name, stack in fitted.items()}
+        of_uniform, singles, of_vector, of_matrix, of_oracle = (
+            {name: stacks[i] for name, stacks in parts.items()} for i in range(len(columns))
+        )
+        done(0.9)
+        adapted = self.adapted({name: x[0] for name, x in of_vector.items()}, vector.sigma)
+        every = torch.zeros(m, dtype=torch.int64)  # one model for all validation tasks
+        ways = {
+            "uniform weights": chosen(of_uniform, every),
+            "best single task": self.best(singles),
+            "validation data only": self.fit(tasks.validation, torch.eye(m).double()),
+            "learned vector": chosen(of_vector, every),
+            "learned vector, adapted": self.best(adapted),
+            "learned matrix": of_matrix,
+            "oracle": of_oracle,
+        }
+        done(1.0)
+        found = {way: table(accuracies, p, tasks.test).diagonal() for way, p in ways.items()}
+        return Run(seed, vector, matrix, found)
+
+
+def _logits(params: Params, samples: Samples) -> Tensor:
+    return samples.inputs @ params["weight"] + params["bias"]
+
+
+def losses(params: Params, samples: Samples) -> Tensor:
+    """Mean cross-entropy of each task, shape ``(tasks,)``."""
+    logits = _logits(params, samples)
+    each = F.cross_entropy(logits.flatten(0, 1), samples.labels.flatten(), reduction="none")
+    return each.reshape(samples.labels.shape).mean(1)
+
+
+def accuracies(params: Params, samples: Samples) -> Tensor:
+    """Share of samples of each task that are classified right, shape ``(tasks,)``."""
+    return (_logits(params, samples).argmax(-1) == samples.labels).double().mean(1)
+
+
+def table(measure: Callable[[Params, Samples], Tensor], models: Params, samples: Samples) -> Tensor:
+    """What each of several stacked models has on each task, shape ``(models, tasks)``."""
+    count = models["bias"].shape[0]
+    return torch.stack(
+        [measure({name: x[k] for name, x in models.items()}, samples) for k in range(count)]
+    )
+
+
+def chosen(models: Params, which: Tensor) -> Params:
+    """Some of several stacked models, stacked."""
+    return {name: x[which] for name, x in models.items()}
