@@ -96,7 +96,8 @@ class Learned:
         sigma: shape ``(N,)`` or ``(N, M)``, columns of sum 1.
         related_mass: share of each column on related tasks; one number for a vector.
         values: the outer objective before each update.
-        error_estimate: of the last hypergradient, by its certificate.
+        error_estimate: of the hypergradient at these weights after `fit_steps`, by its
+            certificate, relative: large where little is left to descend.
         seconds: that the descent took.
     """
 
@@ -252,7 +253,7 @@ class _Experiment:
         )
 
     def learn(self, weights: bl.TaskWeights, done: Callable[[float], None]) -> Learned:
-        """Weights by bilevel descent; the last hypergradient is judged."""
+        """Weights by bilevel descent; the hypergradient where it ends is judged."""
         settings, solver = self.settings, self.solver(weights)
         began = time.perf_counter()
         solution = solver.solve(
@@ -263,9 +264,9 @@ class _Experiment:
             callback=lambda progress: done(progress.step / settings.updates),
         )
         seconds = time.perf_counter() - began
-        judged = replace(solver, certificate=bl.Newton(max_products=500)).hypergradient(
-            solution.params, solution.control
-        )
+        judged = replace(
+            solver, inner_steps=settings.fit_steps, certificate=bl.Newton(max_products=500)
+        ).hypergradient(solution.params, solution.control)
         sigma = weights.sigma(solution.control)
         related = self.tasks.related
         mass = (
