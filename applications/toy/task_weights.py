@@ -203,17 +203,22 @@ def run_task_weights(settings: Settings, report: Report) -> Result:
         DivergenceError: if a descent diverges.
     """
     data = load(settings.data)
-    runs = []
-    for k in range(settings.seeds):
-        seed = settings.seed + k
-        tasks = make_tasks(data, settings.tasks, torch.Generator().manual_seed(seed))
 
-        def done(share: float, k: int = k) -> None:
+    def tasks_of(seed: int) -> Tasks:
+        return make_tasks(data, settings.tasks, torch.Generator().manual_seed(seed))
+
+    def run(k: int) -> Run:
+        def done(share: float) -> None:
             report("learning weights", (k + share) / settings.seeds)
 
-        runs.append(_Experiment(tasks, settings).run(seed, done))
-    names = tasks.train.names, tasks.validation.names  # the same for all seeds
-    return Result(settings, data.name, *names, tasks.related, tuple(runs))
+        seed = settings.seed + k
+        return _Experiment(tasks_of(seed), settings).run(seed, done)
+
+    runs = tuple(run(k) for k in range(settings.seeds))
+    first = tasks_of(settings.seed)  # names and relation are the same for all seeds
+    return Result(
+        settings, data.name, first.train.names, first.validation.names, first.related, runs
+    )
 
 
 class _Experiment:
