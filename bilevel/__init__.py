@@ -23,9 +23,9 @@ from bilevel.errors import (
 )
 from bilevel.estimate import Newton
 from bilevel.gmres import GMRES
-from bilevel.inverses import Dense, Neumann, Nystrom
+from bilevel.inverses import Dense, Nystrom
 from bilevel.kkt import KKT, kkt
-from bilevel.krylov import CG, NormalCG
+from bilevel.krylov import CG
 from bilevel.lagrangian import Adjoint, Swept, adjoint, lagrangian
 from bilevel.linear import LinearResult, LinearSolver, Operator
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Truncation, Warm
@@ -34,7 +34,9 @@ from bilevel.methods.mlm import MLM, Bounds
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
 from bilevel.modules import Phases, functional
+from bilevel.neumann import Neumann
 from bilevel.newton import NewtonCG
+from bilevel.normal_cg import NormalCG
 from bilevel.normalisers import NormalisedSigmoid, Normaliser, Softmax, Sparsemax
 from bilevel.optimizers import Adam, GradientDescent, HeavyBall, InnerOptimizer, ProximalGradient
 from bilevel.problem import BilevelProblem, ByStep

@@ -355,6 +355,11 @@ def paused() -> torch.no_grad:
     return torch.no_grad()
 
 
+def is_taped(values: Tree) -> bool:
+    """Whether what is computed from `values` leaves a graph."""
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves_of(values))
+
+
 def pushforward(
     function: Callable[..., Tree], arguments: tuple[Tree, ...], directions: tuple[Tree, ...]
 ) -> tuple[Tree, Tree]:
@@ -375,8 +380,7 @@ def pushforward(
     Raises:
         LostGradientError: if nothing is attached and the value is nevertheless.
     """
-    tensors = [x for x in tree.leaves_of(arguments) if isinstance(x, Tensor)]
-    attached = any(x.requires_grad for x in tensors)
+    attached = is_taped(arguments)
     with torch.enable_grad():
         inputs = told_apart(arguments, set())
         value = function(*inputs)

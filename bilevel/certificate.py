@@ -60,7 +60,7 @@ class Certificate:
             certificate's own; None without one.
         corrected: a better hypergradient, found on the way; None without a sound estimate.
         products: products with second derivatives that the certificate took, Hessian and mixed.
-        bound: bound of the error, where constants were given.
+        bound: bound of the relative error, where constants were given; it may be infinite.
         batch: which inner batch the residual and the estimate are of.
         reason: why it is not trustworthy; empty if it is.
     """
@@ -85,7 +85,7 @@ class Certificate:
         else:
             error = "unknown relative error"
         parts = [f"{error} against {self.target.described}"]
-        if self.bound is not None:
+        if self.bound is not None and math.isfinite(self.bound):
             parts.append(f"at most {self.bound:.1e} by the constants given")
         if self.inner_residual is not None:
             parts.append(f"inner residual {self.inner_residual:.1e} with {self.batch}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.dynamics import Dynamics, Map
-from bilevel.errors import ArgumentError, CompileWarning
+from bilevel.errors import ArgumentError, CompileWarning, UnsupportedError
 from bilevel.tree import Tree
 
 Step = Callable[[Tree, Tree, int], Tree]
@@ -57,27 +57,24 @@ class Compiled(Dynamics):
         return self.dynamics.readout(state)
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
-        if "step" not in self._chosen:
-            self._choose(state, control)
-        step = self._chosen["step"]
+        step = self._chosen.get("step")
         if step == self.dynamics.step:
             return step(state, control, t)
         try:
+            if step is None:
+                step = self._chosen["step"] = self._compiled(state, control)
             return step(state, control, t)
         except Exception as error:
             found = self.dynamics.step(state, control, t)  # raises what is the step's own fault
             self._fall_back(_reason(error))
             return found
 
-    def _choose(self, state: Tree, control: Tree) -> None:
+    def _compiled(self, state: Tree, control: Tree) -> Step:
         if any(isinstance(x, Tensor) and x.is_complex() for x in tree.leaves_of((state, control))):
-            self._fall_back("torch has no kernels of its own for complex tensors")
-            return
+            raise UnsupportedError("torch makes no kernels for complex tensors")
         # Torch allows a function so many compilations, and every Map has the same `step`.
         step = self.dynamics.g if isinstance(self.dynamics, Map) else self.dynamics.step
-        self._chosen["step"] = torch.compile(
-            step, fullgraph=True, options={"fallback_random": True}
-        )
+        return torch.compile(step, fullgraph=True, options={"fallback_random": True})
 
     def _fall_back(self, reason: str) -> None:
         self._chosen["step"] = self.dynamics.step
@@ -85,7 +82,7 @@ class Compiled(Dynamics):
             f"the step could not be compiled and runs as it is ({reason}); leave out compilation "
             "to silence this.",
             CompileWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

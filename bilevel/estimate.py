@@ -133,17 +133,17 @@ class Newton(Certifier):
             known,
             error_estimate=judged.estimate,
             trustworthy=judged.estimate <= self.trust,
-            corrected=judged.corrected,
-            reason=self._too_large(judged),
+            corrected=judged.corrected if math.isfinite(judged.estimate) else None,
+            reason=self._too_large(judged, _remedy(found)),
         )
 
-    def _too_large(self, judged: "_Judged") -> str:
+    def _too_large(self, judged: "_Judged", remedy: str) -> str:
         if judged.estimate <= self.trust:
             return ""
         if math.isfinite(judged.estimate):
             return (
-                f"the error is above trust={self.trust:g}; make more inner steps, or take the "
-                "corrected hypergradient"
+                f"the error is above trust={self.trust:g}; {remedy}, or take the corrected "
+                "hypergradient"
             )
         if not math.isfinite(judged.size):
             return "the hypergradient is not finite"
@@ -209,6 +209,14 @@ def _judge(here: Point, moved: Correction, solved: LinearResult, h: Tree) -> _Ju
         _distance(b, applied),
         _distance(h, tree.subtract(d, pulled)),
     )
+
+
+def _remedy(found: Found) -> str:
+    """What brings a hypergradient nearer to that of the minimiser."""
+    more = "make more inner steps"
+    if found.truncation is not None:
+        return f"{more} and reverse more of them"
+    return more if found.linear is None else f"{more}, solve the linear system further"
 
 
 def _batch(instance: Instance) -> str:

@@ -1,8 +1,10 @@
 """Trees as flat real vectors: what Krylov methods compute with.
 
-A complex leaf is two real dimensions, so that the dot product of flat vectors is Re<a, b>.
+A complex leaf is two real dimensions, so that the dot product of flat vectors is Re<a, b>. Those of
+several systems side by side are the rows of a matrix.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +14,15 @@ from bilevel import tree
 from bilevel.errors import StructureError
 from bilevel.tree import Tree
 
+_AS_THEY_ARE = (torch.float32, torch.float64)
+
 
 class _Piece(NamedTuple):
     """One leaf and its part of the flat vector."""
 
     place: int  # of the leaf in the tree
-    start: int
-    size: int
+    start: int  # of it
+    shape: tuple[int, ...]  # of it: (size,), with columns (columns, size)
     like: Tensor
     strides: tuple[int, ...]
     dtype: torch.dtype  # the leaf's, in the precision of the flat vector
@@ -30,27 +34,37 @@ class Flat:
 
     Leaves of several precisions meet in the widest, at least float32, on the device of the first;
     a product then rounds to each leaf's own.
+
+    Attributes:
+        dtype: of flat vectors.
+        device: of flat vectors.
+        width: dimension of one system.
+        shape: of flat vectors, (width,), with columns (columns, width).
     """
 
-    def __init__(self, vector: Tree, name: str) -> None:
+    def __init__(self, vector: Tree, name: str, columns: int | None = None) -> None:
         """Lay out the leaves of `vector`.
 
         Args:
             vector: floating-point and complex tensors, None elsewhere.
             name: what the user calls it.
+            columns: length of the leading axis of every leaf, if the places along it are systems
+                of their own.
 
         Raises:
             StructureError: if a leaf is anything else.
         """
+        self._template, self._columns = vector, columns
+        # The common cases cost least: the tree is one real tensor, a flat vector even.
+        self._is_tensor = isinstance(vector, Tensor) and vector.dtype in _AS_THEY_ARE
+        self._is_vector = self._is_tensor and vector.ndim == 1 and not columns
+        if self._is_tensor and not columns:
+            self.dtype, self.device, self._shape = vector.dtype, vector.device, vector.shape
+            self.width = vector.numel()
+            self.shape = (self.width,)
+            return
         leaves, self._structure = tree.flatten(vector)
-        for i, leaf in enumerate(leaves):
-            if leaf is not None and not tree.is_variable(leaf):
-                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise StructureError(
-                    f"{tree.leaf_names(vector, name)[i]} must be a floating-point or complex "
-                    f"tensor, or None where there is no variable, got {kind}."
-                )
-        self._template = vector
+        self._check_leaves(leaves, name)
         self._n_leaves = len(leaves)
         present = [(i, leaf) for i, leaf in enumerate(leaves) if leaf is not None]
         self.dtype = torch.float32
@@ -59,26 +73,43 @@ class Flat:
         self.device = present[0][1].device if present else torch.device("cpu")
         # Complex leaves first: a complex view has to begin at an even place.
         present.sort(key=lambda item: not item[1].is_complex())
-        self.n = 0
-        self._pieces: list[_Piece] = []
-        for place, leaf in present:
-            piece = self._piece(place, leaf)
-            self._pieces.append(piece)
-            self.n += piece.size
-        # The common cases cost least: the tree is one real tensor, a flat vector even.
-        self._is_tensor = isinstance(vector, Tensor) and self._pieces[0].as_it_is
-        self._is_vector = self._is_tensor and vector.ndim == 1
+        sizes = [x.numel() * (2 if x.is_complex() else 1) // (columns or 1) for _, x in present]
+        self.width = sum(sizes)
+        self.shape = (columns, self.width) if columns else (self.width,)
+        self._pieces = [
+            self._piece(place, start, size, leaf)
+            for (place, leaf), start, size in zip(
+                present, itertools.accumulate([0, *sizes]), sizes, strict=False
+            )
+        ]
         self._shape = vector.shape if isinstance(vector, Tensor) else torch.Size()
 
-    def _piece(self, place: int, leaf: Tensor) -> _Piece:
-        complex_ = leaf.is_complex()
+    def _check_leaves(self, leaves: list[Any], name: str) -> None:
+        for i, leaf in enumerate(leaves):
+            if leaf is None:
+                continue
+            if not tree.is_variable(leaf):
+                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise StructureError(
+                    f"{tree.leaf_names(self._template, name)[i]} must be a floating-point or "
+                    f"complex tensor, or None where there is no variable, got {kind}."
+                )
+            if self._columns and leaf.shape[:1] != (self._columns,):
+                raise StructureError(
+                    f"{tree.leaf_names(self._template, name)[i]} must have a leading axis of "
+                    f"length {self._columns}, one place a column, got shape {tuple(leaf.shape)}; "
+                    "stack the columns there, or use an operator without columns."
+                )
+
+    def _piece(self, place: int, start: int, size: int, leaf: Tensor) -> _Piece:
+        strides = leaf.contiguous().stride()
         return _Piece(
             place,
-            self.n,
-            leaf.numel() * (2 if complex_ else 1),
+            start,
+            (self._columns, size) if self._columns else (size,),
             leaf,
-            leaf.contiguous().stride(),
-            self.dtype.to_complex() if complex_ else self.dtype,
+            (self.width, *strides[1:]) if self._columns else strides,
+            self.dtype.to_complex() if leaf.is_complex() else self.dtype,
             leaf.dtype == self.dtype and leaf.device == self.device,
         )
 
@@ -96,8 +127,8 @@ class Flat:
         if self._is_tensor and tree.alike(found, self._template):
             return
         leaves, structure = tree.flatten(found)
-        if structure == self._structure:
-            wanted = tree.leaves_of(self._template)
+        wanted, expected = tree.flatten(self._template)
+        if structure == expected:
             leaves = [
                 old if new is None or (old is None and not tree.is_variable(new)) else new
                 for new, old in zip(leaves, wanted, strict=True)
@@ -107,24 +138,28 @@ class Flat:
 
     def vector(self, vector: Tree) -> Tensor:
         """The flat vector of a tree; it may share memory with the tree."""
-        if self._is_tensor and isinstance(vector, Tensor):
-            return vector if self._is_vector else vector.reshape(-1)
+        if self._is_tensor:
+            if vector is None:
+                return self.zeros()
+            return vector if self._is_vector else vector.reshape(self.shape)
         leaves: list[Any] = self._structure.flatten_up_to(vector)
         parts = [
-            leaves[piece.place].reshape(-1)
+            leaves[piece.place].reshape(piece.shape)
             if piece.as_it_is and leaves[piece.place] is not None
             else self._part(leaves[piece.place], piece)
             for piece in self._pieces
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else self.zeros()
+        if not parts:
+            return self.zeros()
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _part(self, leaf: Tensor | None, piece: _Piece) -> Tensor:
         if leaf is None:
-            return torch.zeros(piece.size, dtype=self.dtype, device=self.device)
+            return torch.zeros(piece.shape, dtype=self.dtype, device=self.device)
         leaf = leaf.to(device=self.device, dtype=piece.dtype)
         if leaf.is_complex():
             leaf = torch.view_as_real(leaf.resolve_conj())
-        return leaf.reshape(-1)
+        return leaf.reshape(piece.shape)
 
     def tree(self, vector: Tensor) -> Tree:
         """The tree of a contiguous vector, sharing its memory where it can.
@@ -139,12 +174,13 @@ class Flat:
             return vector if self._is_vector else vector.view(self._shape)
         leaves: list[Any] = [None] * self._n_leaves
         base = vector.storage_offset()
-        for place, start, size, like, strides, dtype, as_it_is in self._pieces:
+        for place, start, shape, like, strides, dtype, as_it_is in self._pieces:
             leaves[place] = (
                 # One call where a slice and a view would be two.
                 vector.as_strided(like.shape, strides, base + start)
                 if as_it_is
-                else vector[start : start + size]
+                else vector[..., start : start + shape[-1]]
+                .reshape(-1)
                 .view(dtype)
                 .view(like.shape)
                 .to(like.device, like.dtype)
@@ -161,4 +197,4 @@ class Flat:
 
     def zeros(self) -> Tensor:
         """The zero vector."""
-        return torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)

@@ -1,73 +1,23 @@
-"""Solvers that are not Krylov methods: the Neumann series, a Nystrom sketch, the full matrix."""
+"""Solvers that do not iterate: a Nystrom sketch, the full matrix."""
 
 import math
 from dataclasses import dataclass
-from typing import final
+from functools import partial
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from bilevel.errors import ArgumentError
-from bilevel.linear import LinearResult, LinearSolver, Operator
-from bilevel.system import (
-    System,
+from bilevel.linear import (
+    LinearResult,
+    LinearSolver,
+    Operator,
     check_settings,
-    dot,
-    finite,
     refuse_asymmetric,
-    solve_flat,
 )
+from bilevel.system import System, solve_flat
 from bilevel.tree import Tree
-
-
-@final
-@dataclass(frozen=True)
-class Neumann(LinearSolver):
-    """The series `x = step sum_{k < terms} (I - step A)^k b`, for any operator.
-
-    It converges where the spectral radius of `I - step A` is below 1. On `A = (I - dPhi)^*` it is
-    the multiplier sweep frozen at the last iterate.
-
-    Attributes:
-        terms: most terms to add up, one product each; the last serves the residual alone.
-        step: factor `step` of the series.
-        rtol: stop at `|b - A x| <= rtol |b|`; 0 adds all terms.
-
-    Raises:
-        ArgumentError: if a setting is out of range.
-
-    Example:
-        >>> found = Neumann(terms=3, step=0.5).solve(Operator(lambda v: v), torch.tensor(1.0))
-        >>> found.solution, found.residual
-        (tensor(0.8750), 0.125)
-    """
-
-    terms: int
-    step: float = 1.0
-    rtol: float = 1e-8
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        check_settings(rtol=self.rtol, positive={"terms": self.terms})
-        if not (self.step > 0 and math.isfinite(self.step)):
-            raise ArgumentError(f"step must be finite and > 0, got {self.step}.")
-
-    def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
-        """See `LinearSolver`; `steps` products, one more with a `start`."""
-        return solve_flat(self._iterate, operator, rhs, start)
-
-    def _iterate(self, system: System) -> LinearResult:
-        x, r, norm = system.begin()
-        target, size, steps = self.rtol * system.rhs_norm, 0.0, 0
-        while norm > target and steps < self.terms:
-            steps += 1
-            x.add_(r, alpha=self.step)
-            Ar = system.apply(r)
-            size = max(size, math.sqrt(finite(dot(Ar, Ar), steps)) / norm)
-            r = torch.sub(r, Ar, alpha=self.step)
-            norm = math.sqrt(finite(dot(r, r), steps))
-        floor = system.floor(size, math.sqrt(dot(x, x)))
-        return system.result(x, max(norm, floor), steps, rtol=self.rtol, floor=floor)
 
 
 @final
@@ -113,28 +63,34 @@ class Nystrom(LinearSolver):
         return solve_flat(self._correct, operator, rhs, start, self.damping)
 
     def _correct(self, system: System) -> LinearResult:
-        n, eps = system.flat.n, system.eps
+        n, eps = system.flat.width, system.eps
         x, r, _ = system.begin()
         # On the CPU: the same numbers on every device.
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randn(n, min(self.rank, n), generator=generator, dtype=torch.float64)
         Q = torch.linalg.qr(drawn)[0].to(r)
-        Y = _image(system, Q.T.contiguous()) - self.damping * Q
+        Y = _image(system, Q) - self.damping * Q
         core = Q.T @ Y
-        values, vectors = torch.linalg.eigh((core + core.T) / 2)
-        size = values.abs().max().item()
-        kept = values.abs() > 10 * eps * math.sqrt(n) * size
-        basis, R = torch.linalg.qr(Y @ vectors[:, kept])
-        found, turn = torch.linalg.eigh((R / values[kept]) @ R.T)
+        values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+        size = values.abs().amax(1)
+        kept = values.abs() > 10 * eps * math.sqrt(n) * size[:, None]
+        basis, R = torch.linalg.qr((Y @ vectors) * kept[:, None])
+        found, turn = torch.linalg.eigh((R / torch.where(kept, values, 1)[:, None]) @ R.mT)
         U = basis @ turn
-        part = U.T @ r
-        x.add_((r - U @ part) / self.damping + U @ (part / (found + self.damping)))
+        r = r.view(-1, n, 1)
+        part = U.mT @ r
+        beyond = (r - U @ part) / self.damping
+        x.add_((beyond + U @ (part / (found + self.damping)[..., None])).view_as(x))
         r = system.rhs - system.apply(x)
-        norm = math.sqrt(finite(dot(r, r), 1))
-        floor = _floor(system, size + self.damping, x)
-        ritz = values[0].item() + self.damping
+        ritz = (values[:, 0] + self.damping).tolist()
         return system.result(
-            x, norm, 1, rtol=self.rtol, floor=floor, ritz=ritz, indefinite=ritz <= 0
+            x,
+            system.norms(r, 1),
+            [int(size > 0) for size in system.rhs_norms],
+            rtol=self.rtol,
+            floors=_floors(system, (size + self.damping).tolist(), x),
+            indefinite=[value <= 0 for value in ritz],
+            find_ritz=partial(min, ritz),
         )
 
 
@@ -176,58 +132,78 @@ class Dense(LinearSolver):
 
     def _symmetric(self, system: System) -> LinearResult:
         x, r, _ = system.begin()
-        A = _image(system, torch.eye(system.flat.n).to(x))
-        eps, size = system.eps, A.norm().item()
-        gap = (A - A.T).norm().item()
-        if gap > math.sqrt(eps) * size:
-            raise ArgumentError(
-                f"the operator must be symmetric, as symmetric=True says, got a matrix with "
-                f"|A - A^T| / |A| = {gap / size:.1e}; correct the product, or pass symmetric=False."
-            )
-        values, V = torch.linalg.eigh((A + A.T) / 2)
-        x.add_(V @ _divided(V.T @ r, values))
-        smallest = values[0].item()
-        indefinite = smallest <= eps * size
-        return self._result(system, x, A, ritz=smallest, indefinite=indefinite)
+        A = _matrices(system)
+        eps, sizes = system.eps, _sizes(A)
+        for size, gap in zip(sizes, _sizes(A - A.mT), strict=True):
+            if gap > math.sqrt(eps) * size:
+                raise ArgumentError(
+                    "the operator must be symmetric, as symmetric=True says, got a matrix with "
+                    f"|A - A^T| / |A| = {gap / size:.1e}; correct the product, or pass "
+                    "symmetric=False."
+                )
+        values, V = torch.linalg.eigh((A + A.mT) / 2)
+        x.add_((V @ _divided(V.mT @ _upright(r, A), values)).view_as(x))
+        smallest = values[:, 0].tolist()
+        return self._result(
+            system,
+            x,
+            A,
+            indefinite=[value <= eps * size for value, size in zip(smallest, sizes, strict=True)],
+            find_ritz=partial(min, smallest),
+        )
 
     def _general(self, system: System) -> LinearResult:
         x, r, _ = system.begin()
-        A = _image(system, torch.eye(system.flat.n).to(x))
+        A = _matrices(system)
         U, values, Vh = torch.linalg.svd(A)
-        x.add_(Vh.T @ _divided(U.T @ r, values))
+        x.add_((Vh.mT @ _divided(U.mT @ _upright(r, A), values)).view_as(x))
         return self._result(system, x, A)
 
-    def _result(
-        self,
-        system: System,
-        x: Tensor,
-        A: Tensor,
-        *,
-        ritz: float | None = None,
-        indefinite: bool | None = None,
-    ) -> LinearResult:
-        norm = (system.rhs - A @ x).norm().item()
-        floor = _floor(system, A.norm().item(), x)
+    def _result(self, system: System, x: Tensor, A: Tensor, **more: Any) -> LinearResult:
+        r = system.rhs - (A @ _upright(x, A)).view_as(x)
         return system.result(
-            x, norm, 1, rtol=self.rtol, floor=floor, ritz=ritz, indefinite=indefinite
+            x,
+            system.norms(r, 1),
+            [int(size > 0) for size in system.rhs_norms],
+            rtol=self.rtol,
+            floors=_floors(system, _sizes(A), x),
+            **more,
         )
 
 
-def _image(system: System, vectors: Tensor) -> Tensor:
-    """The products with the rows of `vectors`, as columns."""
-    columns = [system.apply(v.clone()).clone() for v in vectors]
-    for k, column in enumerate(columns, 1):
-        finite(dot(column, column), k)
-    return torch.stack(columns, 1)
+def _image(system: System, Q: Tensor) -> Tensor:
+    """The products with the columns of `Q`, for each column of the system a matrix."""
+    found = []
+    for k, v in enumerate(Q.T, 1):
+        product = system.apply(v.expand(system.flat.shape).clone())
+        system.norms(product, k)
+        found.append(product.clone().view(-1, len(v)))
+    return torch.stack(found, -1)
+
+
+def _upright(v: Tensor, A: Tensor) -> Tensor:
+    """A flat vector as what the matrices `A` are multiplied with."""
+    return v.reshape(len(A), -1, 1)
+
+
+def _matrices(system: System) -> Tensor:
+    """The matrix of each column of the system."""
+    return _image(system, torch.eye(system.flat.width).to(system.rhs))
+
+
+def _sizes(A: Tensor) -> list[float]:
+    """Norm of each matrix."""
+    return torch.linalg.matrix_norm(A).tolist()
 
 
 def _divided(a: Tensor, values: Tensor) -> Tensor:
-    """`a / values`, zero where the value is zero up to rounding."""
-    size = values.abs().max()
-    kept = values.abs() > values.numel() * torch.finfo(values.dtype).eps * size
-    return torch.where(kept, a / torch.where(kept, values, 1), 0)
+    """`a / values` of each column, zero where the value is zero up to rounding."""
+    size = values.abs().amax(1, keepdim=True)
+    kept = values.abs() > values.shape[1] * torch.finfo(values.dtype).eps * size
+    return torch.where(kept[..., None], a / torch.where(kept, values, 1)[..., None], 0)
 
 
-def _floor(system: System, size: float, x: Tensor) -> float:
-    """Rounding level of a residual that is computed: a sum of n terms, whose roundings add up."""
-    return 4 * math.sqrt(system.flat.n) * system.floor(size, math.sqrt(dot(x, x)))
+def _floors(system: System, sizes: list[float], x: Tensor) -> list[float]:
+    """Rounding level of residuals that are computed: sums of n terms, whose roundings add up."""
+    factor = 4 * math.sqrt(system.flat.width)
+    return [factor * floor for floor in system.floors(sizes, x)]

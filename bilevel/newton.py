@@ -18,7 +18,6 @@ from bilevel.lagrangian import Adjoint
 from bilevel.linear import LinearSolver, Operator
 from bilevel.randomness import RandomState
 from bilevel.second_order import hvp
-from bilevel.trajectory import versions_of
 from bilevel.tree import Tree
 
 Product = Callable[[list[Tensor]], list[Tensor]]  # direction -> Hessian times direction
@@ -178,7 +177,7 @@ class NewtonRun:
         if self._problem is None or (batch is not None and step != self._step):
             self._problem, self._known = self._given(batch), None
         self._step = step
-        versions = versions_of(control)
+        versions = [x._version for x in tree.leaves_of(control) if tree.is_variable(x)]
         if self._known is None or self._known[0] != versions:
             self._random.restore()
             found = self._evaluate(*self._problem, control, step)

@@ -10,8 +10,9 @@ multipliers and the gradient (8) are found together with their derivatives along
 """
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import cast
 
 import torch
@@ -37,10 +38,13 @@ class Tangent(Dynamics):
     Attributes:
         dynamics: g and g0.
         shared: whether the control has a part per step and one that every step shares.
+        retaping: whether the forward sweep is done; a taped step then gives u alone, with v as it
+            came, because only v at the start of a block is needed.
     """
 
     dynamics: Dynamics
     shared: bool
+    retaping: bool = False
 
     def init(self, observation: Tree, control: Tree) -> Tree:  # noqa: D102
         (f, e), (theta, d) = observation, control
@@ -49,6 +53,8 @@ class Tangent(Dynamics):
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         theta, d = self.apart(control)
         u, v = state
+        if self.retaping and autodiff.is_taped((u, theta)):
+            return self.dynamics.step(u, theta, t), v
         return autodiff.pushforward(
             lambda u, theta: self.dynamics.step(u, theta, t), (u, theta), (v, d)
         )
@@ -216,6 +222,7 @@ def tangent_sweep(
         The running cost and the second derivative in the observation.
     """
     tangent = cast("Tangent", trajectory.dynamics)
+    trajectory.dynamics, trajectory.compared = replace(tangent, retaping=True), itemgetter(0)
     multiplier, moved = multipliers
     total: Tensor | float = 0.0
     with autodiff.recording():

@@ -7,24 +7,28 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff
-from bilevel.errors import ArgumentError, DivergenceError
+from bilevel.errors import DivergenceError
 from bilevel.flat import Flat
 from bilevel.linear import LinearResult, Operator
 from bilevel.tree import Tree
 
 
 class System:
-    """`(A + damping I) x = b` on flat vectors, scaled so that the largest entry of `b` is near 1.
+    """`(A + damping I) x = b` on flat vectors, with `b` scaled where it is large or small.
 
-    The scale is a power of two, so no digit changes; without it the square of a small residual
-    would be lost to underflow, and zero would pass for the solution.
+    The largest entry is then near 1. The scale is a power of two, so no digit changes; without it
+    the square of a small residual would be lost to underflow, and zero would pass for the solution.
+    Each column has its own, which a block diagonal operator does not notice. Lists have an entry a
+    column, one where there are none.
 
     Attributes:
         flat: the layout of the trees.
+        columns: of the operator.
         rhs: `b`, scaled; not to be written to.
-        rhs_norm: of the scaled `b`.
-        start_norm: of the scaled first iterate.
+        rhs_norms: of the scaled `b`.
+        start_norms: of the scaled first iterate.
         eps: of the dtype of both.
+        unit: half of it: no residual is known better than this times the terms it is made of.
         products: made so far.
     """
 
@@ -42,33 +46,63 @@ class System:
         Raises:
             DivergenceError: if `rhs` or `start` is not finite.
         """
-        self.flat = Flat(rhs, "rhs")
+        self.columns = operator.columns
+        self._scale: float | Tensor | None
+        self.flat = Flat(rhs, "rhs", self.columns)
         self.products = 0
         self._operator, self._damping = operator, damping
         self._unchecked = {"operator.apply", "operator.adjoint"}
         b = self.flat.vector(rhs).detach()
-        largest = torch.linalg.vector_norm(b, math.inf).item() if self.flat.n else 0.0
-        if not math.isfinite(largest):
-            raise DivergenceError("rhs is not finite: look at what computed it.")
-        self._scale = 2.0 ** (math.frexp(largest)[1] - 1)
-        self.rhs = b / self._scale
-        self.eps = torch.finfo(b.dtype).eps
-        self.rhs_norm = math.sqrt(dot(self.rhs, self.rhs))
+        limits = torch.finfo(b.dtype)
+        self.eps, self.unit = limits.eps, 0.5 * limits.eps
+        small = limits.tiny ** (1 / 3)
+        if self.columns is None and small < (square := dot(b, b)) < 1 / small:
+            self._scale, self.rhs, self.rhs_norms = None, b, [math.sqrt(square)]
+        else:
+            self._scale = self._power_of_two(b)
+            self.rhs = b / self._scale
+            self.rhs_norms = self.norms(self.rhs, 0)
         self._start: Tensor | None = None
-        self.start_norm = 0.0
+        self.start_norms = [0.0] * len(self.rhs_norms)
         if start is not None:
             self.flat.check(start, "start", "start must match rhs")
-            self._start = self.flat.vector(start).detach() / self._scale
-            self.start_norm = torch.linalg.vector_norm(self._start).item()
-            if not math.isfinite(self.start_norm):
+            x = self.flat.vector(start).detach() / (1.0 if self._scale is None else self._scale)
+            for k, norm in enumerate(self.rhs_norms):
+                if not norm:  # where the right-hand side is zero, so is the solution
+                    x[k] = 0
+            if not torch.isfinite(torch.linalg.vector_norm(x)):
                 raise DivergenceError("start is not finite: pass None to start at zero.")
+            self._start, self.start_norms = x, self.norms(x, 0)
 
-    def begin(self) -> tuple[Tensor, Tensor, float]:
-        """The first iterate, its residual, not to be written to, and the norm; 0 or 1 product."""
+    def _power_of_two(self, b: Tensor) -> float | Tensor:
+        """The scale of each column."""
+        if self.columns is None:
+            return _below(b.abs().max().item() if self.flat.width else 0.0)
+        largest = b.abs().amax(1).tolist() if self.flat.width else [0.0] * self.columns
+        return self.factors([_below(x) for x in largest])
+
+    def factors(self, values: list[float]) -> float | Tensor:
+        """What flat vectors are multiplied by, one value a column."""
+        if self.columns is None:
+            return values[0]
+        return torch.tensor(values, dtype=self.flat.dtype, device=self.flat.device)[:, None]
+
+    def dots(self, a: Tensor, b: Tensor, step: int) -> list[float]:
+        """Dot product of each column; `step` is for the error if one is not finite."""
+        if self.columns is None:
+            return [finite(dot(a, b), step)]
+        return _finite_columns((a * b).sum(1), step)
+
+    def norms(self, v: Tensor, step: int) -> list[float]:
+        """Norm of each column, likewise."""
+        return [math.sqrt(square) for square in self.dots(v, v, step)]
+
+    def begin(self) -> tuple[Tensor, Tensor, list[float]]:
+        """The first iterate, its residual and the norms of that; 0 or 1 product."""
         if self._start is None:
-            return self.flat.zeros(), self.rhs, self.rhs_norm
+            return self.flat.zeros(), self.rhs.clone(), self.rhs_norms
         r = self.rhs - self.apply(self._start)
-        return self._start, r, math.sqrt(finite(dot(r, r), 0))
+        return self._start, r, self.norms(r, 0)
 
     def apply(self, v: Tensor) -> Tensor:
         """`(A + damping I) v`; not to be written to."""
@@ -89,55 +123,59 @@ class System:
         product = self.flat.vector(found)
         return product.add(v, alpha=self._damping) if self._damping else product
 
-    def floor(self, size: float, length: float) -> float:
-        """Least residual norm that rounding allows.
-
-        Args:
-            size: estimate of the norm of the operator.
-            length: norm of the iterate.
-
-        Returns:
-            Half a unit in the last place of the terms that the residual is the difference of.
-        """
-        return 0.5 * self.eps * (self.rhs_norm + size * length)
+    def floors(self, sizes: list[float], x: Tensor) -> list[float]:
+        """Least norms of the residual of `x` that rounding allows, by size of the operator."""
+        return [
+            self.unit * (norm + size * length)
+            for norm, size, length in zip(self.rhs_norms, sizes, self.norms(x, 0), strict=True)
+        ]
 
     def result(
         self,
         x: Tensor,
-        norm: float,
-        steps: int,
+        norms: list[float],
+        steps: list[int],
         *,
         rtol: float,
-        floor: float,
-        ritz: float | None = None,
-        indefinite: bool | None = None,
+        floors: list[float],
+        indefinite: list[bool] | None = None,
+        find_ritz: Callable[[], float | None] | None = None,
     ) -> LinearResult:
         """The record of an iterate.
 
         Args:
             x: the iterate.
-            norm: of its residual, as the method tracks it.
+            norms: of its residual, as the method tracks it.
             steps: made.
             rtol: that was asked for.
-            floor: residual norm that counts as reached if `rtol` asks for less. Not where it is
-                large: an iterate so long that its residual is all rounding solves nothing.
-            ritz: for the record.
+            floors: norms of residuals that count as reached if `rtol` asks for less. Not where they
+                are large: an iterate so long that its residual is all rounding solves nothing.
             indefinite: for the record.
+            find_ritz: for the record.
 
         Returns:
             The record, its numbers scaled back.
         """
-        reached = max(rtol, min(floor / self.rhs_norm, math.sqrt(self.eps)))
-        residual = max(norm / self.rhs_norm, self.floor(0, 0) / self.rhs_norm)
+        residuals, converged = [], []
+        for norm, floor, size in zip(norms, floors, self.rhs_norms, strict=True):
+            residual = max(norm / size, self.unit) if size else 0.0
+            reached = max(rtol, min(floor / size, math.sqrt(self.eps))) if size else 0.0
+            residuals.append(residual)
+            converged.append(residual <= reached)
+        single = self.columns is None
         return LinearResult(
             # Views of one storage would be a trap for who trains on them.
-            self.flat.copied(x * self._scale),
-            residual,
-            steps,
+            self.flat.copied(x if self._scale is None else x * self._scale),
+            max(residuals),
+            max(steps),
             self.products,
-            residual <= reached,
-            ritz,
-            indefinite,
+            all(converged),
+            None if indefinite is None else any(indefinite),
+            None if single else tuple(residuals),
+            None if single else tuple(steps),
+            None if single else tuple(converged),
+            None if single or indefinite is None else tuple(indefinite),
+            find_ritz,
         )
 
 
@@ -151,9 +189,17 @@ def solve_flat(
     """`method` of the flat system, without a graph; zero if `rhs` is zero."""
     with autodiff.paused():
         system = System(operator, rhs, start, damping)
-        if system.rhs_norm:
+        if any(system.rhs_norms):
             return method(system)
-        return LinearResult(system.flat.tree(system.flat.zeros()), 0.0, 0, 0, converged=True)
+        norms = system.rhs_norms
+        return system.result(system.flat.zeros(), norms, [0] * len(norms), rtol=0.0, floors=norms)
+
+
+def _below(largest: float) -> float:
+    """The largest power of two that is not above a positive number."""
+    if not math.isfinite(largest):
+        raise DivergenceError("rhs is not finite: look at what computed it.")
+    return 2.0 ** (math.frexp(largest)[1] - 1)
 
 
 def dot(a: Tensor, b: Tensor) -> float:
@@ -161,12 +207,13 @@ def dot(a: Tensor, b: Tensor) -> float:
     return torch.dot(a, b).item()
 
 
-def finite(value: float, step: int) -> float:
+def finite(value: float, step: int, place: str = "") -> float:
     """`value`, if it is finite.
 
     Args:
         value: a scalar that the iteration goes on with.
         step: iterations begun, from 1.
+        place: where in the system.
 
     Returns:
         `value`.
@@ -176,46 +223,13 @@ def finite(value: float, step: int) -> float:
     """
     if not math.isfinite(value):
         raise DivergenceError(
-            f"the linear solve met {value} at step {step}: the operator returned a value that is "
-            "not finite, or the iteration grew without bound. Check the operator at the present "
-            "point."
+            f"the linear solve met {value} at step {step}{place}: the operator returned a value "
+            "that is not finite, or the iteration grew without bound. Check the operator at the "
+            "present point."
         )
     return value
 
 
-def refuse_asymmetric(operator: Operator, method: str) -> None:
-    """Refuse an operator that is not known to be symmetric.
-
-    Args:
-        operator: of the system.
-        method: which needs it.
-
-    Raises:
-        ArgumentError: naming methods that do not.
-    """
-    if not operator.symmetric:
-        raise ArgumentError(
-            f"{method} needs a symmetric operator, got symmetric=False; use GMRES, or NormalCG "
-            "with an adjoint, or pass symmetric=True if Re<A v, w> = Re<v, A w>."
-        )
-
-
-def check_settings(
-    *, rtol: float, damping: float = 0.0, positive: dict[str, float | None] | None = None
-) -> None:
-    """Refuse settings out of range.
-
-    Args:
-        rtol: finite, >= 0.
-        damping: finite, >= 0.
-        positive: by name, whole numbers >= 1, or None.
-
-    Raises:
-        ArgumentError: naming the setting.
-    """
-    for name, value in (("rtol", rtol), ("damping", damping)):
-        if not (value >= 0 and math.isfinite(value)):
-            raise ArgumentError(f"{name} must be finite and >= 0, got {value}.")
-    for name, value in (positive or {}).items():
-        if value is not None and (value < 1 or value != int(value)):
-            raise ArgumentError(f"{name} must be a whole number >= 1, got {value}.")
+def _finite_columns(values: Tensor, step: int) -> list[float]:
+    """`finite`, of one value a column."""
+    return [finite(x, step, f" in column {k}") for k, x in enumerate(values.tolist())]

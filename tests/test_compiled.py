@@ -15,7 +15,7 @@ def problem(**settings):
 
 
 def test_a_step_that_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch):
-    def refuse(function):
+    def refuse(function, **_options):
         def compiled(*arguments):
             raise RuntimeError("InvalidCxxCompiler: no working compiler found")
 
@@ -32,7 +32,7 @@ def test_a_step_that_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch):
 
 
 def test_the_error_of_a_step_is_not_taken_for_one_of_the_compiler(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_options: function)
     step = bl.Compiled(bl.Map(lambda u, c, t: u @ c))
     with pytest.raises(RuntimeError, match=r"size mismatch|shape"):
         step.step(torch.ones(2), torch.ones(3, 3), 1)
@@ -48,7 +48,7 @@ def test_compile_wraps_the_dynamics_once_and_passes_its_parts_on():
 
 
 def test_second_derivatives_are_those_of_the_plain_step(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: pytest.fail("compiled"))
+    monkeypatch.setattr(torch, "compile", lambda *_args, **_options: pytest.fail("compiled"))
     direction = bl.PerStep([real(20 + k, 3, 3) for k in range(3)])
     found = bl.hvp(problem(compile=True), real(9, 3), CONTROL, direction).product.steps
     expected = bl.hvp(problem(), real(9, 3), CONTROL, direction).product.steps

@@ -16,7 +16,7 @@ from reference import assert_same
 import bilevel as bl
 from bilevel import tree
 from bilevel.flat import Flat
-from bilevel.krylov import smallest_eigenvalue
+from bilevel.ritz import smallest_eigenvalue
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 DTYPES = [F64, C128]
@@ -85,7 +85,7 @@ def a_tree(seed, dtype=C128):
 def test_flat_vectors_have_the_dot_product_of_trees(dtype):
     a, b = a_tree(1, dtype), a_tree(2, dtype)
     flat = Flat(a, "a")
-    assert flat.n == 9 if dtype == F64 else 17
+    assert flat.width == 9 if dtype == F64 else 17
     assert float(flat.vector(a) @ flat.vector(b)) == pytest.approx(float(tree.inner(a, b)))
     assert_same(flat.tree(flat.vector(b)), b, rtol=0)
     assert_same(flat.copied(flat.vector(b)), b, rtol=0)
@@ -97,13 +97,13 @@ def test_flat_vectors_have_the_dot_product_of_trees(dtype):
 def test_a_bare_tensor_is_flattened_and_put_back(leaf):
     flat = Flat(leaf, "leaf")
     assert_same(flat.tree(flat.vector(leaf)), leaf.resolve_conj(), rtol=0)
-    assert_same(flat.vector(None), torch.zeros(flat.n, dtype=F64), rtol=0)
+    assert_same(flat.vector(None), torch.zeros(flat.width, dtype=F64), rtol=0)
 
 
 def test_a_flat_vector_inside_a_storage_is_put_back():
     rhs = {"a": real(1, 2, 2).mT, "b": real(2, 1, 3), "c": real(3)}
     flat = Flat(rhs, "rhs")
-    row = torch.stack([real(4, flat.n), flat.vector(rhs)])[1]
+    row = torch.stack([real(4, flat.width), flat.vector(rhs)])[1]
     assert_same(flat.tree(row), rhs, rtol=0)
 
 
@@ -133,7 +133,7 @@ def test_a_real_system_is_solved(solver, n):
 def test_a_system_of_trees_is_solved(solver, dtype):
     rhs = a_tree(3, dtype)
     flat = Flat(rhs, "rhs")
-    A = positive(4, flat.n)
+    A = positive(4, flat.width)
     found = solver.solve(operator(A, rhs), rhs)
     assert_same(found.solution, flat.tree(truth(A, flat.vector(rhs), solver)), rtol=1e-9)
 

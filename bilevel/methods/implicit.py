@@ -80,6 +80,7 @@ def transposed(residual: Linearisation, instance: Instance) -> Operator:
         residual.pull,
         adjoint=None if symmetric else residual.push,
         symmetric=symmetric,
+        columns=instance.problem.columns,
     )
 
 
