@@ -89,7 +89,7 @@ def test_a_learned_weight_has_the_slope_of_finite_differences(name, draw):
         lambda w, c, batch: square(A @ w - b) / 18, lambda w, c, batch: square(V @ w - goal)
     )
     solver = bl.BilevelSolver(
-        problem, bl.ProximalGradient(0.4, make(weight)), 150, bl.MLM(), certificate=None
+        problem, bl.ProximalGradient(0.4, make(weight)), 300, bl.MLM(), certificate=None
     )
     start = torch.zeros(5, dtype=A.dtype)
 
@@ -99,7 +99,7 @@ def test_a_learned_weight_has_the_slope_of_finite_differences(name, draw):
     at, h = torch.tensor(-0.3, dtype=torch.float64), 1e-5
     slope = (value(at + h) - value(at - h)) / (2 * h)
     for method in (bl.MLM(), bl.Implicit(bl.GMRES()), bl.Implicit(bl.NormalCG(rtol=1e-9))):
-        found = bl.BilevelSolver(problem, solver.optimizer, 150, method, certificate=None)
+        found = bl.BilevelSolver(problem, solver.optimizer, 300, method, certificate=None)
         gradient = found.hypergradient(start, {"w": at}).gradient["w"]
         assert float(gradient) == pytest.approx(slope, rel=1e-6, abs=1e-8)
 
