@@ -323,6 +323,8 @@ class ProximalGradient(InnerOptimizer):
 
     def update(self, state: Tree, gradient: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         size = setting_at(self.step_size, control, t)
+        if t == 1:
+            self.prox.check(state, control)
         return self.prox(descend(state, gradient, size), size, control)
 
     def residual(self, params: Tree, gradient: Tree, control: Tree, t: int) -> Tree:
