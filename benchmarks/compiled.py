@@ -71,7 +71,10 @@ def main() -> None:
     for name, (step, start, control, horizon) in cases().items():
 
         def gradient(
-            dynamics: bl.Dynamics, start: Tensor = start, control: Tensor = control, n: int = horizon
+            dynamics: bl.Dynamics,
+            start: Tensor = start,
+            control: Tensor = control,
+            n: int = horizon,
         ) -> Tensor:
             problem = bl.ControlProblem(dynamics, lambda u, theta: u.square().mean(), n)
             return bl.adjoint(problem, start, control).gradient
