@@ -16,14 +16,14 @@ from benchmarks.measure import machine, median_ratio, paired_times
 Step = Callable[[Tensor, Tensor, int], Tensor]
 
 
-def chain(state: Tensor, control: Tensor, t: int) -> Tensor:
+def chain(state: Tensor, control: Tensor, _t: int) -> Tensor:
     """Eight small pointwise moves: some forty operations."""
     for _ in range(8):
         state = state + 0.1 * torch.sin(control * state) * torch.exp(-state * state)
     return state
 
 
-def oscillator(state: Tensor, control: Tensor, t: int) -> Tensor:
+def oscillator(state: Tensor, control: Tensor, _t: int) -> Tensor:
     """Van der Pol's, one step of Runge and Kutta's method, on the two rows of the state."""
 
     def field(x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def oscillator(state: Tensor, control: Tensor, t: int) -> Tensor:
     return state + h / 6 * (a + 2 * b + 2 * c + field(state + h * c))
 
 
-def layer(state: Tensor, control: Tensor, t: int) -> Tensor:
+def layer(state: Tensor, control: Tensor, _t: int) -> Tensor:
     """One matrix product and one pointwise operation."""
     return torch.tanh(control @ state)
 
@@ -71,9 +71,12 @@ def main() -> None:
     for name, (step, start, control, horizon) in cases().items():
 
         def gradient(
-            dynamics: bl.Dynamics, start: Tensor = start, control: Tensor = control, n: int = horizon
+            dynamics: bl.Dynamics,
+            start: Tensor = start,
+            control: Tensor = control,
+            horizon: int = horizon,
         ) -> Tensor:
-            problem = bl.ControlProblem(dynamics, lambda u, theta: u.square().mean(), n)
+            problem = bl.ControlProblem(dynamics, lambda u, _control: u.square().mean(), horizon)
             return bl.adjoint(problem, start, control).gradient
 
         plain, compiled = bl.Map(step), bl.Compiled(bl.Map(step))

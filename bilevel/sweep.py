@@ -165,9 +165,7 @@ def measure(problem: ControlProblem, observation: Tree, control: Tree) -> Measur
         (4000, 4000)
     """
     dynamics = plain(problem.dynamics)  # torch compiles nothing where storages are counted
-    sweep = _trajectory(
-        dynamics, observation, control, problem.horizon, Checkpointing(block=None)
-    )
+    sweep = _trajectory(dynamics, observation, control, problem.horizon, Checkpointing(block=None))
     with autodiff.recording(), preserved(sweep.devices):
         start = tree.detach(sweep.begin(*tree.detach((observation, control))))
         sweep.devices |= _devices(start)
