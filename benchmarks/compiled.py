@@ -74,9 +74,9 @@ def main() -> None:
             dynamics: bl.Dynamics,
             start: Tensor = start,
             control: Tensor = control,
-            horizon: int = horizon,
+            n: int = horizon,
         ) -> Tensor:
-            problem = bl.ControlProblem(dynamics, lambda u, _control: u.square().mean(), horizon)
+            problem = bl.ControlProblem(dynamics, lambda u, _theta: u.square().mean(), n)
             return bl.adjoint(problem, start, control).gradient
 
         plain, compiled = bl.Map(step), bl.Compiled(bl.Map(step))

@@ -59,7 +59,7 @@ class Compiled(Dynamics):
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         step = self._chosen.get("step")
-        if step == self.dynamics.step:
+        if step is not None and step == self.dynamics.step:
             return step(state, control, t)
         try:
             if step is None:

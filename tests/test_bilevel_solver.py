@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from bilevel_cases import logistic, ridge
-from choices import OPTIMIZERS, lbfgs
+from choices import OPTIMIZERS
 from problems import real, square
 
 import bilevel as bl
@@ -44,8 +44,9 @@ DESCENTS = {
 def test_every_method_and_optimizer_finds_the_minimum(method, name):
     problem, zero, best = quadratic()
     steps = 2 if name == "LBFGS" else 80
-    found = solver(problem, 10, method=method).solve(zero, zero, DESCENTS[name], steps=steps)
-    torch.testing.assert_close(found.control, best, rtol=0, atol=1e-2)
+    found = solver(problem, 15, method=method).solve(zero, zero, DESCENTS[name], steps=steps)
+    atol = 1e-4 if name == "LBFGS" else 1e-2
+    torch.testing.assert_close(found.control, best, rtol=0, atol=atol)
     assert found.steps == len(found.values) == len(found.gradient_norms) == steps
     assert found.value == pytest.approx(
         float(problem.outer(found.params, found.control, None)), rel=1e-12
@@ -67,19 +68,6 @@ def test_maximize_climbs():
     found = solver(problem).solve(zero, zero, OPTIMIZERS["maximize"], steps=20)
     assert found.values == sorted(found.values)
     assert found.values[-1] > found.values[0]
-
-
-def test_lbfgs_solves_a_ridge_problem_to_the_minimum():
-    case = ridge(3)
-    method = bl.Implicit(bl.CG(rtol=1e-12))
-    found = solver(case.problem, case.steps, case.step_size, method=method).solve(
-        case.params, case.control, lbfgs, steps=3
-    )
-    assert found.gradient_norm <= 1e-7
-    exact = bl.BilevelSolver(
-        case.problem, bl.GradientDescent(case.step_size), 4 * case.steps, method, certificate=None
-    ).hypergradient(case.params, found.control)
-    assert float(exact.gradient.norm()) <= 1e-6
 
 
 @pytest.mark.parametrize("optimizer", [bl.HeavyBall(0.1, 0.9), bl.Adam(0.05)], ids=repr)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def load(folder: Path | None = None, part: str | None = None) -> Dataset:
 def _digits() -> Dataset:
     from sklearn.datasets import load_digits  # slow to import
 
-    found = load_digits()
+    found: Any = load_digits()
     inputs = torch.as_tensor(np.asarray(found["data"], np.float32) / 16)
     labels = torch.as_tensor(np.asarray(found["target"], np.int64))
     return Dataset(inputs, labels, 10, 8, "digits")

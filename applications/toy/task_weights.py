@@ -96,7 +96,8 @@ class Learned:
         sigma: shape ``(N,)`` or ``(N, M)``, columns of sum 1.
         related_mass: share of each column on related tasks; one number for a vector.
         values: the outer objective before each update.
-        error_estimate: of the last hypergradient, by its certificate.
+        error_estimate: of the hypergradient at these weights after `fit_steps`, by its
+            certificate, relative: large where little is left to descend.
         seconds: that the descent took.
     """
 
@@ -202,17 +203,22 @@ def run_task_weights(settings: Settings, report: Report) -> Result:
         DivergenceError: if a descent diverges.
     """
     data = load(settings.data)
-    runs = []
-    for k in range(settings.seeds):
-        seed = settings.seed + k
-        tasks = make_tasks(data, settings.tasks, torch.Generator().manual_seed(seed))
 
-        def done(share: float, k: int = k) -> None:
+    def tasks_of(seed: int) -> Tasks:
+        return make_tasks(data, settings.tasks, torch.Generator().manual_seed(seed))
+
+    def run(k: int) -> Run:
+        def done(share: float) -> None:
             report("learning weights", (k + share) / settings.seeds)
 
-        runs.append(_Experiment(tasks, settings).run(seed, done))
-    names = tasks.train.names, tasks.validation.names  # the same for all seeds
-    return Result(settings, data.name, *names, tasks.related, tuple(runs))
+        seed = settings.seed + k
+        return _Experiment(tasks_of(seed), settings).run(seed, done)
+
+    runs = tuple(run(k) for k in range(settings.seeds))
+    first = tasks_of(settings.seed)  # names and relation are the same for all seeds
+    return Result(
+        settings, data.name, first.train.names, first.validation.names, first.related, runs
+    )
 
 
 class _Experiment:
@@ -252,7 +258,7 @@ class _Experiment:
         )
 
     def learn(self, weights: bl.TaskWeights, done: Callable[[float], None]) -> Learned:
-        """Weights by bilevel descent; the last hypergradient is judged."""
+        """Weights by bilevel descent; the hypergradient where it ends is judged."""
         settings, solver = self.settings, self.solver(weights)
         began = time.perf_counter()
         solution = solver.solve(
@@ -263,9 +269,9 @@ class _Experiment:
             callback=lambda progress: done(progress.step / settings.updates),
         )
         seconds = time.perf_counter() - began
-        judged = replace(solver, certificate=bl.Newton(max_products=500)).hypergradient(
-            solution.params, solution.control
-        )
+        judged = replace(
+            solver, inner_steps=settings.fit_steps, certificate=bl.Newton(max_products=500)
+        ).hypergradient(solution.params, solution.control)
         sigma = weights.sigma(solution.control)
         related = self.tasks.related
         mass = (
