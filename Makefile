@@ -1,12 +1,13 @@
 # Two commands do everything on a fresh machine: `make test` and `make demo`.
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-peers
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMPS := $(VENV)/.stamps
 DEMO ?= demo-output
 DEMO_FLAGS ?=
 
-.PHONY: demo test lint docs bench clean help
+.PHONY: demo test lint docs bench bench-peers clean help
 
 help:
 	@echo "make demo   train and evaluate the MRI reconstruction on the bundled data; results in $(DEMO)/"
@@ -14,6 +15,7 @@ help:
 	@echo "make lint   ruff and basedpyright"
 	@echo "make docs   build the Sphinx site into docs/_build/html"
 	@echo "make bench  run the benchmarks (by hand; several minutes)"
+	@echo "make bench-peers  compare with other libraries, in an environment of its own"
 
 # One stamp an extra: a second run starts at once, a changed requirement installs again.
 $(STAMPS)/%: pyproject.toml constraints.txt
@@ -40,6 +42,19 @@ docs: $(STAMPS)/docs
 bench: $(STAMPS)/mri
 	$(VENV)/bin/python -m benchmarks.training_step
 	$(VENV)/bin/python -m benchmarks.memory
+	$(VENV)/bin/python -m benchmarks.columns
+
+# The peers need versions of their own. pip 24.1 began to refuse how betty-ml writes "torch>=1.6.*".
+$(PEERS)/.made: benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "pip<24.1"
+	$(PEERS)/bin/python -m pip install --quiet --only-binary :all: -r benchmarks/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+bench-peers: $(PEERS)/.made
+	$(PEERS)/bin/python -m benchmarks.hypergradient
+	$(PEERS)/bin/python -m benchmarks.peer_cases
 
 clean:
-	rm -rf $(VENV) docs/_build
+	rm -rf $(VENV) $(PEERS) docs/_build

@@ -141,7 +141,7 @@ class Flat:
         if self._is_tensor:
             if vector is None:
                 return self.zeros()
-            return vector if self._is_vector else vector.reshape(self.shape)
+            return vector if self._is_vector else vector.reshape(self.shape).contiguous()
         leaves: list[Any] = self._structure.flatten_up_to(vector)
         parts = [
             leaves[piece.place].reshape(piece.shape)
@@ -151,7 +151,7 @@ class Flat:
         ]
         if not parts:
             return self.zeros()
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, -1)
 
     def _part(self, leaf: Tensor | None, piece: _Piece) -> Tensor:
         if leaf is None:

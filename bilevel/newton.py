@@ -49,7 +49,7 @@ class NewtonCG:
         ArgumentError: if a setting is out of range.
     """
 
-    linear: LinearSolver = field(default_factory=lambda: CG(rtol=1e-10))
+    linear: LinearSolver = field(default_factory=lambda: CG(rtol=1e-12))
     decrease: float = 1e-4
     halvings: int = 30
 
@@ -98,6 +98,8 @@ class NewtonSteps(Optimizer):
         parameters: list[Tensor] = group["params"]
         cost = closure()
         gradient = [p.grad for p in parameters]
+        if not tree.norm(gradient):
+            raise StandstillError
         with autodiff.paused():
             direction = self._direction(gradient)
             start = [p.detach().clone() for p in parameters]

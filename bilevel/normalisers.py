@@ -84,12 +84,13 @@ class Sparsemax(Normaliser):
 
     def __call__(self, alpha: Tensor) -> Tensor:
         """See `Normaliser`."""
-        z = alpha / self.temperature
+        # A shift changes nothing; without it large alpha would swallow the 1, and sums be inexact.
+        z = (alpha - alpha.detach().amax(0, keepdim=True)) / self.temperature
         falling = z.sort(dim=0, descending=True).values
         excess = falling.cumsum(0) - 1
         rank = torch.arange(1, z.shape[0] + 1, dtype=z.dtype, device=z.device)
         rank = rank.reshape(-1, *[1] * (z.ndim - 1))
-        n_support = (rank * falling > excess).sum(0, keepdim=True)
+        n_support = (rank * falling > excess).sum(0, keepdim=True).clamp_min(1)  # 0 if alpha is NaN
         return torch.relu(z - excess.gather(0, n_support - 1) / n_support)
 
 

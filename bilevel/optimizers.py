@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.dynamics import Dynamics
-from bilevel.errors import ArgumentError, UnsupportedError
+from bilevel.errors import ArgumentError, DivergenceError, UnsupportedError
 from bilevel.problem import BilevelProblem, ByStep, at_step
 from bilevel.prox import Prox
 from bilevel.tree import Tree
@@ -323,6 +323,8 @@ class ProximalGradient(InnerOptimizer):
 
     def update(self, state: Tree, gradient: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         size = setting_at(self.step_size, control, t)
+        if t == 1:
+            self.prox.check(state, control)
         return self.prox(descend(state, gradient, size), size, control)
 
     def residual(self, params: Tree, gradient: Tree, control: Tree, t: int) -> Tree:
@@ -361,7 +363,10 @@ class InnerIteration(Dynamics):
         return self.optimizer.begin(start)
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
-        gradient = self.gradient(self.optimizer.params(state), control, t, check=t == 1)
+        try:
+            gradient = self.gradient(self.optimizer.params(state), control, t, check=t == 1)
+        except DivergenceError as error:
+            raise DivergenceError(f"inner step {t}: {error}") from error
         return self.optimizer.update(state, gradient, control, self.offset + t)
 
     def readout(self, state: Tree) -> Tree:  # noqa: D102

@@ -4,6 +4,7 @@ r"""Proximal operators: the part of an inner objective that need not be smooth.
     \mathrm{prox}_{\eta p}(z) = \arg\min_x \tfrac12 |x - z|^2 + \eta\, p(x)
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,30 +42,59 @@ class Prox(ABC):
     def value(self, params: Tree, control: Tree) -> Tensor:
         """p(params), a real scalar; the full inner objective is that of the problem plus this."""
 
+    def check(self, params: Tree, control: Tree) -> None:  # noqa: B027
+        """Refuse settings that a function of the control left out of range; by default none.
 
-def _like(setting: Any, params: Tree, control: Tree) -> Tree:
+        Args:
+            params: what the operator is applied to.
+            control: what the settings are read from.
+
+        Raises:
+            ArgumentError: if a setting is out of range.
+            StructureError: if a setting is no tree like the params.
+        """
+
+
+def _like(setting: Any, params: Tree, control: Tree, name: str) -> Tree:
     """A setting for each leaf of the params."""
     found = setting(control) if callable(setting) else setting
     if isinstance(found, float | int | Tensor):
         return tree.map_leaves(lambda x: found if tree.is_variable(x) else None, params)
+    structure, expected = tree.flatten(found)[1], tree.flatten(params)[1]
+    if structure != expected:
+        raise StructureError(
+            f"{name} must be a scalar, or a tree like the params, {expected}, got {structure}."
+        )
     return found
 
 
 def _times(weight: Tree, step_size: Any, params: Tree) -> Tree:
-    sizes = _like(step_size, params, None)
+    sizes = _like(step_size, params, None, "step_size")
     return tree.map_leaves(lambda w, s: None if w is None else w * s, weight, sizes)
 
 
-def _check_weight(value: Any, name: str) -> None:
+def _check_setting(value: Any, name: str, *, negative: bool = False) -> None:
+    """Refuse what is no setting; functions are checked when they are used."""
     if callable(value):
         return
+    if isinstance(value, bool) or not isinstance(value, float | int | Tensor):
+        raise ArgumentError(
+            f"{name} must be a number, a tensor or a function of the control, got "
+            f"{type(value).__name__}."
+        )
     if isinstance(value, Tensor) and value.requires_grad:
         raise ArgumentError(
             f"{name} is a tensor that requires grad, which no gradient would reach: make it part "
             f"of the control, and pass a function such as lambda control: control['{name}']."
         )
-    if not bool(torch.as_tensor(value >= 0).all()):
+    if not negative and not bool(torch.as_tensor(value >= 0).all()):
         raise ArgumentError(f"{name} must be >= 0, got {value}.")
+
+
+def _check_weights(weight: Any, params: Tree, control: Tree) -> None:
+    for leaf in tree.leaves_of(_like(weight, params, control, "weight")):
+        if leaf is not None:
+            _check_setting(leaf.detach() if isinstance(leaf, Tensor) else leaf, "weight")
 
 
 @final
@@ -80,24 +110,27 @@ class L1(Prox):
 
     Example:
         >>> L1(2.0)(torch.tensor([3.0, -0.5, -2.0]), 0.5, None)
-        tensor([ 2., -0., -1.])
+        tensor([ 2.,  0., -1.])
     """
 
     weight: Weight
 
     def __post_init__(self) -> None:
         """Check the field."""
-        _check_weight(self.weight, "weight")
+        _check_setting(self.weight, "weight")
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:
         """See `Prox`."""
-        thresholds = _times(_like(self.weight, params, control), step_size, params)
+        thresholds = _times(_like(self.weight, params, control, "weight"), step_size, params)
         return tree.map_leaves(_shrink, params, thresholds)
 
     def value(self, params: Tree, control: Tree) -> Tensor:
         """See `Prox`."""
-        weight = _like(self.weight, params, control)
+        weight = _like(self.weight, params, control, "weight")
         return _sum(lambda x, w: (w * _magnitude(x)[0]).sum(), params, weight)
+
+    def check(self, params: Tree, control: Tree) -> None:  # noqa: D102
+        _check_weights(self.weight, params, control)
 
 
 def _magnitude(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,10 +145,12 @@ def _magnitude(x: Tensor) -> tuple[Tensor, Tensor]:
 def _shrink(x: Any, threshold: Any) -> Any:
     if threshold is None:
         return x
+    # At the threshold itself the derivative is that from outside: a weight of 0 changes nothing.
     if not x.is_complex():
-        return torch.sign(x) * torch.relu(x.abs() - threshold)
+        return torch.where(x.abs() >= threshold, x - threshold * torch.sign(x), 0)
     size, positive = _magnitude(x)
-    return x * (torch.relu(size - threshold) / torch.where(positive, size, 1))
+    factor = 1 - threshold / torch.where(positive, size, 1)
+    return x * torch.where(size >= threshold, factor, 0)
 
 
 def _sum(term: Callable[[Tensor, Any], Tensor], params: Tree, weight: Tree) -> Tensor:
@@ -144,17 +179,20 @@ class L2(Prox):
 
     def __post_init__(self) -> None:
         """Check the field."""
-        _check_weight(self.weight, "weight")
+        _check_setting(self.weight, "weight")
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:
         """See `Prox`."""
-        scale = _times(_like(self.weight, params, control), step_size, params)
+        scale = _times(_like(self.weight, params, control, "weight"), step_size, params)
         return tree.map_leaves(lambda x, s: x if s is None else x / (1 + s), params, scale)
 
     def value(self, params: Tree, control: Tree) -> Tensor:
         """See `Prox`."""
-        weight = _like(self.weight, params, control)
+        weight = _like(self.weight, params, control, "weight")
         return _sum(lambda x, w: (w * (x * x.conj()).real).sum() / 2, params, weight)
+
+    def check(self, params: Tree, control: Tree) -> None:  # noqa: D102
+        _check_weights(self.weight, params, control)
 
 
 @final
@@ -182,32 +220,41 @@ class Box(Prox):
         if self.lower is None and self.upper is None:
             raise ArgumentError("Box needs a lower or an upper bound, got neither.")
         for name in ("lower", "upper"):
-            value = getattr(self, name)
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise ArgumentError(
-                    f"{name} is a tensor that requires grad, which no gradient would reach: make "
-                    f"it part of the control, and pass lambda control: control['{name}']."
-                )
-        bounds = self.lower, self.upper
-        if all(x is not None and not callable(x) for x in bounds) and not bool(
-            torch.as_tensor(bounds[0] <= bounds[1]).all()  # pyright: ignore[reportOperatorIssue]
-        ):
-            raise ArgumentError(f"lower must be <= upper, got {self.lower} and {self.upper}.")
+            if getattr(self, name) is not None:
+                _check_setting(getattr(self, name), name, negative=True)
+        if not (callable(self.lower) or callable(self.upper)):
+            _check_order(self.lower, self.upper)
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: ARG002
         """See `Prox`."""
         for name, pick in (("lower", torch.maximum), ("upper", torch.minimum)):
             bound = getattr(self, name)
             if bound is not None:
-                each = _like(bound, params, control)
+                each = _like(bound, params, control, name)
                 params = tree.map_leaves(lambda x, b, pick=pick: _bounded(x, b, pick), params, each)
         return params
 
     def value(self, params: Tree, control: Tree) -> Tensor:
         """See `Prox`; 0 inside, infinite outside."""
-        inside = self(params, 1.0, control)
-        apart = tree.norm(tree.subtract(tree.detach(params), tree.detach(inside)))
-        return torch.tensor(float("inf") if apart else 0.0)
+        pairs = zip(tree.leaves_of(params), tree.leaves_of(self(params, 1.0, control)), strict=True)
+        moved = [(x != y).any() for x, y in pairs if tree.is_variable(x)]
+        return torch.where(torch.stack(moved).any(), math.inf, 0.0) if moved else torch.zeros(())
+
+    def check(self, params: Tree, control: Tree) -> None:  # noqa: D102
+        if self.lower is not None and self.upper is not None:
+            lower, upper = (
+                tree.leaves_of(_like(getattr(self, name), params, control, name))
+                for name in ("lower", "upper")
+            )
+            for a, b in zip(lower, upper, strict=True):
+                _check_order(a, b)
+
+
+def _check_order(lower: Any, upper: Any) -> None:
+    if lower is None or upper is None:
+        return
+    if not bool(torch.as_tensor(lower <= upper).all()):
+        raise ArgumentError(f"lower must be <= upper, got {lower} and {upper}.")
 
 
 def _bounded(x: Any, bound: Any, pick: Callable[[Tensor, Tensor], Tensor]) -> Any:

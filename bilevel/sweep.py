@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.checkpointing import Budget, Checkpointing, plan
+from bilevel.compiled import plain
 from bilevel.control import ControlProblem
 from bilevel.dynamics import Dynamics, PerStep, check_control
 from bilevel.errors import ArgumentError
@@ -144,7 +145,8 @@ def measure(problem: ControlProblem, observation: Tree, control: Tree) -> Measur
 
     Storages of tensors are counted as they come and go. All steps of a short horizon are measured;
     of a long one the first, the last, and one for each structure, shape and dtype of the control.
-    All start from u(0). What a kernel allocates for itself within a call is not seen.
+    All start from u(0). What a kernel allocates for itself within a call is not seen; of a
+    `Compiled` dynamics the plain step is measured.
 
     Args:
         problem: dynamics, horizon and costs.
@@ -162,9 +164,8 @@ def measure(problem: ControlProblem, observation: Tree, control: Tree) -> Measur
         >>> found.state_bytes, found.graph_bytes
         (4000, 4000)
     """
-    sweep = _trajectory(
-        problem.dynamics, observation, control, problem.horizon, Checkpointing(block=None)
-    )
+    dynamics = plain(problem.dynamics)  # torch compiles nothing where storages are counted
+    sweep = _trajectory(dynamics, observation, control, problem.horizon, Checkpointing(block=None))
     with autodiff.recording(), preserved(sweep.devices):
         start = tree.detach(sweep.begin(*tree.detach((observation, control))))
         sweep.devices |= _devices(start)

@@ -67,11 +67,11 @@ class System:
         if start is not None:
             self.flat.check(start, "start", "start must match rhs")
             x = self.flat.vector(start).detach() / (1.0 if self._scale is None else self._scale)
-            for k, norm in enumerate(self.rhs_norms):
-                if not norm:  # where the right-hand side is zero, so is the solution
-                    x[k] = 0
-            if not torch.isfinite(torch.linalg.vector_norm(x)):
+            if not torch.isfinite(x).all():
                 raise DivergenceError("start is not finite: pass None to start at zero.")
+            if self.columns is not None:
+                # Where the right-hand side is zero, so is the solution.
+                x[torch.tensor([not norm for norm in self.rhs_norms])] = 0
             self._start, self.start_norms = x, self.norms(x, 0)
 
     def _power_of_two(self, b: Tensor) -> float | Tensor:

@@ -1,5 +1,6 @@
 """Weights of training tasks as a function of the outer variable."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -64,8 +65,8 @@ class TaskWeights:
             raise ArgumentError(
                 f"floor must be >= 0 and <= 1 / n_tasks = {1 / self.n_tasks:g}, got {self.floor}."
             )
-        if not self.entropy >= 0:
-            raise ArgumentError(f"entropy must be >= 0, got {self.entropy}.")
+        if not 0 <= self.entropy < math.inf:
+            raise ArgumentError(f"entropy must be >= 0 and finite, got {self.entropy}.")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -147,7 +148,7 @@ class TaskWeights:
         Raises:
             StructureError: if alpha or the number of names does not fit.
         """
-        matrix = self.sigma(alpha.detach()).reshape(self.n_tasks, -1)
+        matrix = self.sigma(alpha).detach().reshape(self.n_tasks, -1)
         m = matrix.shape[1]
         rows = [f"task {i + 1}" for i in range(self.n_tasks)] if tasks is None else list(tasks)
         if validations is None:

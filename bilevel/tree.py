@@ -18,7 +18,8 @@ from bilevel.errors import StructureError
 
 Tree = Any  # a tensor, or a dict / tuple / list of trees
 NAMESPACE = "bilevel"
-_ONE_LEAF = optree.tree_flatten([0], none_is_leaf=True, namespace=NAMESPACE)[1].child(0)
+_A_LEAF: Any = 0
+_ONE_LEAF = optree.tree_structure(_A_LEAF, none_is_leaf=True, namespace=NAMESPACE)
 
 # A tree that is one tensor takes a short way through each of these: small steps feel it.
 

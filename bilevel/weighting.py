@@ -9,6 +9,7 @@ own; :math:`\sigma(\alpha_j)_i` is read as the learned correlation of training t
 validation task j.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.errors import ArgumentError, StructureError
+from bilevel.errors import ArgumentError, DivergenceError, StructureError, UnsupportedError
 from bilevel.problem import BilevelProblem
 from bilevel.task_weights import TaskWeights
 from bilevel.tree import Tree
@@ -47,8 +48,9 @@ class Columns(ABC):
 def _split(params: Tree, columns: int) -> tuple[list[Tensor], Callable[[Sequence[Any]], Tree]]:
     """The variables, which have a leading axis, and what puts columns of them back."""
     leaves, structure = tree.flatten(params)
-    for leaf, name in zip(leaves, tree.leaf_names(params, "params"), strict=True):
+    for i, leaf in enumerate(leaves):
         if tree.is_variable(leaf) and (not leaf.ndim or leaf.shape[0] != columns):
+            name = tree.leaf_names(params, "params")[i]
             raise StructureError(
                 f"{name} must have a leading axis of length {columns}, one entry a validation "
                 f"task, got shape {tuple(leaf.shape)}; TaskWeights.stacked(params) makes it."
@@ -83,9 +85,20 @@ class Vmapped(Columns):
     def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:
         """See `Columns`."""
         variables, joined = _split(params, columns)
-        return torch.func.vmap(lambda *own: losses(joined(own), batch), randomness=self.randomness)(
-            *variables
-        )
+        each = torch.func.vmap(lambda *own: losses(joined(own), batch), randomness=self.randomness)
+        try:
+            return each(*variables)
+        except RuntimeError as error:
+            if not any(name in str(error) for name in ("vmap", "functorch", "torch.func")):
+                raise
+            if "randomness" in str(error):
+                remedy = "pass columns=Vmapped(randomness='different') or 'same', or Looped()"
+            else:
+                remedy = "pass columns=Looped(), which evaluates one column after another"
+            raise UnsupportedError(
+                f"the losses cannot be evaluated for all columns at once: {remedy}. "
+                f"From torch.func.vmap came: {str(error).splitlines()[0]}"
+            ) from error
 
 
 @final
@@ -123,6 +136,7 @@ def weighted_problem(
     Raises:
         ArgumentError: if an argument is not what it should be.
         StructureError: when it is evaluated, if losses or alpha have another shape.
+        DivergenceError: when it is evaluated, if a loss is not finite; it names the loss.
 
     Example:
         >>> import bilevel as bl
@@ -149,8 +163,13 @@ def weighted_problem(
     def inner(params: Tree, alpha: Tensor, batch: Any) -> Tensor:
         sigma = weights.sigma(alpha)
         if m is None:
-            return (sigma * train(params, batch)).sum()
-        return (sigma.T * each.losses(train, params, batch, m)).sum()
+            losses = train(params, batch)
+            value = (sigma * losses).sum()
+        else:
+            losses = each.losses(train, params, batch, m)
+            value = (sigma.T * losses).sum()
+        _check_finite(value, losses, "train_losses")
+        return value
 
     def outer(params: Tree, alpha: Tensor, batch: Any) -> Tensor:
         losses = (
@@ -159,6 +178,7 @@ def weighted_problem(
             else each.losses(validation, params, batch, m).diagonal()
         )
         value = losses.sum()
+        _check_finite(value, losses, "validation_losses")
         if weights.entropy:
             value = value - weights.entropy * weights.spread(weights.sigma(alpha))
         return value
@@ -172,7 +192,7 @@ def _checked(losses: Any, n: int | None, name: str) -> Tensor:
         isinstance(losses, Tensor)
         and losses.is_floating_point()
         and losses.ndim == int(n is not None or losses.ndim > 0)
-        and (n is None or losses.shape[0] == n)
+        and (losses.numel() > 0 if n is None else losses.shape[0] == n)
     ):
         return losses
     came = (
@@ -184,4 +204,32 @@ def _checked(losses: Any, n: int | None, name: str) -> Tensor:
     raise StructureError(
         f"{name} must return a real tensor of shape {needed}, one loss a task, got {came}; "
         "torch.stack puts scalars together."
+    )
+
+
+def _check_finite(value: Tensor, losses: Tensor, name: str) -> None:
+    """Refuse a sum of losses that is not finite because of one of them.
+
+    One look at the sum: NaN and infinity stay in it, also under a weight of 0.
+
+    Args:
+        value: the sum, weighted or not.
+        losses: shape ``(n,)``, or ``(M, n)`` for columns.
+        name: of the function they come from.
+
+    Raises:
+        DivergenceError: naming the first loss that is not finite.
+    """
+    if math.isfinite(value.item()):
+        return
+    places = (~losses.detach().isfinite()).nonzero().tolist()
+    if not places:  # then it is alpha; the solver says so
+        return
+    *column, task = first = places[0]
+    raise DivergenceError(
+        f"{name} must be finite, but {name}[{task}]"
+        + (f" of column {column[0]}" if column else "")
+        + f" is {losses[tuple(first)].item()}"
+        + (f", and {len(places) - 1} more are not finite" if len(places) > 1 else "")
+        + ": look at the data of that task, or take a smaller inner step size."
     )

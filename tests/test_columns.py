@@ -49,7 +49,9 @@ def joined(vector):
     """A tree of M columns as a real matrix of M rows."""
     return torch.cat(
         [
-            (torch.view_as_real(x) if x.is_complex() else x).reshape(len(x), -1).double()
+            (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x)
+            .reshape(len(x), -1)
+            .double()
             for x in tree.leaves_of(vector)
             if x is not None
         ],
@@ -126,7 +128,9 @@ RHS = {
     "a scalar": lambda seed: real(seed, M),
     "a matrix": lambda seed: real(seed, M, 3, 3),
     "a transposed matrix": lambda seed: real(seed, 3, 3, M).mT.transpose(0, 1),
+    "a transposed leaf": lambda seed: {"a": real(seed, 9, M).T},
     "a complex vector": lambda seed: cplx(seed, M, 5),
+    "a transposed complex vector": lambda seed: cplx(seed, 5, M).mH,
     "a tree": a_tree,
     "one column": lambda seed: a_tree(seed, 1),
 }
@@ -146,6 +150,18 @@ def test_each_column_comes_out_as_if_it_had_been_solved_alone(solver, kind, warm
         A + getattr(solver, "damping", 0.0) * torch.eye(A.shape[-1], dtype=F64), joined(rhs)
     )
     torch.testing.assert_close(joined(found.solution), exact, rtol=1e-7, atol=1e-8)
+
+
+@every
+def test_products_may_lie_in_memory_as_they_like(solver):
+    rhs, A = {"a": real(1, M, 9)}, positive(3, 9)
+
+    def apply(v):
+        return {"a": (v["a"][:, None] @ A).transpose(0, 2).contiguous().transpose(0, 2)[:, 0]}
+
+    found = solver.solve(bl.Operator(apply, apply, symmetric=True, columns=M), rhs)
+    plain = solver.solve(together(A, rhs), rhs)
+    assert_same(found.solution, plain.solution, rtol=1e-9)
 
 
 @every
@@ -423,3 +439,37 @@ def test_a_long_list_of_columns_is_cut():
     rhs[1:] = 0
     found = bl.CG().solve(bl.Operator(lambda v: -v, symmetric=True, columns=20), rhs)
     assert "Column 0 met a direction" in found.message
+
+
+def test_the_hypergradient_of_each_column_is_that_of_its_own_problem():
+    X, y = real(1, M, 12, 5), real(2, M, 12)
+    y[1] = 0  # a column whose params stay at zero, where its outer gradient vanishes
+
+    def inner(w, alpha, batch):
+        X, y = batch
+        fit = ((X @ w[..., None])[..., 0] - y).square().sum() / 2
+        return fit + (alpha.exp() * w.square().sum(-1)).sum() / 2
+
+    def outer(w, alpha, batch):
+        return w.square().sum() / 2
+
+    def exact(k):
+        A = X[k].T @ X[k] + alpha[k].exp() * torch.eye(5, dtype=F64)
+        w = torch.linalg.solve(A, X[k].T @ y[k])
+        return -alpha[k].exp() * w @ torch.linalg.solve(A, w)
+
+    alpha = torch.linspace(-1, 3, M, dtype=F64)
+    problem = bl.BilevelProblem(inner, outer, columns=M)
+    solver = bl.BilevelSolver(
+        problem, bl.GradientDescent(0.03), 600, bl.Implicit(bl.CG(1e-12)), certificate=None
+    )
+    found = solver.hypergradient(torch.zeros(M, 5, dtype=F64), alpha, (X, y))
+    torch.testing.assert_close(
+        found.gradient, torch.stack([exact(k) for k in range(M)]), rtol=1e-9, atol=1e-12
+    )
+    assert found.linear.column_steps[1] == 0
+    assert found.linear.products == max(found.linear.column_steps) <= 6
+    with pytest.raises(bl.StructureError, match="must have a leading axis of length 3"):
+        dataclasses.replace(solver, problem=dataclasses.replace(problem, columns=3)).hypergradient(
+            torch.zeros(M, 5, dtype=F64), alpha, (X, y)
+        )

@@ -32,6 +32,19 @@ def test_it_is_the_minimiser_of_its_definition(prox, draw):
     torch.testing.assert_close(found, torch.from_numpy(v), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("box", [p for p in REAL if isinstance(p, bl.Box)], ids=repr)
+def test_a_box_gives_the_nearest_point_inside(box):
+    z = real(1, 6)
+    bounds = [(box.lower, box.upper)] * 6
+    best = scipy.optimize.lsq_linear(
+        np.eye(6),
+        z.numpy(),
+        np.array([[-np.inf if a is None else a, np.inf if b is None else b] for a, b in bounds]).T,
+        tol=1e-12,
+    )
+    torch.testing.assert_close(box(z, 0.3, None), torch.from_numpy(best.x), rtol=0, atol=1e-6)
+
+
 def test_soft_thresholding_by_hand():
     z = torch.tensor([3.0, -0.5, 0.0, -2.0])
     assert bl.L1(1.0)(z, 0.5, None).tolist() == [2.5, 0.0, 0.0, -1.5]
@@ -46,6 +59,96 @@ def test_it_is_firmly_nonexpansive(prox, a, b):
     x, y = torch.tensor(a).double(), torch.tensor(b).double()
     p, q = prox(x, 0.3, None), prox(y, 0.3, None)
     assert float(square(p - q)) <= float((p - q) @ (x - y)) + 1e-12
+
+
+SMOOTH = {
+    "L1": lambda w: bl.L1(lambda control: w(control)),
+    "L2": lambda w: bl.L2(lambda control: w(control)),
+}
+
+
+@pytest.mark.parametrize("kind", SMOOTH)
+@pytest.mark.parametrize("draw", [real, cplx], ids=["real", "complex"])
+def test_both_derivatives_are_those_of_finite_differences(kind, draw):
+    prox = SMOOTH[kind](lambda control: control.exp())
+    x = (draw(1, 5) + torch.arange(5) % 2).requires_grad_()  # some below the threshold
+    control = torch.tensor(-0.5, dtype=torch.float64, requires_grad=True)
+    for function in (lambda x, c: prox(x, 0.8, c), prox.value):
+        assert torch.autograd.gradcheck(function, (x, control))
+        assert torch.autograd.gradgradcheck(function, (x, control))
+
+
+@pytest.mark.parametrize("draw", [real, cplx], ids=["real", "complex"])
+def test_everything_is_finite_at_zero_up_to_the_second_derivative(draw):
+    for prox in (bl.L1(lambda control: control), bl.L2(lambda control: control)):
+        for function in (lambda x, c, prox=prox: prox(x, 0.5, c), prox.value):
+            x = torch.zeros_like(draw(1, 3)).requires_grad_()
+            control = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+            found = torch.real(function(x, control) * draw(2, 3)).sum()
+            first = torch.autograd.grad(found, (x, control), create_graph=True)
+            total = sum(square(g) for g in first)
+            second = torch.autograd.grad(total, (x, control), allow_unused=True)
+            for g in [*first, *second]:
+                assert g is None or bool(torch.isfinite(torch.view_as_real(g + 0j)).all())
+
+
+@pytest.mark.parametrize("draw", [real, cplx], ids=["real", "complex"])
+@pytest.mark.parametrize("prox", [bl.L1(0.0), bl.L2(0.0)], ids=repr)
+def test_a_weight_of_zero_changes_neither_values_nor_derivatives(prox, draw):
+    x = draw(1, 4)
+    x[1] = 0
+    x.requires_grad_()
+    found = prox(x, 1.0, None)
+    assert torch.equal(found.detach(), x.detach())
+    (slope,) = torch.autograd.grad(torch.real(found).sum(), x)
+    assert torch.equal(slope, torch.ones_like(x))
+
+
+def test_a_learned_weight_may_be_a_tree_like_the_params():
+    params = {"w": real(1, 3), "n": torch.tensor(2), "b": real(2)}
+    prox = bl.L1(lambda control: {"w": control[:3], "n": None, "b": control[3]})
+    control = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    found = prox(params, {"w": 0.5, "n": None, "b": 2.0}, control)
+    for name, weight, size in (("w", control[:3], 0.5), ("b", control[3], 2.0)):
+        z = params[name]
+        by_hand = torch.sign(z) * torch.relu(z.abs() - size * weight)
+        torch.testing.assert_close(found[name], by_hand, rtol=0, atol=1e-15)
+    total = (control[:3] * params["w"].abs()).sum() + control[3] * params["b"].abs()
+    assert float(prox.value(params, control)) == pytest.approx(float(total), rel=1e-14)
+    wrong = bl.L1(lambda control: {"v": control})
+    with pytest.raises(bl.StructureError, match=r"weight must be a scalar, or a tree like the par"):
+        wrong(params, 0.5, control)
+    with pytest.raises(bl.StructureError, match=r"step_size must be a scalar, or a tree like the "):
+        prox(params, {"w": 0.5}, control)
+
+
+@pytest.mark.parametrize(
+    "prox",
+    [bl.L1(lambda c: c), bl.L2(lambda c: c), bl.Box(lambda c: -c, lambda c: c)],
+    ids=["L1", "L2", "Box"],
+)
+def test_it_runs_under_vmap(prox):
+    z, weights = real(1, 6, 4), torch.linspace(0.1, 2, 6, dtype=torch.float64)
+    for function in (lambda x, w: prox(x, 0.5, w), prox.value):
+        found = torch.func.vmap(function)(z, weights)
+        looped = torch.stack([function(x, w) for x, w in zip(z, weights, strict=True)])
+        torch.testing.assert_close(found, looped)
+
+
+@pytest.mark.parametrize(
+    ("prox", "control", "message"),
+    [
+        (bl.L1(lambda c: c), -0.1, r"weight must be >= 0, got -0\.1"),
+        (bl.L2(lambda c: torch.stack([c, -c, c])), 0.1, r"weight must be >= 0, got tensor"),
+        (bl.Box(lambda c: c, 0.5), 1.0, r"lower must be <= upper, got 1\.0 and 0\.5"),
+    ],
+    ids=["L1", "L2", "Box"],
+)
+def test_a_learned_setting_out_of_range_is_refused_before_the_first_step(prox, control, message):
+    problem = bl.BilevelProblem(lambda w, c, b: square(w - 1), lambda w, c, b: square(w) * c)
+    solver = bl.BilevelSolver(problem, bl.ProximalGradient(0.1, prox), 5, certificate=None)
+    with pytest.raises(bl.ArgumentError, match=message):
+        solver.hypergradient(real(1, 3), torch.tensor(control, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("prox", REAL, ids=repr)
@@ -120,6 +223,9 @@ def test_cg_refuses_the_system_of_proximal_gradient_and_names_gmres():
         (lambda: bl.L2(torch.tensor([1.0, -1.0])), "weight must be >= 0"),
         (lambda: bl.L1(float("nan")), "weight must be >= 0, got nan"),
         (lambda: bl.L1(torch.tensor(1.0, requires_grad=True)), "part of the control"),
+        (lambda: bl.L1(None), "weight must be a number, a tensor or a function .*, got NoneType"),
+        (lambda: bl.L2({"a": 1.0}), "weight must be a number, .*, got dict"),
+        (lambda: bl.Box(lower="0"), "lower must be a number, .*, got str"),
         (lambda: bl.Box(), "needs a lower or an upper bound"),
         (lambda: bl.Box(1.0, 0.0), "lower must be <= upper"),
         (lambda: bl.Box(torch.tensor(1.0, requires_grad=True)), "part of the control"),

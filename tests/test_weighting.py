@@ -1,80 +1,14 @@
-"""Task weights: the simplex, the weighted problem, columns."""
+"""Task weights: the weighted problem, its columns, what it refuses."""
 
 import dataclasses
-import itertools
 import math
+import sys
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from problems import real, square
 
 import bilevel as bl
-
-NORMALISERS = [
-    bl.Softmax(),
-    bl.Softmax(0.3),
-    bl.Sparsemax(),
-    bl.Sparsemax(2.0),
-    bl.NormalisedSigmoid(),
-    bl.NormalisedSigmoid(0.5),
-]
-each_normaliser = pytest.mark.parametrize("normalise", NORMALISERS, ids=repr)
-alphas = st.lists(st.floats(-1000, 1000), min_size=3, max_size=3)
-
-
-@each_normaliser
-@given(alphas, st.floats(0, 1 / 3))
-def test_weights_are_at_least_the_floor_and_sum_to_one(normalise, alpha, floor):
-    weights = bl.TaskWeights(3, normalise=normalise, floor=floor)
-    sigma = weights.sigma(torch.tensor(alpha, dtype=torch.float64))
-    assert float(sigma.min()) >= floor - 1e-12
-    assert float(sigma.sum()) == pytest.approx(1, abs=1e-12)
-
-
-@each_normaliser
-def test_columns_are_normalised_on_their_own_and_tasks_are_interchangeable(normalise):
-    alpha, order = real(1, 4, 3), torch.tensor([2, 0, 3, 1])
-    sigma = normalise(alpha)
-    for j in range(3):
-        torch.testing.assert_close(sigma[:, j], normalise(alpha[:, j]), rtol=1e-14, atol=1e-15)
-    torch.testing.assert_close(normalise(alpha[order]), sigma[order], rtol=1e-14, atol=1e-15)
-
-
-@each_normaliser
-def test_weights_have_the_derivative_of_finite_differences(normalise):
-    alpha = torch.tensor([0.3, -0.2, 0.1, -5.0], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(normalise, alpha)
-    assert torch.autograd.gradgradcheck(normalise, alpha)
-
-
-def test_sparsemax_is_the_nearest_point_of_the_simplex():
-    # Brute force: the projection on the face of every support, the nearest one that is feasible.
-    alpha = real(2, 4)
-    best = None
-    for size in range(1, 5):
-        for support in itertools.combinations(range(4), size):
-            face = torch.zeros(4, dtype=torch.float64)
-            chosen = alpha[list(support)]
-            face[list(support)] = chosen + (1 - chosen.sum()) / size
-            distance = float(square(face - alpha))
-            if bool((face >= 0).all()) and (best is None or distance < best[0]):
-                best = distance, face
-    torch.testing.assert_close(bl.Sparsemax()(alpha), best[1], rtol=1e-12, atol=1e-14)
-
-
-def test_temperature_goes_from_one_task_to_all_alike():
-    alpha = torch.tensor([0.5, 0.4, -1.0], dtype=torch.float64)
-    for kind in (bl.Softmax, bl.Sparsemax):
-        assert kind(1e-3)(alpha).tolist() == pytest.approx([1, 0, 0], abs=1e-12)
-        assert kind(1e6)(alpha).tolist() == pytest.approx([1 / 3] * 3, abs=1e-5)
-
-
-def test_sigmoids_that_all_underflow_still_have_their_ratios():
-    alpha = torch.tensor([-2000.0, -2001.0], dtype=torch.float64)
-    expected = torch.softmax(alpha, 0)
-    torch.testing.assert_close(bl.NormalisedSigmoid()(alpha), expected, rtol=1e-12, atol=0)
 
 
 def test_the_spread_is_log_n_where_weights_are_equal_and_its_slope_is_finite_at_zero_weights():
@@ -194,7 +128,7 @@ def test_looped_columns_may_hold_a_rollout_and_vmapped_ones_say_what_to_do():
     # One task has weight 1 whatever alpha is.
     assert torch.equal(outcome.gradient, torch.zeros_like(alpha))
     vmapped = bl.weighted_problem(train, validation, weights)
-    with pytest.raises(bl.UnsupportedError, match=r"torch\.func"):
+    with pytest.raises(bl.UnsupportedError, match=r"columns=Looped\(\).*through a rollout"):
         solver(vmapped, bl.Unrolled(), 3).hypergradient(params, alpha)
 
 
@@ -255,6 +189,7 @@ def test_the_correlation_is_sigma_with_its_labels_drawn():
         (lambda: bl.TaskWeights(4, floor=0.26), "floor must be >= 0 and <= 1 / n_tasks = 0.25"),
         (lambda: bl.TaskWeights(4, floor=-0.1), "floor must be >= 0"),
         (lambda: bl.TaskWeights(4, entropy=-1.0), "entropy must be >= 0"),
+        (lambda: bl.TaskWeights(4, entropy=math.inf), "entropy must be >= 0 and finite, got inf"),
         (lambda: bl.TaskWeights(4, normalise="softmax"), "normalise must be Softmax"),
         (lambda: bl.Softmax(0.0), "temperature must be > 0"),
         (lambda: bl.Sparsemax(-1.0), "temperature must be > 0"),
@@ -298,6 +233,11 @@ def test_alpha_of_the_wrong_kind_is_refused(alpha, message):
         (lambda w, b: list(train_losses(w, b)), validation_losses, "got list; torch.stack"),
         (lambda w, b: train_losses(w, b) * 1j, validation_losses, "got torch.complex128"),
         (train_losses, lambda w, b: CENTRES * w, r"validation_losses .* shape \(M,\)"),
+        (
+            train_losses,
+            lambda w, b: validation_losses(w, b)[:0],
+            r"validation_losses .* one loss a task, got torch.float64 of shape \(0,\)",
+        ),
     ],
 )
 def test_losses_of_the_wrong_kind_are_refused(train, validation, message):
@@ -313,15 +253,169 @@ def test_params_without_the_leading_axis_are_refused(columns):
         solver(problem).hypergradient(torch.zeros(3, dtype=torch.float64), real(5, 3, 2))
 
 
-def test_columns_that_draw_are_refused_unless_asked_for():
-    def train(w, batch):
-        return train_losses(w + 0 * torch.rand(2, dtype=torch.float64), batch)
+def drawing_losses(w, batch):
+    return train_losses(w, batch) * torch.rand(3, dtype=torch.float64)
 
-    weights = bl.TaskWeights(3, 2)
-    params = weights.stacked(torch.zeros(2, dtype=torch.float64))
-    drawn = bl.weighted_problem(train, validation_losses, weights, bl.Vmapped("different"))
-    solver(drawn).hypergradient(params, real(5, 3, 2))
-    with pytest.raises(RuntimeError, match="randomness"):
-        solver(bl.weighted_problem(train, validation_losses, weights)).hypergradient(
-            params, real(5, 3, 2)
+
+def test_columns_draw_the_same_numbers_or_their_own_as_asked():
+    weights, w = bl.TaskWeights(3, 2), real(20, 2)
+    alpha, params = weights.initial(torch.float64), weights.stacked(w)
+    drawn = {}
+    for randomness in ("same", "different"):
+        problem = bl.weighted_problem(
+            drawing_losses, validation_losses, weights, bl.Vmapped(randomness)
         )
+        torch.manual_seed(0)
+        drawn[randomness] = problem.inner(params, alpha, None)
+    torch.manual_seed(0)
+    plain = train_losses(w, None) / 3
+    same = 2 * (plain * torch.rand(3, dtype=torch.float64)).sum()
+    torch.manual_seed(0)
+    different = (plain * torch.rand(2, 3, dtype=torch.float64)).sum()
+    torch.testing.assert_close(drawn["same"], same, rtol=1e-14, atol=0)
+    torch.testing.assert_close(drawn["different"], different, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (drawing_losses, r"Vmapped\(randomness='different'\) or 'same', or Looped\(\).*randomness"),
+        (lambda w, b: train_losses(w, b) * w.sum().item(), r"pass columns=Looped\(\).*\.item\(\)"),
+        (
+            lambda w, b: train_losses(w, b) if w.sum() > 0 else 2 * train_losses(w, b),
+            r"pass columns=Looped\(\).*data-dependent",
+        ),
+    ],
+)
+def test_losses_that_vmap_refuses_are_refused_with_what_to_do(train, message):
+    problem = bl.weighted_problem(train, validation_losses, bl.TaskWeights(3, 2))
+    with pytest.raises(bl.UnsupportedError, match=message):
+        problem.inner(real(21, 2, 2), real(5, 3, 2), None)
+
+
+def test_an_error_of_the_losses_themselves_passes_through_unchanged():
+    def train(w, batch):
+        raise RuntimeError("no such file")
+
+    problem = bl.weighted_problem(train, validation_losses, bl.TaskWeights(3, 2))
+    with pytest.raises(RuntimeError, match=r"^no such file$"):
+        problem.inner(real(21, 2, 2), real(5, 3, 2), None)
+
+
+FORMS = [
+    (bl.TaskWeights(3), None),
+    (bl.TaskWeights(3, 2), bl.Vmapped()),
+    (bl.TaskWeights(3, 2), bl.Looped()),
+]
+each_form = pytest.mark.parametrize(("weights", "columns"), FORMS, ids=repr)
+
+
+def asked(train, validation, weights, columns, method=None):
+    problem = bl.weighted_problem(train, validation, weights, columns)
+    params = weights.stacked(torch.zeros(2, dtype=torch.float64))
+    return solver(problem, method, 3).hypergradient(params, weights.initial(torch.float64))
+
+
+@each_form
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_tensors_hidden_in_the_losses_are_refused(weights, columns, method):
+    hidden = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(bl.LostGradientError, match=r"inner objective uses .* shape \(2,\)"):
+        asked(lambda w, b: train_losses(w + hidden, b), validation_losses, weights, columns, method)
+    with pytest.raises(bl.LostGradientError, match=r"outer objective uses .* shape \(2,\)"):
+        asked(train_losses, lambda w, b: validation_losses(w + hidden, b), weights, columns, method)
+
+
+@each_form
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_named(weights, columns, bad):
+    # A constant: the gradient in the params would be finite, and nothing else would notice.
+    where = r"\[1\]" if columns is None else r"\[1\] of column 0"
+    spoilt = torch.tensor([0.0, bad, 0.0], dtype=torch.float64)
+    with pytest.raises(
+        bl.DivergenceError, match=rf"inner step 1: .* train_losses{where} is {bad}.*data of that"
+    ):
+        asked(lambda w, b: train_losses(w, b) + spoilt, validation_losses, weights, columns)
+    # Column j is judged by validation loss j alone, so that the diagonal names the loss itself.
+    with pytest.raises(bl.DivergenceError, match=rf"validation_losses\[1\] is {bad}"):
+        asked(train_losses, lambda w, b: validation_losses(w, b) + spoilt[:2], weights, columns)
+
+
+def test_the_inner_step_at_which_losses_overflow_is_named():
+    def train(w, batch):
+        return (w.sum() + torch.zeros(3, dtype=torch.float64)).exp()
+
+    problem = bl.weighted_problem(lambda w, b: -train(w, b), validation_losses, bl.TaskWeights(3))
+    grown, steps = torch.zeros(2, dtype=torch.float64), 1
+    while math.isfinite(float(grown.sum().exp())):
+        grown, steps = grown + 0.5 * grown.sum().exp(), steps + 1
+    with pytest.raises(bl.DivergenceError, match=rf"inner step {steps}: .*and 2 more are not"):
+        solver(problem).hypergradient(
+            torch.zeros(2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+        )
+
+
+@pytest.mark.parametrize("columns", [bl.Vmapped(), bl.Looped()], ids=repr)
+def test_a_matrix_of_one_column_is_the_vector(columns):
+    alpha, start = real(22, 3), real(23, 2)
+
+    def validation(w, batch):
+        return validation_losses(w, batch)[:1]
+
+    vector, matrix = bl.TaskWeights(3, entropy=0.1), bl.TaskWeights(3, 1, entropy=0.1)
+    one = solver(bl.weighted_problem(train_losses, validation, vector)).hypergradient(start, alpha)
+    column = solver(bl.weighted_problem(train_losses, validation, matrix, columns)).hypergradient(
+        matrix.stacked(start), alpha[:, None]
+    )
+    torch.testing.assert_close(column.value, one.value, rtol=1e-13, atol=0)
+    torch.testing.assert_close(column.params[0], one.params, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(column.gradient[:, 0], one.gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("columns", [bl.Vmapped(), bl.Looped()], ids=repr)
+def test_a_column_does_not_see_the_weights_of_another(columns):
+    weights, alpha = bl.TaskWeights(3, 2), real(24, 3, 2)
+    changed = alpha.clone()
+    changed[:, 1] += real(25, 3)
+    start = weights.stacked(real(26, 2))
+    asking = solver(bl.weighted_problem(train_losses, validation_losses, weights, columns))
+    before, after = (asking.hypergradient(start, a) for a in (alpha, changed))
+    assert torch.equal(before.params[0], after.params[0])
+    assert torch.equal(before.gradient[:, 0], after.gradient[:, 0])
+    assert not torch.equal(before.params[1], after.params[1])
+    assert not torch.equal(before.gradient[:, 1], after.gradient[:, 1])
+
+
+def test_vmapped_and_looped_columns_have_the_same_second_derivatives():
+    weights = bl.TaskWeights(3, 2)
+    params, alpha = real(27, 2, 2), real(28, 3, 2)
+
+    def hessian(columns):
+        problem = bl.weighted_problem(
+            lambda w, b: torch.sin(w).sum() * train_losses(w, b),
+            validation_losses,
+            weights,
+            columns,
+        )
+        return torch.autograd.functional.hessian(
+            lambda p, a: problem.inner(p, a, None) * problem.outer(p, a, None), (params, alpha)
+        )
+
+    found, expected = hessian(bl.Vmapped()), hessian(bl.Looped())
+    for i in range(2):
+        for j in range(2):
+            torch.testing.assert_close(found[i][j], expected[i][j], rtol=1e-12, atol=1e-12)
+
+
+def test_a_map_of_weights_needs_matplotlib_and_alpha_of_the_right_shape(monkeypatch):
+    weights = bl.TaskWeights(2)
+    found = weights.correlation(torch.zeros(2))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(bl.UnsupportedError, match=r"pip install matplotlib, or read \.matrix"):
+        found.plot()
+    with pytest.raises(bl.StructureError, match=r"alpha must be .* shape \(2,\), got list"):
+        weights.correlation([0.0, 0.0])
+    with pytest.raises(bl.StructureError, match="tasks must be 2 names, got 3"):
+        weights.correlation(torch.zeros(2), ["a", "b", "c"])
+    with pytest.raises(bl.StructureError, match="validations must be 1 names, got 2"):
+        weights.correlation(torch.zeros(2), validations=["a", "b"])

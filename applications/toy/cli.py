@@ -1,4 +1,4 @@
-"""The command line: `python -m applications.toy task-weights`."""
+"""The command line: `python -m applications.toy hyper-cleaning|task-weights`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,12 @@ from rich.table import Table
 
 from applications.command_line import Seed, Threads, guarded, progress_bars, use_threads
 from applications.files import make_folder, write_json
+from applications.toy.cleaning import CleaningResult, CleaningSettings
+from applications.toy.cleaning_figure import draw_cleaning
+from applications.toy.data import Convention
 from applications.toy.figures import draw_task_weights
+from applications.toy.hyper_cleaning import run_hyper_cleaning
+from applications.toy.models import Model
 from applications.toy.task_weights import Method, Result, Settings, run_task_weights, spread
 from applications.toy.tasks import TaskSettings
 
@@ -82,6 +87,80 @@ def task_weights(
     _print(result)
     console.print(f"Results  {out / 'results.json'}")
     console.print(f"Figure   {out / 'figure.png'}")
+
+
+@app.command()
+@guarded
+def hyper_cleaning(
+    out: Annotated[Path, typer.Option(help="Folder for results.json and figure.png.")],
+    data: Data = None,
+    seeds: Seeds = 1,
+    model: Annotated[Model, typer.Option(help="What is trained.")] = Model.LINEAR,
+    train: Annotated[int | None, typer.Option(help="Training samples; 5000, digits 600.")] = None,
+    validation: Annotated[
+        int | None, typer.Option(help="Validation samples; 5000, digits 400.")
+    ] = None,
+    test: Annotated[int | None, typer.Option(help="Test samples; 10000, digits 797.")] = None,
+    share: Annotated[float, typer.Option(help="Of training labels that are corrupted.")] = 0.5,
+    convention: Annotated[
+        Convention,
+        typer.Option(help="uniform: drawn anew from all classes, some right; exact: all wrong."),
+    ] = Convention.UNIFORM,
+    method: Annotated[Method, typer.Option(help="Of hypergradients.")] = Method.IMPLICIT,
+    updates: Annotated[int, typer.Option(help="Of the weights, at most.", min=1)] = 30,
+    inner_steps: Annotated[int, typer.Option(help="Of the model an update.", min=1)] = 30,
+    decay: Annotated[
+        float, typer.Option(help="Weight decay while weights are learned.", min=0)
+    ] = 0.03,
+    hidden: Annotated[int, typer.Option(help="mlp: hidden units.", min=1)] = 300,
+    seed: Seed = 0,
+    threads: Threads = 0,
+) -> None:
+    """Learn which training labels are wrong from clean validation data, and train without them."""
+    use_threads(threads)
+    standard = CleaningSettings(data).parts
+    parts = tuple(
+        own if given is None else given
+        for given, own in zip((train, validation, test), standard, strict=True)
+    )
+    settings = CleaningSettings(
+        data,
+        model,
+        (parts[0], parts[1], parts[2]),
+        share,
+        convention,
+        seeds,
+        seed,
+        method,
+        updates,
+        inner_steps=inner_steps,
+        learning_decay=decay,
+        hidden=hidden,
+    )
+    make_folder(out)
+    with progress_bars(console) as report:
+        result = run_hyper_cleaning(settings, report)
+    write_json(out / "results.json", result.as_json())
+    draw_cleaning(out / "figure.png", result)
+    _print_cleaning(result)
+    console.print(f"Results  {out / 'results.json'}")
+    console.print(f"Figure   {out / 'figure.png'}")
+
+
+def _print_cleaning(result: CleaningResult) -> None:
+    table = Table(title=f"Test accuracy, {result.data}, {result.settings.model}")
+    for name in ("trained on", "mean [%]", "spread"):
+        table.add_column(name, justify="left" if name == "trained on" else "right")
+    for way in result.runs[0].accuracies:
+        found = 100 * result.accuracy(way)
+        table.add_row(way, f"{float(found.mean()):.2f}", f"{spread(found):.2f}")
+    console.print(table)
+    f1, mass = result.cleaning("f1"), result.cleaning("wrong_mass")
+    seconds = sum(run.seconds for run in result.runs) / len(result.runs)
+    console.print(
+        f"Wrong labels found with F1 {float(f1.mean()):.3f}; {100 * float(mass.mean()):.1f} % of "
+        f"the weight lies on them; {seconds:.0f} s of descent a seed"
+    )
 
 
 def _print(result: Result) -> None:

@@ -1,9 +1,7 @@
 """The problem as the modules that some peers want."""
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.ridge import Problem
@@ -31,7 +29,3 @@ class Penalty(nn.Module):
 
     def forward(self) -> Tensor:
         return self.alpha
-
-
-def sgd(model: Weights, problem: Problem, **options: Any) -> torch.optim.SGD:
-    return torch.optim.SGD(model.parameters(), lr=problem.step_size, **options)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers.modules import Penalty, Run, Weights, sgd
+from benchmarks.peers.modules import Penalty, Run, Weights
 from benchmarks.ridge import CG_RTOL, Problem
 
 
@@ -20,7 +20,7 @@ def boat(
     outer: Callable[..., Tensor],
     **settings: Any,
 ) -> Run:
-    """BOAT on objectives `(upper, *lower parameters) -> loss` of any two modules."""
+    """BOAT on objectives `(upper module, lower module, *lower parameters) -> loss`."""
     import boat_torch
 
     def named(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -68,14 +68,20 @@ def boat(
     return run
 
 
-def _boat(problem: Problem, steps: int, operation: str, iterations: int, **options: Any) -> Run:
+def _boat(
+    problem: Problem,
+    steps: int,
+    operation: str,
+    iterations: int,
+    rule: Callable = torch.optim.SGD,
+) -> Run:
     model = Weights(problem)
     return boat(
         model,
         Penalty(problem),
         lambda upper, _, w: problem.inner(w, upper()),
         lambda upper, _, w: problem.outer(w, upper()),
-        optimizer=sgd(model, problem, **options),
+        optimizer=rule(model.parameters(), lr=problem.step_size),
         steps=steps,
         operation=operation,
         iterations=iterations,
@@ -83,8 +89,8 @@ def _boat(problem: Problem, steps: int, operation: str, iterations: int, **optio
     )
 
 
-def unrolled(problem: Problem, steps: int, **options: Any) -> Run:
-    return _boat(problem, steps, "RAD", 0, **options)
+def unrolled(problem: Problem, steps: int, rule: Callable = torch.optim.SGD) -> Run:
+    return _boat(problem, steps, "RAD", 0, rule)
 
 
 def cg(problem: Problem, steps: int) -> Run:

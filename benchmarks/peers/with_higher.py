@@ -1,19 +1,19 @@
 """Unrolling by `higher`; it has no implicit mode."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers.modules import Run, Weights, sgd
+from benchmarks.peers.modules import Run, Weights
 from benchmarks.ridge import Problem
 
 
-def unrolled(problem: Problem, steps: int, **options: Any) -> Run:
+def unrolled(problem: Problem, steps: int, rule: Callable = torch.optim.SGD) -> Run:
     import higher
 
     model = Weights(problem)
-    optimizer = sgd(model, problem, **options)
+    optimizer = rule(model.parameters(), lr=problem.step_size)
 
     def run() -> Tensor:
         alpha = problem.alpha.detach().requires_grad_()

@@ -25,9 +25,13 @@ def unrolled(problem: Problem, steps: int, rule: Callable | None = None) -> Run:
     return run
 
 
-def _implicit(problem: Problem, steps: int, linear_solver: Callable) -> Run:
+def differentiable_solution(
+    problem: Problem, steps: int, linear_solver: Callable | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Inner solution from a start and a control; implicitly differentiable in the control."""
     import torchopt
 
+    linear_solver = linear_solver or torchopt.linear_solve.solve_cg(rtol=CG_RTOL)
     stationary = torch.func.grad(lambda w, alpha: problem.inner(w, alpha))
 
     @torchopt.diff.implicit.custom_root(stationary, argnums=1, solve=linear_solver)
@@ -40,6 +44,12 @@ def _implicit(problem: Problem, steps: int, linear_solver: Callable) -> Run:
             w = torch.sub(w.detach(), slope, alpha=problem.step_size)
         return w
 
+    return solve
+
+
+def _implicit(problem: Problem, steps: int, linear_solver: Callable | None = None) -> Run:
+    solve = differentiable_solution(problem, steps, linear_solver)
+
     def run() -> Tensor:
         alpha = problem.alpha.detach().requires_grad_()
         return torch.autograd.grad(problem.outer(solve(problem.start, alpha), alpha), alpha)[0]
@@ -48,9 +58,7 @@ def _implicit(problem: Problem, steps: int, linear_solver: Callable) -> Run:
 
 
 def cg(problem: Problem, steps: int) -> Run:
-    import torchopt
-
-    return _implicit(problem, steps, torchopt.linear_solve.solve_cg(rtol=CG_RTOL))
+    return _implicit(problem, steps)
 
 
 def neumann(problem: Problem, steps: int) -> Run:

@@ -1,0 +1,147 @@
+"""Settings and results of data hyper-cleaning."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from applications.errors import InputError
+from applications.toy.data import Convention
+from applications.toy.metrics import Cleaning
+from applications.toy.models import Model
+from applications.toy.task_weights import Method, spread
+
+CLEANED = "learned weights"  # the way of training that cleaning is for
+
+
+@dataclass(frozen=True)
+class CleaningSettings:
+    """The experiment.
+
+    Attributes:
+        data: folder of IDX files; None for scikit-learn's digits.
+        model: what is trained.
+        sizes: samples for training, validation and test; None for 5000, 5000, 10000 of a folder
+            and 600, 400, 797 of the digits.
+        share: of training labels that are corrupted.
+        convention: how.
+        seeds: runs, each with a split, labels and start of its own.
+        seed: of the first run.
+        method: how hypergradients are found.
+        updates: of the weights, at most.
+        every: updates between two looks at held-out data.
+        rate: step of alpha, in units of the number of training samples.
+        inner_steps: of the model an update, from where the last ones ended.
+        learning_decay: weight decay of the model while weights are learned. Large: the smaller it
+            is, the better alpha can fit the outer objective without finding wrong labels.
+        decays: of the models compared, to choose from.
+        hidden: units of the network.
+        fit_steps: of L-BFGS, at most.
+    """
+
+    data: Path | None = None
+    model: Model = Model.LINEAR
+    sizes: tuple[int, int, int] | None = None
+    share: float = 0.5
+    convention: Convention = Convention.UNIFORM
+    seeds: int = 1
+    seed: int = 0
+    method: Method = Method.IMPLICIT
+    updates: int = 30
+    every: int = 10
+    rate: float = 0.4
+    inner_steps: int = 30
+    learning_decay: float = 0.03
+    decays: tuple[float, ...] = (1e-2, 3e-3, 2e-3, 1e-3)
+    hidden: int = 300
+    fit_steps: int = 150
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for name in ("seeds", "updates", "every", "inner_steps", "hidden", "fit_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("rate", "learning_decay"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be > 0, got {getattr(self, name)}.")
+        if not self.decays or min(self.decays) <= 0:
+            raise InputError(f"decays must be one or more numbers > 0, got {self.decays}.")
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """The sizes, or their default."""
+        if self.sizes is not None:
+            return self.sizes
+        return (600, 400, 797) if self.data is None else (5000, 5000, 10000)
+
+
+@dataclass(frozen=True, eq=False)
+class CleaningRun:
+    """One seed.
+
+    Attributes:
+        seed: of everything random.
+        weights: learned, shape ``(n,)``.
+        wrong: whose labels are wrong, shape ``(n,)``, bool.
+        cleaning: how well the weights tell.
+        values: the outer objective before each update.
+        updates: that the weights were made by; chosen on held-out data.
+        accuracies: on test data, by way of training.
+        decays: chosen on held-out data, by way of training.
+        seconds: that the descent took, without looks at held-out data.
+    """
+
+    seed: int
+    weights: Tensor
+    wrong: Tensor
+    cleaning: Cleaning
+    values: list[float]
+    updates: int
+    accuracies: dict[str, float]
+    decays: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class CleaningResult:
+    """All seeds.
+
+    Attributes:
+        settings: of the experiment.
+        data: name of the data set.
+        runs: one a seed.
+    """
+
+    settings: CleaningSettings
+    data: str
+    runs: tuple[CleaningRun, ...]
+
+    def accuracy(self, way: str) -> Tensor:
+        """Test accuracy of each seed, shape ``(seeds,)``."""
+        return torch.tensor([run.accuracies[way] for run in self.runs])
+
+    def cleaning(self, name: str) -> Tensor:
+        """A field of `Cleaning` for each seed, shape ``(seeds,)``."""
+        return torch.tensor([getattr(run.cleaning, name) for run in self.runs])
+
+    def as_json(self) -> dict:
+        """Everything but the weights, in plain values."""
+        settings = asdict(self.settings) | {"sizes": self.settings.parts}
+        settings["data"] = None if self.settings.data is None else str(self.settings.data)
+        found = {way: self.accuracy(way) for way in self.runs[0].accuracies}
+        found |= {name: self.cleaning(name) for name in asdict(self.runs[0].cleaning)}
+        hidden = {"weights", "wrong", "cleaning"}
+        return {
+            "settings": settings,
+            "data": self.data,
+            "summary": {
+                name: {"mean": float(x.mean()), "spread": spread(x)} for name, x in found.items()
+            },
+            "runs": [
+                {name: x for name, x in vars(run).items() if name not in hidden}
+                | {"wrong_share": float(run.wrong.double().mean())}
+                | asdict(run.cleaning)
+                for run in self.runs
+            ],
+        }
