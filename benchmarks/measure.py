@@ -7,9 +7,12 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.autograd.profiler import profile
+
+MIB = 2**20
 
 
 def peak_live_bytes(run: Callable[[], object]) -> int:
@@ -43,16 +46,22 @@ class Timing:
 
 
 def paired_times(
-    runs: Sequence[Callable[[], object]], repeats: int, warm_up: int = 2
+    runs: Sequence[Callable[[], object]],
+    repeats: int,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
-    """Times of `runs`, taken in turn, so that a drift of the machine meets all alike."""
+    """Times of `runs`, taken in turn, so that a drift of the machine meets all alike.
+
+    `clock` may be `time.process_time`: what runs beside then counts less.
+    """
     found: list[list[float]] = [[] for _ in runs]
     for i in range(repeats + warm_up):
         for run, seconds in zip(runs, found, strict=True):
-            began = time.perf_counter()
+            began = clock()
             run()
             if i >= warm_up:
-                seconds.append(time.perf_counter() - began)
+                seconds.append(clock() - began)
     return [Timing(tuple(seconds)) for seconds in found]
 
 
@@ -68,10 +77,41 @@ def machine() -> str:
     ).stdout.strip()
     return json.dumps(
         {
-            "processor": platform.processor() or platform.machine(),
+            "processor": _processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "commit": commit,
         }
     )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def show(rows: Sequence[dict[str, object]]) -> None:
+    """Print records as a table; numbers with three digits."""
+    heads = list(rows[0])
+    cells = [heads] + [[_text(row[head]) for head in heads] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        print("  ".join([first, *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+    print()
+
+
+def _text(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def save(path: str | None, found: dict[str, object]) -> None:
+    """Write `found` and the machine as JSON, if a path was given."""
+    if path:
+        text = json.dumps({"machine": json.loads(machine()), **found}, indent=1)
+        Path(path).write_text(text + "\n", encoding="utf-8")
