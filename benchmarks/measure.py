@@ -7,9 +7,12 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.autograd.profiler import profile
+
+MIB = 2**20
 
 
 def peak_live_bytes(run: Callable[[], object]) -> int:
@@ -74,10 +77,41 @@ def machine() -> str:
     ).stdout.strip()
     return json.dumps(
         {
-            "processor": platform.processor() or platform.machine(),
+            "processor": _processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
             "commit": commit,
         }
     )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def show(rows: Sequence[dict[str, object]]) -> None:
+    """Print records as a table; numbers with three digits."""
+    heads = list(rows[0])
+    cells = [heads] + [[_text(row[head]) for head in heads] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        print("  ".join([first, *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+    print()
+
+
+def _text(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def save(path: str | None, found: dict[str, object]) -> None:
+    """Write `found` and the machine as JSON, if a path was given."""
+    if path:
+        text = json.dumps({"machine": json.loads(machine()), **found}, indent=1)
+        Path(path).write_text(text + "\n", encoding="utf-8")

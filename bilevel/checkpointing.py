@@ -161,13 +161,15 @@ def plan(
     if whole <= budget_bytes:
         return Checkpointing(block=None, forward_steps=horizon, peak_bytes=whole)
     best = (math.inf, math.inf, 1, 1)
-    for block in range(1, horizon + 1):
+    largest = (budget_bytes - working - resident(1) * state_bytes) // max(graph_bytes, 1)
+    for block in range(min(largest, horizon) if graph_bytes else horizon, 0, -1):
+        # Several blocks advance every step but those of the last: from here on nothing is better.
+        if 2 * horizon - block > best[0]:
+            break
         room = budget_bytes - working - block * graph_bytes
         snapshots = max(-(-horizon // block) - 1, 1)
         if resident(snapshots) * state_bytes > room:
             snapshots = room // state_bytes
-        if snapshots < 1:
-            break
         peak = budget_bytes - room + resident(snapshots) * state_bytes
         forward = Schedule(horizon, block, snapshots).forward_steps
         best = min(best, (forward, peak, snapshots, block))

@@ -54,7 +54,7 @@ maml = bl.BilevelSolver(
 zeros = torch.zeros(N_TASKS, 2, dtype=torch.float64)
 start = torch.zeros(2, dtype=torch.float64)
 batches = [(support, support)]
-found = maml.solve(zeros, start, lambda p: torch.optim.Adam(p, 0.1), 150, batches)
+found = maml.solve(zeros, start, lambda p: torch.optim.Adam(p, 0.1), 70, batches)
 
 # %% Implicit MAML: each task is solved to the end, held to the start by a proximal term
 STRENGTH = 2.0
@@ -67,10 +67,10 @@ imaml = bl.BilevelSolver(
         start=lambda params, start: start.expand_as(params),
     ),
     bl.GradientDescent(0.05),
-    inner_steps=100,
+    inner_steps=40,
     method=bl.Implicit(),
 )
-found_implicit = imaml.solve(zeros, start, lambda p: torch.optim.Adam(p, 0.1), 150, batches)
+found_implicit = imaml.solve(zeros, start, lambda p: torch.optim.Adam(p, 0.1), 70, batches)
 
 # %% On tasks that were never seen, the learned starts are the better ones
 scores = {

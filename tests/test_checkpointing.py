@@ -197,6 +197,15 @@ def test_a_plan_that_affords_it_keeps_graphs():
     assert (found.forward_steps, found.peak_bytes) == (10, 10 * 100 + 100 + 400)
 
 
+@pytest.mark.parametrize("budget", [8_000, 20_000, 2**20, 10**7, 10**8])
+def test_a_plan_of_100_000_steps_takes_milliseconds(budget):
+    began = time.perf_counter()
+    found = bl.plan(10**5, budget, 1000, 2000)
+    assert time.perf_counter() - began < 0.2  # thirty milliseconds; the rest is for a busy machine
+    assert found.peak_bytes <= budget
+    assert found.schedule(10**5).forward_steps == found.forward_steps
+
+
 def test_a_plan_of_no_steps_exists():
     assert bl.plan(0, 500, 100, 100).forward_steps == 0
 

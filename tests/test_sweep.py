@@ -279,7 +279,7 @@ def test_a_hidden_tensor_that_requires_grad_is_refused(source, problem, checkpoi
         ("step 2", problem_of(hidden_at(2))),
         ("dynamics.init", problem_of(tanh, g0=lambda f, c: f * HIDDEN)),
         ("the terminal cost", problem_of(tanh, terminal=lambda u, c: (u * HIDDEN).sum())),
-        ("step 4 or its running", problem_of(tanh, running=lambda u, c, t: (u * HIDDEN).sum())),
+        ("step 1 or its running", problem_of(tanh, running=lambda u, c, t: (u * HIDDEN).sum())),
     ],
 )
 def test_kkt_refuses_a_hidden_tensor_too(source, problem):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -172,9 +173,10 @@ def _print(result: Result) -> None:
     console.print(table)
     for form in ("vector", "matrix"):
         learned = [getattr(run, form) for run in result.runs]
-        mass = min(float(one.related_mass.min()) for one in learned)
+        mass = torch.stack([one.related_mass for one in learned])
         seconds = sum(one.seconds for one in learned) / len(learned)
         console.print(
-            f"Learned {form}: at least {100 * mass:.1f} % of the weight on related tasks, "
+            f"Learned {form}: {100 * float(mass.mean()):.1f} % of the weight on related tasks, "
+            f"at least {100 * float(mass.min()):.1f} %, "
             f"{seconds:.1f} s a seed"
         )
