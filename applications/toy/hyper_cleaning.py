@@ -86,7 +86,7 @@ class _Experiment:
     def solver(self) -> bl.BilevelSolver:
         """The bilevel problem of the weights, and how it is solved."""
         noisy, outer, settings = self.noisy.data, self.outer, self.settings
-        # The Hessian of the cross-entropy in the logits is at most 1/2.
+        # The Hessian of the cross-entropy in the logits is at most 1/2, twice a weight at most 2.
         squared = float(torch.linalg.matrix_norm(noisy.inputs, 2)) ** 2 / len(noisy) + 1
 
         def inner(params: Params, alpha: Tensor, _batch: object) -> Tensor:
