@@ -42,6 +42,7 @@ docs: $(STAMPS)/docs
 bench: $(STAMPS)/mri
 	$(VENV)/bin/python -m benchmarks.training_step
 	$(VENV)/bin/python -m benchmarks.memory
+	$(VENV)/bin/python -m benchmarks.speed
 	$(VENV)/bin/python -m benchmarks.columns
 
 # The peers need versions of their own. pip 24.1 began to refuse how betty-ml writes "torch>=1.6.*".
