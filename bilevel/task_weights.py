@@ -27,7 +27,7 @@ class TaskWeights:
         n_validations: number M of validation tasks that get a column of weights each; None makes
             alpha a vector.
         normalise: sigma_0.
-        floor: least weight of a task, in [0, 1/N]; above 0 no task is lost for good.
+        floor: least weight of a task, in [0, 1/N]; above 0 no task leaves the training.
         entropy: the outer loss is lowered by this times the entropy of the weights, against
             collapse to one task.
 

@@ -156,6 +156,29 @@ def test_learned_weights_leave_the_task_that_misleads():
     assert float(sigma[:2].min()) > 0.2
 
 
+def test_floor_entropy_and_temperature_hold_against_collapse_to_one_task():
+    # The goal is the first centre: without them the best weights are (1, 0, 0).
+    def learned(**settings):
+        weights = bl.TaskWeights(3, **settings)
+        problem = bl.weighted_problem(
+            train_losses, lambda w, batch: ((w - CENTRES[:1]) ** 2).sum(-1) / 2, weights
+        )
+        found = solver(problem, bl.Implicit(), steps=40).solve(
+            torch.zeros(2, dtype=torch.float64),
+            weights.initial(torch.float64),
+            lambda p: torch.optim.Adam(p, 0.3),
+            steps=60,
+        )
+        sigma = weights.sigma(found.control)
+        return sigma, float(weights.spread(sigma))
+
+    alone, spread = learned()
+    assert float(alone[0]) > 0.99
+    assert float(learned(floor=0.1)[0].min()) >= 0.1
+    for held in ({"entropy": 0.2}, {"normalise": bl.Softmax(10.0)}):
+        assert learned(**held)[1] > 3 * spread
+
+
 def test_params_are_stacked_as_copies_for_a_matrix_and_left_for_a_vector():
     params = {"w": real(16, 3), "n": 4}
     stacked = bl.TaskWeights(2, 5).stacked(params)
