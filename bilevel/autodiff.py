@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from bilevel import tree
-from bilevel.errors import LostGradientError, StructureError, UnsupportedError
+from bilevel.errors import ArgumentError, LostGradientError, StructureError, UnsupportedError
 from bilevel.tree import Tree
 
 
@@ -343,6 +343,23 @@ def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
                 "among its arguments; its gradient would be lost. Pass it in the control, or "
                 "freeze it with requires_grad_(False)."
             )
+
+
+def refuse_setting(value: Tree, name: str) -> None:
+    """Refuse a setting that requires grad: it is no argument, so its gradient would be lost.
+
+    Args:
+        value: what was given, or what a function of a detached control returned.
+        name: what the user calls it.
+
+    Raises:
+        ArgumentError: if it requires grad.
+    """
+    if any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves_of(value)):
+        raise ArgumentError(
+            f"{name} is a tensor that requires grad, which no gradient would reach: make it part "
+            f"of the control, and pass a function such as lambda control: control['{name}']."
+        )
 
 
 def recording() -> torch.enable_grad:

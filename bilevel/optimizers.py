@@ -56,6 +56,19 @@ class InnerOptimizer(ABC):
             The state after.
         """
 
+    def check(self, params: Tree, control: Tree, t: int) -> None:  # noqa: ARG002
+        """Refuse settings that are out of range where an iteration starts.
+
+        Args:
+            params: where.
+            control: what learned settings are read from, detached.
+            t: the step, as in `update`.
+
+        Raises:
+            ArgumentError: naming the setting.
+        """
+        check_setting(setting_at(self.step_size, control, t), "step_size")
+
     def residual(self, params: Tree, gradient: Tree, control: Tree, t: int) -> Tree:  # noqa: ARG002
         """What vanishes at the inner solution; by default the gradient of the inner objective."""
         return gradient
@@ -96,17 +109,11 @@ def check_setting(value: Any, name: str, *, below: float = math.inf, zero: bool 
     """
     if isinstance(value, ByStep) or callable(value):
         return
-    if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
-        raise ArgumentError(
-            f"{name} is a tensor that requires grad, which no gradient would reach: make it part "
-            f"of the control, and pass a function such as {name}=lambda control: control['rate']."
-        )
+    autodiff.refuse_setting(value, name)
     for x in tree.leaves_of(value):
         if x is None:  # in the place of an integer leaf
             continue
-        smallest, largest = (
-            (float(x.detach().min()), float(x.detach().max())) if isinstance(x, Tensor) else (x, x)
-        )
+        smallest, largest = (float(x.min()), float(x.max())) if isinstance(x, Tensor) else (x, x)
         if not ((smallest > 0 or (zero and smallest == 0)) and largest < below):
             bounds = f"{'>=' if zero else '>'} 0" + (f" and < {below:g}" if below < 1e300 else "")
             came = f"{smallest:g}" if smallest == largest else f"{smallest:g} to {largest:g}"
@@ -190,7 +197,6 @@ class HeavyBall(InnerOptimizer):
 
     def update(self, state: Tree, gradient: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         momentum = setting_at(self.momentum, control, t)
-        check_setting(momentum, "momentum", below=1, zero=True) if t == 1 else None
         if isinstance(momentum, float | int | Tensor):
             velocity = tree.map_leaves(
                 lambda v, g: None if v is None else momentum * v + g, state.velocity, gradient
@@ -201,6 +207,11 @@ class HeavyBall(InnerOptimizer):
             )
         size = setting_at(self.step_size, control, t)
         return Moving(descend(state.params, velocity, size), velocity)
+
+    def check(self, params: Tree, control: Tree, t: int) -> None:  # noqa: D102
+        super().check(params, control, t)
+        momentum = setting_at(self.momentum, control, t)
+        check_setting(momentum, "momentum", below=1, zero=True)
 
 
 class Moments(NamedTuple):
@@ -245,7 +256,7 @@ class Adam(InnerOptimizer):
 
     def begin(self, params: Tree) -> Tree:  # noqa: D102
         zeros = tree.map_leaves(lambda p: None if p is None else _real(p), tree.zeros_like(params))
-        return Moments(params, zeros, tree.map_leaves(lambda z: z, zeros))
+        return Moments(params, zeros, zeros)
 
     def params(self, state: Tree) -> Tree:  # noqa: D102
         return state.params
@@ -323,9 +334,11 @@ class ProximalGradient(InnerOptimizer):
 
     def update(self, state: Tree, gradient: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         size = setting_at(self.step_size, control, t)
-        if t == 1:
-            self.prox.check(state, control)
         return self.prox(descend(state, gradient, size), size, control)
+
+    def check(self, params: Tree, control: Tree, t: int) -> None:  # noqa: D102
+        super().check(params, control, t)
+        self.prox.check(params, control)
 
     def residual(self, params: Tree, gradient: Tree, control: Tree, t: int) -> Tree:
         """The params minus what one step makes of them."""
@@ -351,9 +364,12 @@ class InnerIteration(Dynamics):
     goes_on: bool = False
 
     def init(self, observation: Tree, control: Tree) -> Tree:  # noqa: D102
-        size = self.optimizer.step_size
-        if not isinstance(size, float | int):
-            check_setting(setting_at(size, control, self.offset + 1), "step_size")
+        state = self._first(observation, control)
+        params, settings = self.optimizer.params(state), tree.detach(control)
+        self.optimizer.check(params, settings, self.offset + 1)
+        return state
+
+    def _first(self, observation: Tree, control: Tree) -> Tree:
         if self.goes_on:
             return observation
         if self.problem.start is None:

@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import autodiff, tree
 from bilevel.errors import ArgumentError, StructureError
 from bilevel.tree import Tree
 
@@ -47,7 +47,7 @@ class Prox(ABC):
 
         Args:
             params: what the operator is applied to.
-            control: what the settings are read from.
+            control: what the settings are read from, detached.
 
         Raises:
             ArgumentError: if a setting is out of range.
@@ -82,11 +82,7 @@ def _check_setting(value: Any, name: str, *, negative: bool = False) -> None:
             f"{name} must be a number, a tensor or a function of the control, got "
             f"{type(value).__name__}."
         )
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ArgumentError(
-            f"{name} is a tensor that requires grad, which no gradient would reach: make it part "
-            f"of the control, and pass a function such as lambda control: control['{name}']."
-        )
+    autodiff.refuse_setting(value, name)
     if not negative and not bool(torch.as_tensor(value >= 0).all()):
         raise ArgumentError(f"{name} must be >= 0, got {value}.")
 
@@ -94,7 +90,7 @@ def _check_setting(value: Any, name: str, *, negative: bool = False) -> None:
 def _check_weights(weight: Any, params: Tree, control: Tree) -> None:
     for leaf in tree.leaves_of(_like(weight, params, control, "weight")):
         if leaf is not None:
-            _check_setting(leaf.detach() if isinstance(leaf, Tensor) else leaf, "weight")
+            _check_setting(leaf, "weight")
 
 
 @final
@@ -241,12 +237,15 @@ class Box(Prox):
         return torch.where(torch.stack(moved).any(), math.inf, 0.0) if moved else torch.zeros(())
 
     def check(self, params: Tree, control: Tree) -> None:  # noqa: D102
-        if self.lower is not None and self.upper is not None:
-            lower, upper = (
-                tree.leaves_of(_like(getattr(self, name), params, control, name))
-                for name in ("lower", "upper")
-            )
-            for a, b in zip(lower, upper, strict=True):
+        bounds = [
+            tree.leaves_of(_like(bound, params, control, name))
+            for name in ("lower", "upper")
+            if (bound := getattr(self, name)) is not None
+        ]
+        for leaves in bounds:
+            autodiff.refuse_setting(leaves, "a bound")
+        if len(bounds) == 2:
+            for a, b in zip(*bounds, strict=True):
                 _check_order(a, b)
 
 

@@ -93,6 +93,57 @@ def test_the_hypergradient_through_a_rule_is_that_of_finite_differences(optimize
         assert float(found.gradient[i]) == pytest.approx(float(slope), rel=1e-6, abs=1e-9)
 
 
+LEARNED = {
+    "step_size": lambda f: bl.GradientDescent(f),
+    "momentum": lambda f: bl.HeavyBall(0.1, f),
+    "weight": lambda f: bl.ProximalGradient(0.1, bl.L1(f)),
+    "bound": lambda f: bl.ProximalGradient(0.1, bl.Box(upper=f)),
+}
+SWEPT = [bl.Unrolled(), bl.MLM(), bl.MLM(last=2)]
+
+
+@pytest.mark.parametrize("setting", LEARNED)
+@pytest.mark.parametrize("method", SWEPT, ids=repr)
+def test_a_setting_may_be_a_leaf_of_the_control_as_it_is(setting, method):
+    problem = bl.BilevelProblem(
+        lambda w, c, batch: square(w - c["centre"]), lambda w, c, batch: square(w)
+    )
+    control = {"centre": real(1, 2).abs() + 1, "rate": torch.tensor(0.1, dtype=torch.float64)}
+    leaf, copy = (
+        bl.BilevelSolver(problem, LEARNED[setting](f), 4, method, certificate=None).hypergradient(
+            torch.zeros(2, dtype=torch.float64), control
+        )
+        for f in (lambda c: c["rate"], lambda c: 1 * c["rate"])
+    )
+    assert float(leaf.gradient["rate"]) != 0
+    assert torch.equal(leaf.gradient["rate"], copy.gradient["rate"])
+
+
+HIDDEN = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("setting", LEARNED)
+@pytest.mark.parametrize("method", [*SWEPT, bl.Implicit(bl.GMRES())], ids=repr)
+def test_a_setting_that_closes_over_a_tensor_that_requires_grad_is_refused(setting, method):
+    case = ridge(2)
+    for hidden in (lambda c: HIDDEN, lambda c: 2 * HIDDEN):
+        solver = bl.BilevelSolver(case.problem, LEARNED[setting](hidden), 3, method)
+        with pytest.raises(bl.ArgumentError, match=f"{setting} is a tensor that requires grad"):
+            solver.hypergradient(case.params, case.control)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_learned_momentum_out_of_range_is_refused_after_a_warm_start_too(warm):
+    case = ridge(2)
+    solver = bl.BilevelSolver(
+        case.problem, bl.HeavyBall(0.1, lambda c: c[0]), 3, bl.MLM(), certificate=None
+    )
+    good = torch.tensor([0.5, 0.1], dtype=torch.float64)
+    state = solver.hypergradient(case.params, good).warm if warm else None
+    with pytest.raises(bl.ArgumentError, match=r"momentum must be >= 0 and < 1, got 1\.5"):
+        solver.hypergradient(case.params, good + 1, warm=state)
+
+
 def test_a_step_size_may_be_a_tree_like_the_params():
     case = trees()
     sizes = {"z": torch.tensor(0.1), "pair": (torch.tensor(0.02), {"count": None})}
