@@ -12,7 +12,7 @@ from bilevel.gmres import GMRES
 from bilevel.krylov import CG
 from bilevel.linear import LinearResult, Operator
 from bilevel.methods.base import Instance
-from bilevel.methods.implicit import filled, transposed
+from bilevel.methods.implicit import transposed
 from bilevel.optimizers import descend
 from bilevel.problem import at_step
 from bilevel.tree import Tree
@@ -50,7 +50,9 @@ class Point:
     def outer(self) -> tuple[Tree, Tree]:
         """The gradients b and d in params and control."""
         found = self.instance.outer_gradient(self.params)
-        return filled(found.in_params, self.params), filled(found.in_control, self.instance.control)
+        return tree.filled(found.in_params, self.params), tree.filled(
+            found.in_control, self.instance.control
+        )
 
     @property
     def operator(self) -> Operator:
@@ -67,7 +69,7 @@ class Point:
 
     def mixed(self, vector: Tree) -> Tree:
         """The adjoint of C, applied to a vector."""
-        return filled(self.residual.pull(vector, 1), self.instance.control)
+        return tree.filled(self.residual.pull(vector, 1), self.instance.control)
 
     def coupling(self, start: Tree) -> float:
         """Norm of C from below, by a power iteration of two products.
@@ -85,7 +87,7 @@ class Point:
         scale = 1 / (tree.norm(start) or 1.0)
         unit = tree.map_leaves(lambda x: None if x is None else x * scale, start)
         along = in_control.pull(unit, 0) if symmetric else in_control.push(unit, 1)
-        along = filled(along, self.params)
+        along = tree.filled(along, self.params)
         size = tree.norm(along)
         return ratio(tree.norm(self.mixed(along)), size) if size else 0.0
 

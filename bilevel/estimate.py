@@ -40,7 +40,6 @@ from bilevel.correction import (
 from bilevel.errors import ArgumentError, DivergenceError, UnsupportedError
 from bilevel.linear import LinearResult
 from bilevel.methods.base import Found, Instance
-from bilevel.methods.implicit import filled
 from bilevel.methods.mlm import relative
 from bilevel.problem import ByStep
 from bilevel.tree import Tree
@@ -124,7 +123,7 @@ class Newton(Certifier):
             linear_residual=(found.linear or solved).residual,
             products=moved.products + solved.products + OTHER,
         )
-        judged = _judge(here, moved, solved, filled(found.gradient, instance.control))
+        judged = _judge(here, moved, solved, tree.filled(found.gradient, instance.control))
         if self.constants is not None:
             known = replace(known, bound=judged.bound(self.constants, here.size))
         if flaw := moved.flaw or flaw_of(solved, "the adjoint system"):

@@ -235,7 +235,7 @@ def multiplier_sweep(
     """
     dynamics = trajectory.dynamics
     total: Tensor | float = 0.0
-    states, multipliers = [trajectory.final], [_with_zeros(multiplier, trajectory.final)]
+    states, multipliers = [trajectory.final], [tree.filled(multiplier, trajectory.final)]
     observation_gradient = None
     with autodiff.recording():
         for block in trajectory.taped_in_reverse():
@@ -254,7 +254,7 @@ def multiplier_sweep(
             following, multiplier = multiplier, earlier[0]
             if keep_multipliers:
                 likes = reversed(list(zip(earlier, inner_states, strict=True)))
-                multipliers += [_with_zeros(found, state) for found, state in likes]
+                multipliers += [tree.filled(found, state) for found, state in likes]
             # (8): grad_{theta_t} L = -(dg/dtheta)^* lambda_t + grad_theta r
             gradient.subtract(parts, control_part)
             total = sum((cost.detach() for cost in costs), total)
@@ -271,7 +271,7 @@ def multiplier_sweep(
             start = trajectory.taped_initial()
             observation_part, control_part = autodiff.pull(start, multiplier, inputs)
             gradient.subtract(trajectory.control, control_part)
-            observation_gradient = _with_zeros(tree.negative(observation_part), inputs[0])
+            observation_gradient = tree.filled(tree.negative(observation_part), inputs[0])
     return MultiplierSweep(
         running=total,
         observation_gradient=observation_gradient,
@@ -296,13 +296,6 @@ def block_costs(dynamics: Dynamics, running: RunningCost | None, block: Block) -
         for state, theta, t in zip(block.states[:-1], block.controls, times, strict=True)
     ]
     return [autodiff.check_scalar(cost, "the running cost") for cost in costs]
-
-
-def _with_zeros(vector: Tree, like: Tree) -> Tree:
-    """`vector` with zeros where nothing depends on a variable of `like`."""
-    return tree.map_leaves(
-        lambda x, v: torch.zeros_like(x) if v is None and tree.is_variable(x) else v, like, vector
-    )
 
 
 def check_point(

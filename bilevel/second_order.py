@@ -179,9 +179,8 @@ def hvp(
         product.add(theta, second[1])
         multipliers = tree.negative((first[0], second[0]))
         found = tangent_sweep(trajectory, multipliers, gradient, product, problem.running)
-    zero = tree.zeros_like(control)
-    filled = tree.map_leaves(lambda z, x: z if x is None else x, zero, product.sums())
-    return HessianProduct(filled, gradient.total(), cost.detach() + found.running)
+    along = tree.filled(product.sums(), control)
+    return HessianProduct(along, gradient.total(), cost.detach() + found.running)
 
 
 @dataclass(frozen=True, eq=False)

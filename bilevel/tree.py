@@ -78,6 +78,13 @@ def zeros_like(tree: Tree) -> Tree:
     return map_leaves(lambda leaf: torch.zeros_like(leaf) if is_variable(leaf) else None, tree)
 
 
+def filled(vector: Tree, like: Tree) -> Tree:
+    """`vector` with zeros where it has None and `like` a variable."""
+    return map_leaves(
+        lambda x, v: torch.zeros_like(x) if v is None and is_variable(x) else v, like, vector
+    )
+
+
 def negative(vector: Tree) -> Tree:
     """`-vector`."""
     return map_leaves(lambda leaf: None if leaf is None else -leaf, vector)

@@ -54,7 +54,7 @@ class Implicit(HypergradientMethod):
         residual = instance.linearised(params)
         solved = self.linear.solve(
             transposed(residual, instance),
-            filled(outer.in_params, params),
+            tree.filled(outer.in_params, params),
             instance.warm.linear if instance.warm else None,
         )
         gradient = GradientSum(instance.control)
@@ -82,8 +82,3 @@ def transposed(residual: Linearisation, instance: Instance) -> Operator:
         symmetric=symmetric,
         columns=instance.problem.columns,
     )
-
-
-def filled(vector: Tree, like: Tree) -> Tree:
-    """`vector` with zeros where it has None and `like` a variable."""
-    return tree.map_leaves(lambda z, v: z if v is None else v, tree.zeros_like(like), vector)
