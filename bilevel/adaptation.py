@@ -10,6 +10,7 @@ from bilevel.methods.base import Instance
 from bilevel.problem import BilevelProblem
 from bilevel.solver import BilevelSolver
 from bilevel.tree import Tree
+from bilevel.whole import is_whole
 
 
 def adapt(
@@ -48,7 +49,7 @@ def adapt(
         >>> adapt(solver, torch.tensor(1.0), lambda w: (w - 3) ** 2 / 2, steps=1, weight=0.5)
         tensor(1.1000)
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0 or not weight > 0:
+    if not is_whole(steps) or not weight > 0:
         raise ArgumentError(
             f"steps must be a whole number >= 0 and weight > 0, got {steps} and {weight}."
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from bilevel.errors import ArgumentError
 from bilevel.schedule import Schedule
+from bilevel.whole import is_whole
 
 Tree = Any
 
@@ -76,7 +77,7 @@ class Checkpointing:
         """Check the fields."""
         for name in ("snapshots", "block"):
             value = getattr(self, name)
-            if value is not None and (not _is_integer(value) or value < 1):
+            if value is not None and not is_whole(value, 1):
                 raise ArgumentError(f"{name} must be at least 1, or None, got {value}.")
         if not isinstance(self.storage, Storage | None):
             raise ArgumentError(
@@ -146,7 +147,7 @@ def plan(
     """
     sizes = {"horizon": horizon, "state_bytes": state_bytes, "graph_bytes": graph_bytes}
     for name, value in sizes.items():
-        if not _is_integer(value) or value < 0:
+        if not is_whole(value):
             raise ArgumentError(f"{name} must be an integer >= 0, got {value!r}.")
     working = 3 * state_bytes + graph_bytes if working_bytes is None else working_bytes
     resident = (lambda n: n) if storage is None else storage.resident
@@ -217,7 +218,7 @@ class Budget:
     @property
     def bytes(self) -> int:
         """The size as a number."""
-        if _is_integer(self.size):
+        if is_whole(self.size, -math.inf):
             return int(self.size)
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(self.size))
         if found is None or found[2] not in _UNITS:
@@ -226,7 +227,3 @@ class Budget:
                 f"{', '.join(u for u in _UNITS if u)}, such as '500 MiB', got {self.size!r}."
             )
         return int(float(found[1]) * _UNITS[found[2]])
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

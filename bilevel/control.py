@@ -9,6 +9,7 @@ from bilevel.compiled import Compiled
 from bilevel.dynamics import Dynamics
 from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
+from bilevel.whole import is_whole
 
 TerminalCost = Callable[[Tree, Tree], Tensor]  # (readout(u(T)), control) -> real scalar
 RunningCost = Callable[[Tree, Tree, int], Tensor]  # (readout(u(t-1)), theta_t, t) -> real scalar
@@ -44,7 +45,7 @@ class ControlProblem:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if isinstance(self.horizon, bool) or not isinstance(self.horizon, int) or self.horizon < 0:
+        if not is_whole(self.horizon):
             raise ArgumentError(f"horizon must be an integer >= 0, got {self.horizon!r}.")
         if not isinstance(self.dynamics, Dynamics):
             raise ArgumentError(

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -30,7 +28,7 @@ from bilevel.errors import ArgumentError
 from bilevel.kkt import KKT, kkt
 from bilevel.lagrangian import Adjoint, adjoint
 from bilevel.newton import NewtonCG, NewtonRun
-from bilevel.randomness import RandomState
+from bilevel.randomness import RandomState, devices_of
 from bilevel.tree import Tree
 
 Build = Callable[[Any], tuple[ControlProblem, Tree]]  # batch -> (problem, observation)
@@ -147,7 +145,7 @@ class ControlSolver:
                 "ControlProblem takes an observation instead."
             )
         evaluate, make = partial(self._evaluate, observation), self.optimizer
-        random = RandomState.capture(_devices(observation, control))
+        random = RandomState.capture(devices_of((observation, control)))
         if isinstance(make, NewtonCG):
             given = partial(self._given, observation)
             run = NewtonRun(make, given, self._adjoint, self.checkpointing, random)
@@ -168,7 +166,7 @@ class ControlSolver:
         final, residuals, converged, n_steps = None, None, done.converged, len(done.costs)
         if isinstance(self.problem, ControlProblem):
             if not isinstance(self.optimizer, NewtonCG):
-                random = RandomState.capture(_devices(observation, control))
+                random = RandomState.capture(devices_of((observation, control)))
             random.restore()
             final = self._adjoint(self.problem, observation, done.control, n_steps, keep=True)
             cost, norm = float(final.cost), tree.norm(final.gradient)
@@ -222,10 +220,6 @@ class ControlSolver:
         norm = tree.norm(found.gradient)
         check_finite(float(found.cost), norm, step, lambda: _where(problem, observation, control))
         return found
-
-
-def _devices(*values: Tree) -> set[torch.device]:
-    return {x.device for x in tree.leaves_of(values) if isinstance(x, Tensor)}
 
 
 def _where(problem: ControlProblem, observation: Tree, control: Tree) -> str:

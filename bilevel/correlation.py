@@ -5,7 +5,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from bilevel.errors import UnsupportedError
+from bilevel.drawing import new_figure
 
 
 @final
@@ -32,15 +32,11 @@ class Correlation:
         Raises:
             UnsupportedError: if matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise UnsupportedError(
-                "Correlation.plot needs matplotlib: pip install matplotlib, or read .matrix."
-            ) from error
         n, m = self.matrix.shape
         values = self.matrix.cpu().tolist()
-        figure = Figure(figsize=(2.2 + 0.7 * m, 1.2 + 0.4 * n), layout="constrained")
+        figure = new_figure(
+            2.2 + 0.7 * m, 1.2 + 0.4 * n, name="Correlation.plot", instead=".matrix"
+        )
         axes = figure.add_subplot()
         largest = max(max(row) for row in values)
         image = axes.imshow(values, cmap="Blues", vmin=0, vmax=largest, aspect="auto")

@@ -15,6 +15,7 @@ from bilevel import autodiff, tree
 from bilevel.errors import ArgumentError, ConvergenceError, ConvergenceWarning, DivergenceError
 from bilevel.progress import progress_bar
 from bilevel.tree import Tree
+from bilevel.whole import is_whole
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 OnFailure = Literal["warn", "raise", "ignore"]
@@ -112,7 +113,7 @@ def descend(
     Raises:
         ArgumentError: if batches are empty, or `steps` or `tolerance` is negative.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0 or not tolerance >= 0:
+    if not is_whole(steps) or not tolerance >= 0:
         raise ArgumentError(
             f"steps must be a whole number >= 0 and tolerance >= 0, got {steps} and {tolerance}."
         )

@@ -43,6 +43,7 @@ from bilevel.methods.base import Found, Instance
 from bilevel.methods.mlm import relative
 from bilevel.problem import ByStep
 from bilevel.tree import Tree
+from bilevel.whole import is_whole
 
 OTHER = 5  # products besides those of the linear systems
 
@@ -73,7 +74,7 @@ class Newton(Certifier):
         """Check the fields."""
         if not self.trust > 0:
             raise ArgumentError(f"trust must be > 0, got {self.trust}.")
-        if not isinstance(self.max_products, int) or self.max_products < OTHER + 3:
+        if not is_whole(self.max_products, OTHER + 3):
             raise ArgumentError(
                 f"max_products must be a whole number >= {OTHER + 3}, got {self.max_products!r}."
             )

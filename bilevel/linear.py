@@ -12,6 +12,7 @@ from functools import cached_property
 
 from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
+from bilevel.whole import is_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class Operator:
     def __post_init__(self) -> None:
         """Check the number of columns."""
         m = self.columns
-        if m is not None and (isinstance(m, bool) or not isinstance(m, int) or m < 1):
+        if m is not None and not is_whole(m, 1):
             raise ArgumentError(f"columns must be an integer >= 1, or None, got {m!r}.")
 
 
@@ -161,6 +162,21 @@ def refuse_asymmetric(operator: Operator, method: str) -> None:
         raise ArgumentError(
             f"{method} needs a symmetric operator, got symmetric=False; use GMRES, or NormalCG "
             "with an adjoint, or pass symmetric=True if Re<A v, w> = Re<v, A w>."
+        )
+
+
+def check_solver(value: object) -> None:
+    """Refuse what is no linear solver.
+
+    Args:
+        value: the setting `linear` of a method.
+
+    Raises:
+        ArgumentError: naming what came.
+    """
+    if not isinstance(value, LinearSolver):
+        raise ArgumentError(
+            f"linear must be a linear solver such as CG(), got {type(value).__name__}."
         )
 
 

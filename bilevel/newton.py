@@ -15,10 +15,11 @@ from bilevel.descent import StandstillError
 from bilevel.errors import ArgumentError, DivergenceError
 from bilevel.krylov import CG
 from bilevel.lagrangian import Adjoint
-from bilevel.linear import LinearSolver, Operator
+from bilevel.linear import LinearSolver, Operator, check_solver
 from bilevel.randomness import RandomState
 from bilevel.second_order import hvp
 from bilevel.tree import Tree
+from bilevel.whole import is_whole
 
 Product = Callable[[list[Tensor]], list[Tensor]]  # direction -> Hessian times direction
 
@@ -55,13 +56,10 @@ class NewtonCG:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if not isinstance(self.linear, LinearSolver):
-            raise ArgumentError(
-                f"linear must be a linear solver such as CG(), got {type(self.linear).__name__}."
-            )
+        check_solver(self.linear)
         if not 0 < self.decrease < 0.5:
             raise ArgumentError(f"decrease must be > 0 and < 1/2, got {self.decrease}.")
-        if not isinstance(self.halvings, int) or self.halvings < 0:
+        if not is_whole(self.halvings):
             raise ArgumentError(f"halvings must be a whole number >= 0, got {self.halvings!r}.")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
+from bilevel.whole import is_whole
 
 Objective = Callable[[Tree, Tree, Any], Tensor]  # (params, control, batch) -> real scalar
 Start = Callable[[Tree, Tree], Tree]  # (params, control) -> params
@@ -58,9 +59,7 @@ class BilevelProblem:
                     f"{name} must be a function of (params, control"
                     f"{'' if name == 'start' else ', batch'}), got {type(value).__name__}."
                 )
-        if self.columns is not None and (
-            isinstance(self.columns, bool) or not isinstance(self.columns, int) or self.columns < 1
-        ):
+        if self.columns is not None and not is_whole(self.columns, 1):
             raise ArgumentError(f"columns must be an integer >= 1, or None, got {self.columns!r}.")
 
 

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel import tree
+from bilevel.tree import Tree
+
+
+def devices_of(values: Tree) -> frozenset[torch.device]:
+    """The devices of the tensors of a tree: what works on them may use their generators."""
+    return frozenset(x.device for x in tree.leaves_of(values) if isinstance(x, Tensor))
+
 
 @dataclass(frozen=True)
 class RandomState:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.certificate import Certificate
-from bilevel.errors import UnsupportedError
+from bilevel.drawing import new_figure
 from bilevel.linear import LinearResult
 from bilevel.methods.base import Truncation, Warm
 from bilevel.tree import Tree
@@ -81,20 +81,18 @@ class Solution:
         Raises:
             UnsupportedError: if matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise UnsupportedError(
-                "Solution.plot needs matplotlib: pip install matplotlib, or read .values, "
-                ".gradient_norms and .certificates."
-            ) from error
         errors = [certificate.error_estimate for certificate in self.certificates]
         shown = {
             "outer objective": (self.values, "linear"),
             "norm of the hypergradient": (self.gradient_norms, "log"),
             **({"estimated relative error": (errors, "log")} if errors else {}),
         }
-        figure = Figure(figsize=(4 * len(shown), 3), layout="constrained")
+        figure = new_figure(
+            4 * len(shown),
+            3,
+            name="Solution.plot",
+            instead=".values, .gradient_norms and .certificates",
+        )
         for place, (name, (numbers, scale)) in enumerate(shown.items(), 1):
             axes = figure.add_subplot(1, len(shown), place)
             axes.plot(range(1, len(numbers) + 1), numbers)

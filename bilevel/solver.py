@@ -30,6 +30,7 @@ from bilevel.optimizers import InnerOptimizer
 from bilevel.problem import BilevelProblem
 from bilevel.solution import Hypergradient, Solution
 from bilevel.tree import Tree
+from bilevel.whole import is_whole
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ class BilevelSolver:
             if not isinstance(value, kind):
                 came = value.__name__ if isinstance(value, type) else type(value).__name__
                 raise ArgumentError(f"{name} must be {wanted}, got {came}.")
-        steps = self.inner_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ArgumentError(f"inner_steps must be a whole number >= 0, got {steps!r}.")
+        if not is_whole(self.inner_steps):
+            raise ArgumentError(
+                f"inner_steps must be a whole number >= 0, got {self.inner_steps!r}."
+            )
         check_on_failure(self.on_failure)
 
     def hypergradient(
@@ -122,7 +124,7 @@ class BilevelSolver:
             DivergenceError: if something is not finite; it names the inner step where that began.
             ConvergenceError: if it is not trustworthy and `on_failure` is "raise".
         """
-        found = self._find(params, control, inner_batch, outer_batch, warm, None)
+        found = self._find(self._instance(params, control, inner_batch, outer_batch, warm))
         if found.complaint is not None:
             report(found.complaint, self.on_failure)
         return found
@@ -203,7 +205,9 @@ class BilevelSolver:
         def evaluate(alpha: Tree, batch: Any, step: int) -> tuple[float, Hypergradient]:
             warm = history.warm if warm_start else None
             try:
-                found = self._find(params, alpha, *_pair(batch), warm, inner_tolerance)
+                found = self._find(
+                    self._instance(params, alpha, *_pair(batch), warm, inner_tolerance)
+                )
             except DivergenceError as error:
                 raise DivergenceError(f"iteration {step}: {error}") from error
             history.judge(found, step)
@@ -245,16 +249,7 @@ class BilevelSolver:
             converged,
         )
 
-    def _find(
-        self,
-        params: Tree,
-        control: Tree,
-        inner_batch: Any,
-        outer_batch: Any,
-        warm: Warm | None,
-        inner_tolerance: float | None,
-    ) -> Hypergradient:
-        instance = self._instance(params, control, inner_batch, outer_batch, warm, inner_tolerance)
+    def _find(self, instance: Instance) -> Hypergradient:
         found = self.method.find(instance)
         norm = tree.norm(found.gradient)
         if not (math.isfinite(float(found.value)) and math.isfinite(norm)):

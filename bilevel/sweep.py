@@ -12,7 +12,7 @@ from bilevel.control import ControlProblem
 from bilevel.dynamics import Dynamics, PerStep, check_control
 from bilevel.errors import ArgumentError
 from bilevel.live import LiveBytes, bytes_of
-from bilevel.randomness import RandomState, preserved
+from bilevel.randomness import RandomState, devices_of, preserved
 from bilevel.schedule import Action, Do
 from bilevel.storage import InMemory
 from bilevel.trajectory import Trajectory, watch
@@ -79,13 +79,9 @@ def _trajectory(
         checkpointing,
         autodiff.variables(observation),
         autodiff.variables(control),
-        _devices((observation, control)),
+        devices_of((observation, control)),
         (checkpointing.storage or InMemory()).open(),
     )
-
-
-def _devices(values: Tree) -> frozenset[torch.device]:
-    return frozenset(x.device for x in tree.leaves_of(values) if isinstance(x, Tensor))
 
 
 def _sweep_forward(sweep: Trajectory, constants: tuple[Tree, Tree], *, tape_last: bool) -> None:
@@ -98,7 +94,7 @@ def _sweep_forward(sweep: Trajectory, constants: tuple[Tree, Tree], *, tape_last
         sweep.random_start = RandomState.capture(sweep.devices)
         state = sweep.begin(*constants)
         autodiff.refuse_hidden(state, (), "dynamics.init")
-    sweep.devices |= _devices(state)
+    sweep.devices |= devices_of(state)
     schedule = sweep.schedule
     if not schedule.n_blocks:
         sweep.final = state
@@ -168,7 +164,7 @@ def measure(problem: ControlProblem, observation: Tree, control: Tree) -> Measur
     sweep = _trajectory(dynamics, observation, control, problem.horizon, Checkpointing(block=None))
     with autodiff.recording(), preserved(sweep.devices):
         start = tree.detach(sweep.begin(*tree.detach((observation, control))))
-        sweep.devices |= _devices(start)
+        sweep.devices |= devices_of(start)
         with preserved(sweep.devices):
             found = [_measure_step(sweep, problem, start, t) for t in _distinct(sweep)]
             with LiveBytes() as live:

@@ -13,6 +13,7 @@ from bilevel.correlation import Correlation
 from bilevel.errors import ArgumentError, StructureError
 from bilevel.normalisers import Normaliser, Softmax
 from bilevel.tree import Tree
+from bilevel.whole import is_whole
 
 
 @final
@@ -52,7 +53,7 @@ class TaskWeights:
             value = getattr(self, name)
             if name == "n_validations" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value, 1):
                 raise ArgumentError(
                     f"{name} must be a whole number >= 1, got {value!r}: give at least one task."
                 )

@@ -17,6 +17,7 @@ from bilevel.methods.implicit import Implicit
 from bilevel.methods.mlm import MLM
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
+from bilevel.optimizers import descend
 from bilevel.solver import BilevelSolver
 from bilevel.tree import Tree
 
@@ -126,7 +127,7 @@ def taylor_test(
     direction = unit_like(point, torch.Generator().manual_seed(seed))
     value, slope = float(function(point)), float(tree.inner(gradient, direction))
     steps = [largest / 2**i for i in range(n_steps)]
-    values = [float(function(moved(point, direction, h))) for h in steps]
+    values = [float(function(descend(point, direction, -h))) for h in steps]
     remainders = [abs(v - value - h * slope) for v, h in zip(values, steps, strict=True)]
     floor = 100 * _eps(point) * max(map(abs, (value, *values)))
     seen = [(math.log(h), math.log(r)) for h, r in zip(steps, remainders, strict=True) if r > floor]
@@ -162,11 +163,6 @@ def unit_like(values: Tree, generator: torch.Generator) -> Tree:
     vector = random_like(values, generator)
     size = tree.norm(vector)
     return tree.map_leaves(lambda x: None if x is None else x / size, vector)
-
-
-def moved(point: Tree, direction: Tree, step: float) -> Tree:
-    """`point + step * direction`."""
-    return tree.map_leaves(lambda x, d: x if d is None else x + step * d, point, direction)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +264,9 @@ def check_hypergradient(
     def slope(direction: Tree, h: float) -> float:
         up, down = (
             float(
-                quiet.value(params, moved(control, direction, sign * h), inner_batch, outer_batch)
+                quiet.value(
+                    params, descend(control, direction, -sign * h), inner_batch, outer_batch
+                )
             )
             for sign in (1, -1)
         )

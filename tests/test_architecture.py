@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 # The import order; files that do not exist yet are listed where they will stand.
 LAYERS = [
     "errors",
+    "whole",
+    "drawing",
     "tree",
     "distributed",
     "autodiff",

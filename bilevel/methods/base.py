@@ -169,8 +169,11 @@ class Instance:
 
     def outer_gradient(self, params: Tree) -> "OuterGradient":
         """Value and gradients of the outer objective at some params."""
-        value, (in_params, in_control) = autodiff.value_and_gradient(
-            self.outer, params, self.control, name="the outer objective"
+        value, (in_params, in_control) = autodiff.value_and_gradient(  # which checks it
+            lambda p, c: self.problem.outer(p, c, self.outer_batch),
+            params,
+            self.control,
+            name="the outer objective",
         )
         return OuterGradient(value, in_params, in_control)
 

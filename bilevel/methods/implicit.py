@@ -17,9 +17,9 @@ from typing import final
 from bilevel import tree
 from bilevel.autodiff import Linearisation
 from bilevel.dynamics import GradientSum
-from bilevel.errors import ArgumentError, LostGradientError
+from bilevel.errors import LostGradientError
 from bilevel.krylov import CG
-from bilevel.linear import LinearSolver, Operator
+from bilevel.linear import LinearSolver, Operator, check_solver
 from bilevel.methods.base import Found, HypergradientMethod, Instance
 from bilevel.tree import Tree
 
@@ -41,10 +41,7 @@ class Implicit(HypergradientMethod):
 
     def __post_init__(self) -> None:
         """Check the field."""
-        if not isinstance(self.linear, LinearSolver):
-            raise ArgumentError(
-                f"linear must be a linear solver such as CG(), got {type(self.linear).__name__}."
-            )
+        check_solver(self.linear)
 
     def find(self, instance: Instance) -> Found:
         """See `HypergradientMethod`."""

@@ -22,6 +22,7 @@ from bilevel.lagrangian import Swept, adjoint
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Truncation
 from bilevel.optimizers import GradientDescent, ProximalGradient
 from bilevel.problem import ByStep
+from bilevel.whole import is_whole
 
 
 @final
@@ -96,7 +97,7 @@ class MLM(HypergradientMethod):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if self.last is not None and (not isinstance(self.last, int) or self.last < 1):
+        if self.last is not None and not is_whole(self.last, 1):
             raise ArgumentError(f"last must be a whole number of steps >= 1, got {self.last!r}.")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise ArgumentError(f"tolerance must be > 0 and < 1, got {self.tolerance}.")
