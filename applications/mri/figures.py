@@ -11,6 +11,7 @@ from torch import Tensor
 
 from applications.files import write_whole
 from applications.mri.metrics import Convention, score
+from applications.pictures import blank_figure, save_figure
 
 _ERROR_GAIN = 5
 
@@ -45,14 +46,10 @@ def draw_reconstructions(
     Raises:
         InputError: if the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
-
     methods = list(panels[0].images)
     n_columns = max(len(methods) + 2, len(multipliers))
     n_rows = max(2 * len(panels), len(real.images)) + 1
-    figure = Figure(figsize=(2.3 * n_columns, 2.45 * n_rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(2.3 * n_columns, 2.45 * n_rows + 0.4)
     axes: Any = figure.subplots(n_rows, n_columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -72,9 +69,7 @@ def draw_reconstructions(
         label = rf"$|\lambda_{t}|$, max {float(multiplier.max()):.1e}"
         _show(axes[-1][t], multiplier, label, _peak(multiplier), cmap="magma")
     figure.suptitle(title, fontsize=10)
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=110, format="png")
-    write_whole(path, drawn.getvalue())
+    save_figure(path, figure, dpi=110)
 
 
 def draw_image(path: Path, image: Tensor) -> None:

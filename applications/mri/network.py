@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from applications.errors import InputError
+from applications.errors import InputError, check_counts
 from applications.mri.consistency import times
 from applications.mri.layers import complex_net, soft_threshold, to_complex, to_planes
 from applications.mri.operators import ifft2c, sample, sample_adjoint
@@ -62,9 +62,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for name in ("n_coils", "n_phases", "filters", "features", "kernel", "feature_kernel"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_counts(self, "n_coils", "n_phases", "filters", "features", "kernel", "feature_kernel")
         for name in ("kernel", "feature_kernel"):
             if getattr(self, name) % 2 == 0:
                 raise InputError(f"{name} must be odd, got {getattr(self, name)}.")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from applications.errors import InputError
+from applications.errors import InputError, check_counts, check_positive
 from applications.toy.data import Convention
 from applications.toy.metrics import Cleaning
 from applications.toy.models import Model
@@ -59,12 +59,8 @@ class CleaningSettings:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for name in ("seeds", "updates", "every", "inner_steps", "hidden", "fit_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("rate", "learning_decay"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be > 0, got {getattr(self, name)}.")
+        check_counts(self, "seeds", "updates", "every", "inner_steps", "hidden", "fit_steps")
+        check_positive(self, "rate", "learning_decay")
         if not self.decays or min(self.decays) <= 0:
             raise InputError(f"decays must be one or more numbers > 0, got {self.decays}.")
 

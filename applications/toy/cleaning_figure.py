@@ -1,15 +1,14 @@
 """The figure of data hyper-cleaning, drawn without a screen."""
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from applications.files import write_whole
+from applications.pictures import blank_figure, save_figure
 from applications.toy.cleaning import CLEANED, CleaningResult
-from applications.toy.task_weights import spread
+from applications.toy.figures import GREY, LEARNED, bar
 
 
 def draw_cleaning(path: Path, result: CleaningResult) -> None:
@@ -22,16 +21,12 @@ def draw_cleaning(path: Path, result: CleaningResult) -> None:
     Raises:
         InputError: if the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(12, 3.6)
     axes: Any = figure.subplots(1, 3, width_ratios=[1, 0.8, 1.3])
     _histogram(axes[0], result)
     for run in result.runs:
-        axes[1].plot(range(1, len(run.values) + 1), run.values, color="#4292c6")
-        axes[1].axvline(run.updates, color="#bdbdbd", linewidth=1, linestyle="--")
+        axes[1].plot(range(1, len(run.values) + 1), run.values, color=LEARNED)
+        axes[1].axvline(run.updates, color=GREY, linewidth=1, linestyle="--")
     axes[1].set(xlabel="update of the weights", ylabel="validation loss (outer objective)")
     axes[1].set_title("The descent (dashed: updates\nchosen on held-out data)", fontsize=9)
     _bars(axes[2], result)
@@ -45,16 +40,14 @@ def draw_cleaning(path: Path, result: CleaningResult) -> None:
         + ("1 seed" if k == 1 else f"{k} seeds"),
         fontsize=10,
     )
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=130, format="png")
-    write_whole(path, drawn.getvalue())
+    save_figure(path, figure)
 
 
 def _histogram(axis: Any, result: CleaningResult) -> None:
     weights = torch.cat([run.weights for run in result.runs])
     wrong = torch.cat([run.wrong for run in result.runs])
     bins = np.linspace(0, 1, 26)
-    for chosen, colour, name in ((~wrong, "#4292c6", "right"), (wrong, "#ef6548", "wrong")):
+    for chosen, colour, name in ((~wrong, LEARNED, "right"), (wrong, "#ef6548", "wrong")):
         axis.hist(weights[chosen].numpy(), bins, color=colour, alpha=0.7, label=f"{name} labels")
     axis.axvline(0.5, color="black", linewidth=1, linestyle=":")
     axis.set(xlabel="learned weight", ylabel="training samples")
@@ -68,11 +61,8 @@ def _bars(axis: Any, result: CleaningResult) -> None:
     lowest = 100.0
     for i, way in enumerate(ways):
         found = 100 * result.accuracy(way)
-        mean, error = float(found.mean()), spread(found)
         lowest = min(lowest, float(found.min()))
-        axis.barh(i, mean, color="#4292c6" if way == CLEANED else "#bdbdbd")
-        axis.errorbar(mean, i, xerr=error, color="black", capsize=3, linewidth=1)
-        axis.plot(found, [i] * len(found), "o", color="black", markersize=2.5)
+        bar(axis, i, found, LEARNED if way == CLEANED else GREY)
     left = max(0.0, 5 * np.floor(lowest / 5) - 5)
     labels = [f"{way}  {100 * float(result.accuracy(way).mean()):.1f} %" for way in ways]
     axis.set_yticks(range(len(ways)), labels, fontsize=8)

@@ -1,14 +1,16 @@
 """The command line: `python -m applications.toy hyper-cleaning|task-weights`."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from applications.command_line import Seed, Threads, guarded, progress_bars, use_threads
+from applications.command_line import Report, Seed, Threads, guarded, progress_bars, use_threads
 from applications.files import make_folder, write_json
 from applications.toy.cleaning import CleaningResult, CleaningSettings
 from applications.toy.cleaning_figure import draw_cleaning
@@ -79,14 +81,7 @@ def task_weights(
         fit_steps=fit_steps,
         entropy=entropy,
     )
-    make_folder(out)
-    with progress_bars(console) as report:
-        result = run_task_weights(settings, report)
-    write_json(out / "results.json", result.as_json())
-    draw_task_weights(out / "figure.png", result)
-    _print(result)
-    console.print(f"Results  {out / 'results.json'}")
-    console.print(f"Figure   {out / 'figure.png'}")
+    _carry_out(out, partial(run_task_weights, settings), draw_task_weights, _print)
 
 
 @app.command()
@@ -137,24 +132,41 @@ def hyper_cleaning(
         learning_decay=decay,
         hidden=hidden,
     )
+    _carry_out(out, partial(run_hyper_cleaning, settings), draw_cleaning, _print_cleaning)
+
+
+R = TypeVar("R", Result, CleaningResult)
+
+
+def _carry_out(
+    out: Path,
+    run: Callable[[Report], R],
+    draw: Callable[[Path, R], None],
+    tell: Callable[[R], None],
+) -> None:
+    """Run an experiment, and leave its results in a folder and on the screen."""
     make_folder(out)
     with progress_bars(console) as report:
-        result = run_hyper_cleaning(settings, report)
+        result = run(report)
     write_json(out / "results.json", result.as_json())
-    draw_cleaning(out / "figure.png", result)
-    _print_cleaning(result)
+    draw(out / "figure.png", result)
+    tell(result)
     console.print(f"Results  {out / 'results.json'}")
     console.print(f"Figure   {out / 'figure.png'}")
 
 
-def _print_cleaning(result: CleaningResult) -> None:
-    table = Table(title=f"Test accuracy, {result.data}, {result.settings.model}")
+def _print_accuracies(result: Result | CleaningResult, what: str, digits: int) -> None:
+    table = Table(title=f"Test accuracy, {result.data}, {what}")
     for name in ("trained on", "mean [%]", "spread"):
         table.add_column(name, justify="left" if name == "trained on" else "right")
     for way in result.runs[0].accuracies:
         found = 100 * result.accuracy(way)
-        table.add_row(way, f"{float(found.mean()):.2f}", f"{spread(found):.2f}")
+        table.add_row(way, f"{float(found.mean()):.{digits}f}", f"{spread(found):.{digits}f}")
     console.print(table)
+
+
+def _print_cleaning(result: CleaningResult) -> None:
+    _print_accuracies(result, result.settings.model, 2)
     f1, mass = result.cleaning("f1"), result.cleaning("wrong_mass")
     seconds = sum(run.seconds for run in result.runs) / len(result.runs)
     console.print(
@@ -164,13 +176,7 @@ def _print_cleaning(result: CleaningResult) -> None:
 
 
 def _print(result: Result) -> None:
-    table = Table(title=f"Test accuracy, {result.data}, mean over {len(result.validations)} tasks")
-    for name in ("trained on", "mean [%]", "spread"):
-        table.add_column(name, justify="left" if name == "trained on" else "right")
-    for way in result.runs[0].accuracies:
-        found = 100 * result.accuracy(way)
-        table.add_row(way, f"{float(found.mean()):.1f}", f"{spread(found):.1f}")
-    console.print(table)
+    _print_accuracies(result, f"mean over {len(result.validations)} tasks", 1)
     for form in ("vector", "matrix"):
         learned = [getattr(run, form) for run in result.runs]
         mass = torch.stack([one.related_mass for one in learned])

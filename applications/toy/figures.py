@@ -1,15 +1,15 @@
 """Figures of learned weights and of what they are worth, drawn without a screen."""
 
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from applications.files import write_whole
+from applications.pictures import blank_figure, save_figure
 from applications.toy.task_weights import Result, spread
 
+LEARNED, GREY = "#4292c6", "#bdbdbd"  # what was learned, and what it is compared with
 _REFERENCE = ("oracle",)  # knows what is to be learned
 
 
@@ -23,17 +23,13 @@ def draw_task_weights(path: Path, result: Result) -> None:
     Raises:
         InputError: if the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
-    from matplotlib.figure import Figure
-
     n, m = result.related.shape
     matrix = torch.stack([run.matrix.sigma for run in result.runs]).mean(0)
     vector = torch.stack([run.vector.sigma for run in result.runs]).mean(0)[:, None]
     truth = result.related / result.related.sum(0)
     largest = float(torch.cat([matrix, vector, truth], 1).max())
     width = 0.62 * m
-    figure = Figure(figsize=(7.6 + 2 * width, 2.9 + 0.3 * n), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(7.6 + 2 * width, 2.9 + 0.3 * n)
     axes: Any = figure.subplots(1, 4, width_ratios=[width, width, 0.7, 4.6])
     _heat(axes[0], truth, "Truth:\nequal weights on related tasks", result.validations, largest)
     _heat(
@@ -55,9 +51,7 @@ def draw_task_weights(path: Path, result: Result) -> None:
         "Weights of a column sum to 1.",
         fontsize=10,
     )
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=130, format="png")
-    write_whole(path, drawn.getvalue())
+    save_figure(path, figure)
 
 
 def _heat(axis: Any, values: Tensor, title: str, names: tuple[str, ...], largest: float) -> None:
@@ -72,18 +66,23 @@ def _heat(axis: Any, values: Tensor, title: str, names: tuple[str, ...], largest
     axis.set_title(title, fontsize=9)
 
 
+def bar(axis: Any, row: int, found: Tensor, colour: str, hatch: str | None = None) -> None:
+    """The mean over seeds with its spread, a dot a seed."""
+    mean, error = float(found.mean()), spread(found)
+    axis.barh(row, mean, color=colour, hatch=hatch, edgecolor="white")
+    axis.errorbar(mean, row, xerr=error, color="black", capsize=3, linewidth=1)
+    axis.plot(found.tolist(), [row] * len(found), "o", color="black", markersize=2.5)
+
+
 def _bars(axis: Any, result: Result) -> None:
     """One bar a way of training, a dot a seed."""
     ways = list(result.runs[0].accuracies)
     for i, way in enumerate(ways):
         found = 100 * result.accuracy(way)
-        colour = "#4292c6" if way.startswith("learned") else "#bdbdbd"
-        hatch = "///" if way in _REFERENCE else None
-        mean, error = float(found.mean()), spread(found)
-        axis.barh(i, mean, color=colour, hatch=hatch, edgecolor="white")
-        axis.errorbar(mean, i, xerr=error, color="black", capsize=3, linewidth=1)
-        axis.plot(found.tolist(), [i] * len(found), "o", color="black", markersize=2.5)
-        axis.text(2, i, f"{mean:.1f} ± {error:.1f} %", va="center", fontsize=8)
+        colour = LEARNED if way.startswith("learned") else GREY
+        bar(axis, i, found, colour, hatch="///" if way in _REFERENCE else None)
+        text = f"{float(found.mean()):.1f} ± {spread(found):.1f} %"
+        axis.text(2, i, text, va="center", fontsize=8)
     axis.set_yticks(range(len(ways)), ways)
     axis.invert_yaxis()
     axis.set_xlim(0, 100)

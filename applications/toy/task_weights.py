@@ -13,16 +13,16 @@ from enum import StrEnum
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import bilevel as bl
 from applications.command_line import Report
-from applications.errors import InputError
+from applications.errors import check_counts, check_positive
+from applications.toy import models
 from applications.toy.data import load
+from applications.toy.models import Model, Params, penalty, start
 from applications.toy.tasks import Samples, Tasks, TaskSettings, make_tasks
 
-Params = dict[str, Tensor]  # "weight" of shape (d, classes), "bias" of shape (classes,)
 Losses = Callable[[Params, object], Tensor]
 
 
@@ -80,12 +80,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for name in ("seeds", "updates", "inner_steps", "fit_steps", "adapt_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "decay"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be > 0, got {getattr(self, name)}.")
+        check_counts(self, "seeds", "updates", "inner_steps", "fit_steps", "adapt_steps")
+        check_positive(self, "learning_rate", "decay")
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,19 +223,16 @@ class _Experiment:
     def __init__(self, tasks: Tasks, settings: Settings) -> None:
         self.tasks, self.settings = tasks, settings
         inputs = tasks.train.inputs.flatten(0, 1)
-        d, n_classes = inputs.shape[1], tasks.n_classes
-        self.start = {
-            "weight": torch.zeros(d, n_classes, dtype=torch.float64),
-            "bias": torch.zeros(n_classes, dtype=torch.float64),
-        }
+        begin = start(Model.LINEAR, inputs.shape[1], tasks.n_classes, 0, torch.Generator())
+        self.start = {name: x.double() for name, x in begin.items()}
         # The Hessian of the cross-entropy in the logits is at most 1/2.
         squared = float(torch.linalg.matrix_norm(inputs, 2)) ** 2 / len(inputs) + 1
         self.optimizer = bl.HeavyBall(1 / (squared / 2 + settings.decay))
 
     def decayed(self, samples: Samples) -> Losses:
         """The loss of each task, with weight decay."""
-        half = self.settings.decay / 2
-        return lambda params, _: losses(params, samples) + half * params["weight"].square().sum()
+        decay = self.settings.decay
+        return lambda params, _: losses(params, samples) + penalty(params, decay)
 
     def solver(self, weights: bl.TaskWeights) -> bl.BilevelSolver:
         problem = bl.weighted_problem(
@@ -308,9 +301,9 @@ class _Experiment:
         ]
         return {name: torch.stack([one[name] for one in found]) for name in joint}
 
-    def best(self, models: Params) -> Params:
+    def best(self, stacked: Params) -> Params:
         """For each validation task, the model of least validation loss."""
-        return chosen(models, table(losses, models, self.tasks.validation).argmin(0))
+        return chosen(stacked, table(losses, stacked, self.tasks.validation).argmin(0))
 
     def run(self, seed: int, done: Callable[[float], None]) -> Run:
         """Learn both forms of weights, and train in every way."""
@@ -345,30 +338,27 @@ class _Experiment:
         return Run(seed, vector, matrix, found)
 
 
-def _logits(params: Params, samples: Samples) -> Tensor:
-    return samples.inputs @ params["weight"] + params["bias"]
-
-
 def losses(params: Params, samples: Samples) -> Tensor:
     """Mean cross-entropy of each task, shape ``(tasks,)``."""
-    logits = _logits(params, samples)
-    each = F.cross_entropy(logits.flatten(0, 1), samples.labels.flatten(), reduction="none")
-    return each.reshape(samples.labels.shape).mean(1)
+    inputs, labels = samples.inputs.flatten(0, 1), samples.labels.flatten()
+    return models.losses(params, inputs, labels).reshape(samples.labels.shape).mean(1)
 
 
 def accuracies(params: Params, samples: Samples) -> Tensor:
     """Share of samples of each task that are classified right, shape ``(tasks,)``."""
-    return (_logits(params, samples).argmax(-1) == samples.labels).double().mean(1)
+    return (models.logits(params, samples.inputs).argmax(-1) == samples.labels).double().mean(1)
 
 
-def table(measure: Callable[[Params, Samples], Tensor], models: Params, samples: Samples) -> Tensor:
+def table(
+    measure: Callable[[Params, Samples], Tensor], stacked: Params, samples: Samples
+) -> Tensor:
     """What each of several stacked models has on each task, shape ``(models, tasks)``."""
-    count = models["bias"].shape[0]
+    count = stacked["bias"].shape[0]
     return torch.stack(
-        [measure({name: x[k] for name, x in models.items()}, samples) for k in range(count)]
+        [measure({name: x[k] for name, x in stacked.items()}, samples) for k in range(count)]
     )
 
 
-def chosen(models: Params, which: Tensor) -> Params:
+def chosen(stacked: Params, which: Tensor) -> Params:
     """Some of several stacked models, stacked."""
-    return {name: x[which] for name, x in models.items()}
+    return {name: x[which] for name, x in stacked.items()}

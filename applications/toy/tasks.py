@@ -6,7 +6,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from applications.errors import InputError
+from applications.errors import check_counts
 from applications.toy.data import Convention, Dataset, corrupt, permute_labels, rotate, split
 
 
@@ -57,9 +57,7 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for name in ("tasks", "validations", "train", "validation", "test"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_counts(self, "tasks", "validations", "train", "validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
