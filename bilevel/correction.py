@@ -11,7 +11,7 @@ from bilevel.autodiff import Linearisation
 from bilevel.gmres import GMRES
 from bilevel.krylov import CG
 from bilevel.linear import LinearResult, Operator
-from bilevel.methods.base import Instance
+from bilevel.methods.base import Instance, OuterGradient
 from bilevel.methods.implicit import transposed
 from bilevel.optimizers import descend
 from bilevel.problem import at_step
@@ -30,11 +30,13 @@ class Point:
         instance: the problem.
         params: where.
         residual: R, linearised there.
+        known: b and d there, if they were taken before.
     """
 
     instance: Instance
     params: Tree
     residual: Linearisation
+    known: OuterGradient | None = None
 
     def moved(self, step: Tree) -> "Point":
         """The point at `params - step`."""
@@ -49,7 +51,7 @@ class Point:
     @cached_property
     def outer(self) -> tuple[Tree, Tree]:
         """The gradients b and d in params and control."""
-        found = self.instance.outer_gradient(self.params)
+        found = self.known or self.instance.outer_gradient(self.params)
         return tree.filled(found.in_params, self.params), tree.filled(
             found.in_control, self.instance.control
         )

@@ -110,7 +110,8 @@ class Newton(Certifier):
 
     def _correct(self, instance: Instance, found: Found, known: Certificate) -> Certificate:
         params = instance.dynamics.readout(found.state)
-        here = Point(instance, params, found.linearisation or instance.linearised(params))
+        residual = found.linearisation or instance.linearised(params)
+        here = Point(instance, params, residual, found.outer)
         budget = self.max_products - OTHER
         moved = correct(here, budget)
         known = replace(known, inner_residual=here.size, products=moved.products)

@@ -241,6 +241,7 @@ class Found:
         gradient: the hypergradient, the structure of the control.
         state: last state of the inner optimiser.
         steps: inner steps made.
+        outer: F and its gradients at the last params, where they were taken.
         linear: how the linear system was solved, where there was one.
         linearisation: of the residual at the last params, where it was built.
         truncation: what was left out; None if nothing was.
@@ -250,6 +251,7 @@ class Found:
     gradient: Tree
     state: Tree
     steps: int
+    outer: OuterGradient | None = None
     linear: LinearResult | None = None
     linearisation: Linearisation | None = None
     truncation: Truncation | None = None

@@ -58,7 +58,7 @@ class Implicit(HypergradientMethod):
         gradient.add(instance.control, outer.in_control)
         gradient.subtract(instance.control, residual.pull(solved.solution, 1))
         total = self._total(gradient)
-        return Found(outer.value, total, reached.state, reached.steps, solved, residual)
+        return Found(outer.value, total, reached.state, reached.steps, outer, solved, residual)
 
     def _total(self, gradient: GradientSum) -> Tree:
         try:

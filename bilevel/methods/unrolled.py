@@ -28,4 +28,5 @@ class Unrolled(HypergradientMethod):
         gradient = GradientSum(control)
         gradient.add(control, outer.in_control)
         gradient.add(control, through)
-        return Found(outer.value, gradient.total(), tree.detach(state), instance.horizon)
+        state = tree.detach(state)
+        return Found(outer.value, gradient.total(), state, instance.horizon, outer)
