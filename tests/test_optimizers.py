@@ -206,7 +206,7 @@ def test_a_setting_out_of_range_is_refused(make, message):
         bl.GradientDescent(bl.ByStep(lambda t: t - 1.0)),
         bl.Adam(lambda c: 0 * c[0]),
     ],
-    ids=repr,
+    ids=["function", "by step", "Adam"],
 )
 def test_a_learned_step_size_that_is_not_positive_is_refused_when_it_is_used(optimizer):
     case = ridge(2)
