@@ -103,8 +103,8 @@ class SplitExample(Example):
     def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Tensor]:
         r"""The control problem of the positions held out.
 
-        With :math:`d = P_\Lambda (F u - f)` and :math:`|d| = \|d\|_2 / \|P_\Lambda f\|_2 + \|d\|_1 /
-        \|P_\Lambda f\|_1` the cost is
+        The difference :math:`d(u) = P_\Lambda (F u - f)` is measured as in the reference, by
+        :math:`|d| = \|d\|_2 / \|P_\Lambda f\|_2 + \|d\|_1 / \|P_\Lambda f\|_1`, and the cost is
 
         .. math:: a\,|d(u(T))| + b\,\big||J u(T)| - RSS(u(T))\big| + c\,|d(u(0))|.
 

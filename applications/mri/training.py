@@ -134,7 +134,6 @@ class _Training:
             begin = begin.control
         else:
             self.moments, self.costs, self.looks, spent = None, [], Looks(), 0.0
-        self.stopped = False
         self.control = on_device(begin, settings.device)
         self.started = time.monotonic() - spent
         self.examples = Examples(slices, self.draw, settings.seed, place)
@@ -142,7 +141,7 @@ class _Training:
 
     def run(self) -> TrainingResult:
         settings, control = self.settings, self.control
-        if self.share() < 1.0:
+        if self.share() < 1.0 and not self.exhausted:
             solver = bl.ControlSolver(self.build, self.optimizer, settings.checkpointing)
             control = solver.solve(
                 control,
@@ -153,7 +152,11 @@ class _Training:
             ).control
         kept = on_device(self.looks.best or control, "cpu")
         seconds = time.monotonic() - self.started
-        return TrainingResult(kept, self.costs, seconds, self.looks.all, self.stopped)
+        return TrainingResult(kept, self.costs, seconds, self.looks.all, self.exhausted)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.looks.exhausted(self.settings.validation.patience)
 
     def share(self) -> float:
         steps, seconds = self.settings.steps, self.settings.seconds
@@ -188,13 +191,12 @@ class _Training:
         for group in progress.optimizer.param_groups:
             group["lr"] = self.rate
         look = self.look(done, spent, control)
-        self.stopped = self.looks.exhausted(settings.validation.patience)
         if self.after_step is not None:
             kept, snapshot = self.looks.best or control, partial(self.snapshot, progress)
             self.after_step(
                 TrainingState(done, spent, progress.cost, used, look, control, kept, snapshot)
             )
-        return spent >= 1.0 or self.stopped
+        return spent >= 1.0 or self.exhausted
 
     def look(self, done: int, spent: float, control: bl.PerStep) -> Look | None:
         settings, slices = self.settings, self.validation
