@@ -57,7 +57,9 @@ def train_command(
     self_supervised: Annotated[
         bool,
         typer.Option(
-            "--self-supervised", help="Scans are undersampled: hold out a part of their samples."
+            "--self-supervised",
+            help="Scans are undersampled: hold out a part of their samples, outside a central "
+            "square of --calibration.",
         ),
     ] = False,
     steps: Annotated[int | None, typer.Option(help="Updates at most.", min=1)] = None,
@@ -152,12 +154,18 @@ def _sampled(
 ) -> dict[str, Any]:
     if not self_supervised:
         return {"samplings": (chosen_sampling(mask, **masking),)}
-    if mask != "random" or any(value is not None for value in masking.values()):
+    given = {name for name, value in masking.items() if value is not None}
+    if mask != "random" or given - {"calibration"}:
         raise InputError(
             "--self-supervised takes the mask of each scan, got options of another mask; leave "
-            "--mask and its settings out."
+            "--mask and its settings out, except for --calibration, the square that is not split."
         )
-    return {"self_supervision": SelfSupervision()}
+    centre = masking["calibration"]
+    return {
+        "self_supervision": SelfSupervision()
+        if centre is None
+        else SelfSupervision(centre=int(centre))
+    }
 
 
 def _looks(folder: Path | None, every: int | None, patience: int | None) -> Validation:

@@ -13,11 +13,10 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from command_lines import call, refused, succeed
 from scan_files import as_bart, header, lines_of, write_cfl, write_ismrmrd
-from typer.testing import CliRunner
 
 from applications.mri.anatomy import bundled_scan_path, load_anatomies
-from applications.mri.cli import app
 from applications.mri.data import SliceDataset, Volume, VolumeFile, implied_mask, write_volume
 from applications.mri.demo import DemoSettings, swept_multipliers
 from applications.mri.evaluation import (
@@ -51,6 +50,7 @@ MASK = ("--acceleration", 2, "--center", 0.25)
 SAMPLING_OPTIONS = [
     *("--mask", "--acceleration", "--center", "--calibration", "--width", "--spokes"),
 ]
+RESUMABLE = ["w.safetensors", "w.safetensors.state"]
 COMMANDS = {
     "demo": ["--out", "--seconds", "--seed", "--threads"],
     "simulate": [
@@ -69,27 +69,6 @@ COMMANDS = {
     ],
     "reconstruct": ["--scan", "--weights", "--out", "--png", "--mask", "--threads"],
 }
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-
-
-def succeed(*arguments):
-    found = call(*arguments)
-    assert found.exit_code == 0, found.output
-    assert found.stderr == ""
-    return found.stdout
-
-
-def refused(*arguments):
-    """The message of a call that must fail: one line, exit code 2."""
-    found = call(*arguments)
-    assert found.exit_code == 2, found.output
-    assert "Traceback" not in found.output
-    assert found.stderr.startswith("error: ")
-    assert found.stderr.count("\n") == 1
-    return found.stderr
 
 
 def numbers(scores):
@@ -688,7 +667,6 @@ def test_an_interrupt_is_exit_code_130_and_one_line(data, tmp_path, monkeypatch)
     assert load_weights(out).network.architecture == light(COILS)
 
 
-RESUMABLE = ["w.safetensors", "w.safetensors.state"]
 SLOWLY = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
