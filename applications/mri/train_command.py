@@ -161,11 +161,8 @@ def _sampled(
             "--mask and its settings out, except for --calibration, the square that is not split."
         )
     centre = masking["calibration"]
-    return {
-        "self_supervision": SelfSupervision()
-        if centre is None
-        else SelfSupervision(centre=int(centre))
-    }
+    supervision = SelfSupervision() if centre is None else SelfSupervision(centre=int(centre))
+    return {"self_supervision": supervision}
 
 
 def _looks(folder: Path | None, every: int | None, patience: int | None) -> Validation:
