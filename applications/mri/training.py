@@ -36,7 +36,7 @@ class TrainingState:
         control: the present weights; they share memory with the training.
         kept: what the training would return: the best weights if there is validation, else the
             present ones.
-        snapshot: makes a copy of all that an exact resumption needs.
+        snapshot: makes a copy of all that an exact resumption needs; valid until the next update.
     """
 
     step: int
@@ -110,7 +110,10 @@ def train(
             f"patience of {settings.validation.patience} looks needs validation slices, got none; "
             "name a folder of them, or set patience to None."
         )
-    return _Training(network, begin, slices, settings, after_step, validation).run()
+    training = _Training(network, begin, slices, settings, after_step, validation)
+    if validation is not None:  # what does not fit shall not show hours later, at the first look
+        training.draw(validation[0], torch.Generator(), looking=True)
+    return training.run()
 
 
 class _Training:
@@ -180,7 +183,9 @@ class _Training:
     def optimizer(self, leaves: list[Tensor]) -> torch.optim.Optimizer:
         adam = torch.optim.Adam(leaves, self.rate, betas=(0.9, 0.99))
         if self.moments is not None:
-            adam.load_state_dict({**adam.state_dict(), "state": self.moments})
+            # Adam would go on in the very tensors that it is given.
+            state = {k: {n: v.clone() for n, v in m.items()} for k, m in self.moments.items()}
+            adam.load_state_dict({**adam.state_dict(), "state": state})
         return adam
 
     def advance(self, progress: bl.Progress) -> bool:

@@ -95,6 +95,8 @@ def test_a_longer_training_goes_on_and_a_finished_one_is_over(scans, tmp_path):
     longer = train(net, snapshot, scans, replace(settings, steps=9))
     assert len(longer.costs) == 9
     assert longer.costs[:3] == list(snapshot.costs)
+    again = train(net, snapshot, scans, replace(settings, steps=9))  # the snapshot is as it was
+    assert again.costs == longer.costs
     over = train(net, snapshot, scans, replace(settings, steps=3))
     assert over.costs == list(snapshot.costs)
     assert same(over, snapshot)

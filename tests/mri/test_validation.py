@@ -8,6 +8,7 @@ from training_cases import BASE, SAMPLING, SIZE, network, same, seeded, trained,
 
 import bilevel as bl
 from applications.errors import InputError
+from applications.mri.data import SliceDataset, Volume, write_volume
 from applications.mri.examples import draw_full
 from applications.mri.reconstruction import Loss
 from applications.mri.validation import Look, Looks, Validation, mean_cost
@@ -131,3 +132,20 @@ def test_settings_out_of_range_and_patience_without_slices_are_refused(scans):
     settings = replace(BASE, validation=Validation(patience=2))
     with pytest.raises(InputError, match=r"patience of 2 looks needs validation slices, got none"):
         trained(scans, settings)
+
+
+def test_validation_scans_that_do_not_fit_are_refused_before_anything_is_trained(scans, tmp_path):
+    kspace = scans[0].kspace[None]
+    mask = SAMPLING.mask((SIZE, SIZE), seeded())[0]
+    for name, volume, message in (
+        ("part", Volume(kspace * mask, mask=mask), "part.h5: fully sampled k-space was needed"),
+        ("coils", Volume(kspace[:, :1]), "coils.h5: .* for 2 coils, the scan has 1"),
+    ):
+        write_volume(tmp_path / f"{name}.h5", volume)
+        with pytest.raises(InputError, match=message):
+            trained(
+                scans,
+                BASE,
+                after_step=lambda state: pytest.fail("trained"),
+                validation=SliceDataset([tmp_path / f"{name}.h5"]),
+            )
