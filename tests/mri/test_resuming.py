@@ -9,6 +9,7 @@ from safetensors import safe_open
 from training_cases import BASE, network, same, trained, write_scans
 
 from applications.errors import InputError
+from applications.mri.data import SliceDataset
 from applications.mri.keeping import Keeper, describe
 from applications.mri.network import light
 from applications.mri.resuming import StateFile
@@ -32,7 +33,7 @@ def state_file(path, net, settings, **changes):
     return StateFile(path, net, describe(settings) | {"data": [["a.h5", 2]]} | changes)
 
 
-def interrupted(scans, settings, net, path, *at):
+def interrupted(scans, settings, net, path, *at, looked_at=None):
     """The snapshots read back from files after some updates; the training fails at the last."""
     file, snapshots = state_file(path, net, settings), []
 
@@ -44,20 +45,21 @@ def interrupted(scans, settings, net, path, *at):
             raise PowerCutError
 
     with pytest.raises(PowerCutError):
-        trained(scans, settings, net, after_step=save, validation=scans)
+        trained(scans, settings, net, after_step=save, validation=looked_at)
     return snapshots
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_training_that_goes_on_is_bitwise_the_one_without_interruption(
     scans, tmp_path, accumulate
 ):
     """Within a round of slices, at a look and between looks, before and after crops end."""
     settings, net = replace(SETTINGS, accumulate=accumulate), network()
-    whole = trained(scans, settings, net, validation=scans)
+    few = SliceDataset([scans.files[0].path])
+    whole = trained(scans, settings, net, validation=few)
     at = (3, 4) if accumulate == 1 else (5,)
-    for snapshot in interrupted(scans, settings, net, tmp_path / "state", *at):
-        found = train(net, snapshot, scans, settings, validation=scans)
+    for snapshot in interrupted(scans, settings, net, tmp_path / "state", *at, looked_at=few):
+        found = train(net, snapshot, scans, settings, validation=few)
         assert found.costs == whole.costs
         assert found.looks == whole.looks
         assert same(found, whole)
