@@ -100,6 +100,7 @@ class CleaningRun:
         updates: that the weights were made by; chosen on held-out data.
         accuracies: on test data, by way of training.
         decays: chosen on held-out data, by way of training.
+        steps: of L-BFGS, likewise.
         held_out: mean cross-entropy on held-out data, before they were trained on, by way.
         seconds: that the descent took, without looks at held-out data.
     """
@@ -112,6 +113,7 @@ class CleaningRun:
     updates: int
     accuracies: dict[str, float]
     decays: dict[str, float]
+    steps: dict[str, int]
     held_out: dict[str, float]
     seconds: float
 

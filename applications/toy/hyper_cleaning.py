@@ -14,12 +14,13 @@ weighted samples alone, and this model is the result. Here the result is trained
 and validation samples together, and compared with what validation samples give without any
 cleaning.
 
-Validation data alone choose everything: one part is V, the other, held out, chooses the weight
-decay of each way of training and when to stop. Then all of it is trained on.
+Validation data alone choose everything: one part is V, the other, held out, chooses the updates of
+the weights and, for each way of training, the weight decay and the steps. Then all of it is trained
+on.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,8 +32,11 @@ from applications.errors import InputError
 from applications.toy.cleaning import CLEANED, CleaningResult, CleaningRun, CleaningSettings
 from applications.toy.data import Corrupted, Dataset, corrupt, load_apart, split
 from applications.toy.metrics import judge
-from applications.toy.models import Params, accuracy, fit, losses, objective, start
+from applications.toy.models import Params, accuracy, fit, fits, losses, objective, start
 from applications.toy.task_weights import Method
+
+_LOOK = 10  # steps of a fit between two looks at held-out data
+_PATIENCE = 30  # steps without gain that end a fit
 
 
 def run_hyper_cleaning(settings: CleaningSettings, report: Report) -> CleaningResult:
@@ -66,6 +70,7 @@ class _Fitted:
 
     params: Params
     decay: float
+    steps: int
     loss: float  # on held-out data, before they were trained on
 
 
@@ -138,33 +143,43 @@ class _Experiment:
             on_failure="ignore",
         )
 
-    def tuned(
-        self,
-        parts: Sequence[tuple[Dataset, Tensor]],
-        begin: Params,
-        decays: Sequence[float] | None = None,
-    ) -> _Fitted:
-        """The fit to weighted data, with the decay that is best on held-out data."""
+    def tuned(self, parts: Sequence[tuple[Dataset, Tensor]]) -> _Fitted:
+        """The fit to weighted data, with the decay and the steps that are best on held-out data."""
         inputs, labels = _joined([data for data, _ in parts])
         weights = torch.cat([weights for _, weights in parts])
         best = None
-        for decay in sorted(decays or self.settings.decays, reverse=True):
-            begin = fit(begin, inputs, labels, weights, decay, self.settings.fit_steps)
-            loss = float(losses(begin, *_pair(self.held)).mean())
-            if best is not None and loss >= best.loss:
-                return best
-            best = _Fitted(begin, decay, loss)
+        for decay in sorted(self.settings.decays, reverse=True):
+            stopped = self.stopped(fits(self.start, inputs, labels, weights, decay, _LOOK), decay)
+            if best is not None and stopped.loss >= best.loss:
+                break
+            best = stopped
         assert best is not None  # there is a decay
         return best
 
+    def stopped(self, models: Iterator[Params], decay: float) -> _Fitted:
+        """The best model on the way, until some in a row are no better."""
+        best = None
+        for k in range(1, max(self.settings.fit_steps // _LOOK, 1) + 1):
+            model = next(models)
+            loss = float(losses(model, *_pair(self.held)).mean())
+            if best is None or loss < best.loss:
+                best = _Fitted(model, decay, k * _LOOK, loss)
+            elif k * _LOOK - best.steps >= _PATIENCE:
+                break
+        assert best is not None  # there was a look
+        return best
+
     def trained(self, train: Dataset | None, weights: Tensor, *, validated: bool) -> _Fitted:
-        """A way of training: the decay is chosen with held-out data, then they are trained on."""
+        """A way of training; what held-out data chose is kept when they are trained on too."""
         begin = [] if train is None else [(train, weights)]
-        chosen = self.tuned(begin + ([_whole(self.outer)] if validated else []), self.start)
+        chosen = self.tuned(begin + ([_whole(self.outer)] if validated else []))
         if not validated:
             return chosen
-        again = self.tuned([*begin, _whole(self.validation)], chosen.params, [chosen.decay])
-        return replace(again, loss=chosen.loss)
+        inputs, labels = _joined([*([] if train is None else [train]), self.validation])
+        ones = torch.ones(len(self.validation))
+        shares = ones if train is None else torch.cat([weights, ones])
+        params = fit(self.start, inputs, labels, shares, chosen.decay, chosen.steps)
+        return replace(chosen, params=params)
 
     def learn(self, done: Callable[[float], None]) -> tuple[Tensor, bl.Solution, int, float]:
         """Weights by bilevel descent, those of the look that was best on held-out data."""
@@ -180,7 +195,7 @@ class _Experiment:
                 return
             began = time.perf_counter()
             weights = progress.control.sigmoid().clone()
-            found = self.tuned([(noisy, weights), _whole(self.outer)], self.start)
+            found = self.tuned([(noisy, weights), _whole(self.outer)])
             looks.append((found.loss, progress.step, weights))
             paused += time.perf_counter() - began
 
@@ -226,6 +241,7 @@ class _Experiment:
             updates,
             {way: accuracy(one.params, *_pair(self.test)) for way, one in fitted.items()},
             {way: one.decay for way, one in fitted.items()},
+            {way: one.steps for way, one in fitted.items()},
             {way: one.loss for way, one in fitted.items()},
             seconds,
         )

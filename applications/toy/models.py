@@ -1,6 +1,6 @@
 """Classifiers as plain functions of their parameters, and their fit by L-BFGS."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 
 import torch
@@ -72,10 +72,10 @@ def accuracy(params: Params, inputs: Tensor, labels: Tensor) -> float:
     return float((logits(params, inputs).argmax(1) == labels).double().mean())
 
 
-def fit(
-    params: Params, inputs: Tensor, labels: Tensor, weights: Tensor, decay: float, steps: int = 150
-) -> Params:
-    """The minimiser of the weighted mean cross-entropy with weight decay, by L-BFGS.
+def fits(
+    params: Params, inputs: Tensor, labels: Tensor, weights: Tensor, decay: float, every: int
+) -> Iterator[Params]:
+    """The way of L-BFGS to the minimiser of the weighted mean cross-entropy with weight decay.
 
     Args:
         params: to begin with; they are left as they are.
@@ -83,17 +83,17 @@ def fit(
         labels: shape ``(n,)``.
         weights: of the samples, shape ``(n,)``, >= 0; only their ratios matter.
         decay: of the weights of the model.
-        steps: at most.
+        every: steps between two yields.
 
-    Returns:
-        Parameters, detached.
+    Yields:
+        Parameters, detached; without end, all the same once converged.
     """
     found = {name: x.clone().requires_grad_() for name, x in params.items()}
     kept = weights > 0
     inputs, labels, shares = inputs[kept], labels[kept], weights[kept] / weights.sum()
     lbfgs = torch.optim.LBFGS(
         list(found.values()),
-        max_iter=steps,
+        max_iter=every,
         history_size=20,
         line_search_fn="strong_wolfe",
         tolerance_grad=1e-5,
@@ -105,5 +105,25 @@ def fit(
         value.backward()
         return value
 
-    lbfgs.step(closure)
-    return {name: x.detach() for name, x in found.items()}
+    while True:
+        lbfgs.step(closure)
+        yield {name: x.detach().clone() for name, x in found.items()}
+
+
+def fit(
+    params: Params, inputs: Tensor, labels: Tensor, weights: Tensor, decay: float, steps: int
+) -> Params:
+    """Where `fits` is after so many steps.
+
+    Args:
+        params: as all others, see `fits`.
+        inputs: of the samples.
+        labels: of the samples.
+        weights: of the samples.
+        decay: of the weights of the model.
+        steps: of L-BFGS.
+
+    Returns:
+        Parameters, detached.
+    """
+    return next(fits(params, inputs, labels, weights, decay, steps))
