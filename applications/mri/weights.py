@@ -45,7 +45,7 @@ def save_weights(path: Path | str, trained: Trained) -> None:
     path = Path(path)
     tensors = {
         name: torch.view_as_real(value).contiguous() if value.is_complex() else value.contiguous()
-        for name, value in _named(trained.control).items()
+        for name, value in named(trained.control).items()
     }
     metadata = {
         "architecture": json.dumps(asdict(trained.network.architecture)),
@@ -88,7 +88,7 @@ def load_weights(path: Path | str) -> Trained:
             "use weights that `train` wrote."
         ) from error
     control = network.controls()
-    template = _named(control)
+    template = named(control)
     expected = {n: _stored_kind(v) for n, v in template.items()}
     found = {n: _stored_kind(v) for n, v in stored.items()}
     if expected != found:
@@ -112,8 +112,9 @@ def _stored_kind(value: Tensor) -> str:
     return f"{str(real.dtype).removeprefix('torch.')} {[*real.shape]}"
 
 
-def _named(control: bl.PerStep) -> dict[str, Tensor]:
-    named = {f"initial.{n}": v for n, v in control.initial.items()}
+def named(control: bl.PerStep) -> dict[str, Tensor]:
+    """The weights by the name they have in a file."""
+    found = {f"initial.{n}": v for n, v in control.initial.items()}
     for t, step in enumerate(control.steps, start=1):
-        named |= {f"step{t}.{n}": v for n, v in step.items()}
-    return named
+        found |= {f"step{t}.{n}": v for n, v in step.items()}
+    return found
