@@ -189,9 +189,7 @@ def total_cost(
     final = rollout(dynamics, observation, control, problem.horizon, checkpointing=checkpointing)
     state, spent = (final, None) if running is None else final
     name = "the terminal cost"
-    cost = autodiff.check_scalar(
-        problem.terminal(problem.dynamics.readout(state), control), name
-    )
+    cost = autodiff.check_scalar(problem.terminal(problem.dynamics.readout(state), control), name)
     return cost if spent is None else cost + spent
 
 

@@ -183,9 +183,7 @@ class TaskLosses:
             problem, start = self.network.training_problem(
                 one.scan, one.target, one.reference, self.loss
             )
-            costs.append(
-                bl.total_cost(problem, start, control, checkpointing=self.checkpointing)
-            )
+            costs.append(bl.total_cost(problem, start, control, checkpointing=self.checkpointing))
         shares = [count / sum(counts) for count in counts]
         return sum(share * cost for share, cost in zip(shares[1:], costs[1:], strict=True)) + (
             shares[0] * costs[0]

@@ -1,6 +1,5 @@
-"""The command line: `python -m applications.mri demo|simulate|train|evaluate|reconstruct`."""
+"""The command line: `python -m applications.mri COMMAND`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from applications.command_line import Seed, Threads, guarded, progress_bars, use_threads
-from applications.errors import InputError
 from applications.files import make_place, write_json
 from applications.mri.choices import (
     Acceleration,
@@ -35,8 +33,9 @@ from applications.mri.formats.nifti import Plane, is_nifti
 from applications.mri.images import check_image_path
 from applications.mri.keeping import Keeper, describe
 from applications.mri.mask_files import FromFile
+from applications.mri.meta_cli import meta_train
 from applications.mri.metrics import Convention
-from applications.mri.network import Architecture, light, paper
+from applications.mri.network import preset_named
 from applications.mri.phantoms import SimulationSettings, simulate_folder
 from applications.mri.reconstruction import Network
 from applications.mri.scanning import reconstruct_scan
@@ -249,13 +248,13 @@ def reconstruct(
     console.print(f"Images   {out}")
 
 
+app.command(name="meta-train")(meta_train)
+
+
 def _begin(preset: str, init: Path | None, slices: SliceDataset, seed: int) -> Trained:
     if init is not None:
         return load_weights(init)
-    presets: dict[str, Callable[[int], Architecture]] = {"paper": paper, "light": light}
-    if preset not in presets:
-        raise InputError(f"preset must be one of {', '.join(presets)}, got {preset!r}.")
-    network = Network(presets[preset](slices.files[0].n_coils), seed)
+    network = Network(preset_named(preset, slices.files[0].n_coils), seed)
     return Trained(network, network.controls(), {})
 
 

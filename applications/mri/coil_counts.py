@@ -15,8 +15,8 @@ def coil_matrix(kspace: Tensor, n_coils: int) -> Tensor:
     r"""The matrix that takes the coils of a scan to another number of coils.
 
     Fewer coils: the first left singular vectors of the k-space as a matrix of coils by positions,
-    :math:`U_n^H`, which keep as much of its energy as any n combinations can. Each vector's entry of
-    largest magnitude is real and positive, so that the virtual coils do not depend on the machine.
+    :math:`U_n^H`, which keep as much of its energy as any n combinations can. The entry of
+    largest magnitude of each is real and positive, so that they do not depend on the machine.
     More coils: zeros follow. As many: the identity.
 
     Args:

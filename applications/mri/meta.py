@@ -324,9 +324,7 @@ class _Training:
         return self.learned({"all": model}, weights, alpha, solution.values, solution.steps)
 
 
-def penalty_solver(
-    losses: TaskLosses, weights: bl.TaskWeights, penalty: float
-) -> bl.BilevelSolver:
+def penalty_solver(losses: TaskLosses, weights: bl.TaskWeights, penalty: float) -> bl.BilevelSolver:
     r"""Joint descent on theta and alpha, with a penalty in the place of the inner problem.
 
     .. math::

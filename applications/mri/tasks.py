@@ -185,8 +185,9 @@ def read_task_list(path: Path) -> list[TaskSettings]:
     _refuse_unknown(content, {"tasks", "defaults"}, str(path))
     defaults = content.get("defaults") or {}
     return [
-        task_settings({**_mapping(defaults, f"{path}: defaults"), **_mapping(one, where)}, where,
-                      path.parent)
+        task_settings(
+            {**_mapping(defaults, f"{path}: defaults"), **_mapping(one, where)}, where, path.parent
+        )
         for i, one in enumerate(content["tasks"], start=1)
         for where in [f"{path}: task {i}"]
     ]
@@ -272,9 +273,10 @@ def open_tasks(
     check_names([one.name for one in settings])
     samplings = [one.sampling for one in settings]  # mistakes there show before the simulation
     tasks: list[Task] = []
+    simulated: set[Path] = set()
     for one, sampling in zip(settings, samplings, strict=True):
         try:
-            source = _simulated(one, folder) if one.scans is None else one.scans
+            source = one.scans or _simulated(one, folder, simulated)
             tasks.append(Task(one, sampling, _parts(one, source)))
         except InputError as error:
             raise InputError(f"task {one.name!r}: {error}") from error
@@ -323,8 +325,8 @@ def _parts(settings: TaskSettings, folder: Path) -> dict[str, SliceDataset]:
     return {role: SliceDataset(block) for role, block in blocks.items()}
 
 
-def _simulated(settings: TaskSettings, folder: Path) -> Path:
-    """The folder of the simulated scans of a task, simulated unless that has been done."""
+def _simulated(settings: TaskSettings, folder: Path, simulated: set[Path]) -> Path:
+    """The folder of the simulated scans of a task, simulated unless another task has done so."""
     simulation = SimulationSettings(
         settings.size,
         settings.coils,
@@ -334,8 +336,9 @@ def _simulated(settings: TaskSettings, folder: Path) -> Path:
     )
     mark = hashlib.sha256(repr(simulation).encode()).hexdigest()[:8]
     place = folder / f"{settings.anatomy}-{mark}"
-    if not all((place / role).is_dir() and any((place / role).iterdir()) for role in ROLES):
+    if place not in simulated:
         simulate_folder(place, simulation)
+        simulated.add(place)
     return place
 
 
