@@ -232,14 +232,7 @@ class _Training:
         k = self.settings.inner_steps
         # Sweeps ask for a step again: its rate must not depend on when they do.
         rate = bl.ByStep(lambda t: self.rates[(t - 1) // k])
-        return bl.BilevelSolver(
-            bl.weighted_problem(self.losses, self.losses, weights, bl.Looped()),
-            self.settings.optimizer.at(rate),
-            k,
-            self.settings.method.chosen,
-            certificate=None,
-            on_failure="ignore",
-        )
+        return meta_solver(self.losses, weights, self.settings, rate)
 
     def pairs(self) -> Iterator[tuple[bl.ByStep, Batch]]:
         """Minibatches of both levels, an update."""
@@ -322,6 +315,30 @@ class _Training:
         )
         alpha, model = solution.control["alpha"], solution.control["theta"]
         return self.learned({"all": model}, weights, alpha, solution.values, solution.steps)
+
+
+def meta_solver(
+    losses: TaskLosses, weights: bl.TaskWeights, settings: MetaSettings, rate: float | bl.ByStep
+) -> bl.BilevelSolver:
+    """Algorithm 3: the weights of a network as params, those of the tasks as control.
+
+    Args:
+        losses: of both levels.
+        weights: sigma.
+        settings: number of inner steps, their rule, and how hypergradients are found.
+        rate: of the inner steps.
+
+    Returns:
+        The solver; with a matrix of weights the params are stacked.
+    """
+    return bl.BilevelSolver(
+        bl.weighted_problem(losses, losses, weights, bl.Looped()),
+        settings.optimizer.at(rate),
+        settings.inner_steps,
+        settings.method.chosen,
+        certificate=None,
+        on_failure="ignore",
+    )
 
 
 def penalty_solver(losses: TaskLosses, weights: bl.TaskWeights, penalty: float) -> bl.BilevelSolver:

@@ -183,11 +183,9 @@ def read_task_list(path: Path) -> list[TaskSettings]:
             "see the page on meta-learning."
         )
     _refuse_unknown(content, {"tasks", "defaults"}, str(path))
-    defaults = content.get("defaults") or {}
+    defaults = _mapping(content.get("defaults") or {}, f"{path}: defaults")
     return [
-        task_settings(
-            {**_mapping(defaults, f"{path}: defaults"), **_mapping(one, where)}, where, path.parent
-        )
+        task_settings({**defaults, **_mapping(one, where)}, where, path.parent)
         for i, one in enumerate(content["tasks"], start=1)
         for where in [f"{path}: task {i}"]
     ]
