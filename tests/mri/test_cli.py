@@ -13,11 +13,10 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from command_lines import call, refused, succeed
 from scan_files import as_bart, header, lines_of, write_cfl, write_ismrmrd
-from typer.testing import CliRunner
 
 from applications.mri.anatomy import bundled_scan_path, load_anatomies
-from applications.mri.cli import app
 from applications.mri.data import SliceDataset, Volume, VolumeFile, implied_mask, write_volume
 from applications.mri.demo import DemoSettings, swept_multipliers
 from applications.mri.evaluation import (
@@ -65,29 +64,14 @@ COMMANDS = {
         *("--data", "--weights", "--out", "--baselines", *SAMPLING_OPTIONS, "--metrics"),
         *("--seed", "--threads"),
     ],
+    "meta-train": [
+        *("--tasks", "--task", "--out", "--ablations", "--preset", "--coils", "--init"),
+        *("--seconds", "--evaluations", "--method", "--optimizer", "--inner-steps"),
+        *("--learning-rate", "--outer-rate", "--batch", "--crop", "--entropy", "--floor"),
+        *("--penalty", "--adapt-steps", "--adapt-slices", "--seeds", "--seed", "--threads"),
+    ],
     "reconstruct": ["--scan", "--weights", "--out", "--png", "--mask", "--threads"],
 }
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-
-
-def succeed(*arguments):
-    found = call(*arguments)
-    assert found.exit_code == 0, found.output
-    assert found.stderr == ""
-    return found.stdout
-
-
-def refused(*arguments):
-    """The message of a call that must fail: one line, exit code 2."""
-    found = call(*arguments)
-    assert found.exit_code == 2, found.output
-    assert "Traceback" not in found.output
-    assert found.stderr.startswith("error: ")
-    assert found.stderr.count("\n") == 1
-    return found.stderr
 
 
 def numbers(scores):

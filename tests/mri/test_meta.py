@@ -32,7 +32,7 @@ COILS, SIZE = 2, 16
 GRAPHS = bl.Checkpointing(block=None)  # tiny networks: keep what sweeps would compute again
 LOSS = Loss(1.0, 0.7, 0.1)
 SETTINGS = MetaSettings(
-    evaluations=60, inner_steps=2, learning_rate=0.01, warmup=0, loss=LOSS, checkpointing=GRAPHS
+    evaluations=16, inner_steps=2, learning_rate=0.01, warmup=0, loss=LOSS, checkpointing=GRAPHS
 )
 every_ablation = pytest.mark.parametrize("ablation", list(Ablation))
 
@@ -215,12 +215,12 @@ def test_the_hypergradient_in_the_task_weights_is_exact(problem, m, rule):
     slopes = torch.zeros_like(alpha)
     for place in range(alpha.numel()):
         along = torch.zeros_like(alpha)
-        along.view(-1)[place] = 1e-5
+        along.view(-1)[place] = 1e-7  # short: ReLU, soft thresholds and magnitudes have kinks
         up, down = (
             solver.value(params, alpha + sign * along, train, validation) for sign in (1, -1)
         )
-        slopes.view(-1)[place] = (up - down) / 2e-5
-    torch.testing.assert_close(found, slopes, rtol=1e-5, atol=1e-9)
+        slopes.view(-1)[place] = (up - down) / 2e-7
+    torch.testing.assert_close(found, slopes, rtol=1e-5, atol=1e-8)
     assert found.abs().min() > 1e-7
 
 
@@ -278,12 +278,12 @@ def test_the_gradient_of_the_penalty_method_is_exact(problem):
     torch.testing.assert_close(found.value, value, rtol=1e-9, atol=0)
 
 
-LEARNING = replace(SETTINGS, evaluations=240, inner_steps=3, learning_rate=0.02, outer_rate=0.3)
+LEARNING = replace(SETTINGS, evaluations=72, learning_rate=0.02, outer_rate=1.0)
 
 
 @pytest.mark.parametrize("ablation", [Ablation.VECTOR, Ablation.MATRIX, Ablation.PENALTY])
 def test_a_task_whose_references_are_noise_loses_its_weight(tasks, ablation):
-    net = network()
+    net = network(n_phases=1)
     found = learn(ablation, net, net.controls(), tasks, LEARNING)
     assert found.sigma.shape == ((2, 2) if ablation == Ablation.MATRIX else (2,))
     torch.testing.assert_close(found.sigma.sum(0), torch.ones(found.sigma.shape[1:]))
@@ -296,25 +296,25 @@ def test_a_task_whose_references_are_noise_loses_its_weight(tasks, ablation):
 
 @every_ablation
 def test_all_ways_keep_to_one_budget(tasks, ablation):
-    net = network()
+    net = network(n_phases=1)
     shares = []
     found = learn(ablation, net, net.controls(), tasks, SETTINGS, shares.append)
-    a_round = {"uniform": 4, "vector": 10, "matrix": 20, "penalty": 6}[ablation]
+    a_round = {"uniform": 4, "vector": 8, "matrix": 16, "penalty": 4}[ablation]
     assert found.evaluations == a_round * found.updates
-    assert 60 <= found.evaluations < 60 + a_round
+    assert 16 <= found.evaluations < 16 + a_round
     assert found.inner_steps == found.updates * (1 if ablation == Ablation.PENALTY else 2)
     assert shares == sorted(shares)
     assert shares[-1] == 1
     assert len(found.values) == (0 if ablation == Ablation.UNIFORM else found.updates)
     spent = learn(
-        ablation, net, net.controls(), tasks, replace(SETTINGS, evaluations=None, seconds=0.2)
+        ablation, net, net.controls(), tasks, replace(SETTINGS, evaluations=None, seconds=0.1)
     )
-    assert 0.2 <= spent.seconds < 5
+    assert 0.1 <= spent.seconds < 5
 
 
 def test_equal_weights_are_trained_as_by_adam(tasks):
-    """Two rounds of two steps of `torch.optim.Adam` on the mean loss, at the rates of the rounds."""
-    net = network()
+    """By `torch.optim.Adam` on the mean loss: two rounds, at the rates of the rounds."""
+    net = network(n_phases=1)
     settings = replace(SETTINGS, evaluations=8)
     found = learn(Ablation.UNIFORM, net, net.controls(), tasks, settings)
     losses = TaskLosses(net, LOSS, GRAPHS)
@@ -353,7 +353,7 @@ def vector(tasks):
 
 
 def alpha_of(tasks, settings, ablation=Ablation.VECTOR):
-    net = network()
+    net = network(n_phases=1)
     return learn(ablation, net, net.controls(), tasks, settings).sigma
 
 
@@ -372,7 +372,7 @@ def test_training_is_deterministic_by_its_seed_and_the_penalty_matters(tasks, ve
 
 
 def test_a_model_adapted_to_a_task_has_moved_by_its_weight(tasks):
-    net = network()
+    net = network(n_phases=1)
     begun = Trained(net, net.controls(), {})
     training = replace(SETTINGS, optimizer=Rule.SGD)
     settings = ExperimentSettings(training, adapt_steps=1, adapt_slices=2)
@@ -394,7 +394,7 @@ def test_a_model_adapted_to_a_task_has_moved_by_its_weight(tasks):
 def test_scans_of_any_coil_count_are_reconstructed():
     net = network(light, n_coils=3)
     trained = Trained(net, net.controls(), {})
-    mask = CartesianRandom(2, 0.5).mask((SIZE, SIZE), seeded())
+    mask = CartesianRandom(2, 0.4).mask((SIZE, SIZE), seeded())
     for n_coils in (2, 3, 5):
         kspace = torch.randn(n_coils, SIZE, SIZE, dtype=torch.complex64, generator=seeded(1)) * mask
         fitted = with_coils(coil_matrix(kspace, 3), kspace)
@@ -427,7 +427,7 @@ def test_a_wrong_experiment_is_refused():
 
 
 def test_a_column_of_stacked_weights_is_one_model():
-    control = network().controls()
+    control = network(n_phases=1).controls()
     stacked = bl.TaskWeights(1, 3).stacked(control)
     for x, y in zip(named(column(stacked, 1)).values(), named(control).values(), strict=True):
         assert torch.equal(x, y)
