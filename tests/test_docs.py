@@ -11,7 +11,7 @@ PAGES = "\n".join(
 )
 # The command line, and inner workings.
 HIDDEN = {"toy.__main__", "toy.cli"}
-HIDDEN |= {f"mri.{name}" for name in ("__main__", "choices", "cli", "darts", "hdf5")}
+HIDDEN |= {f"mri.{name}" for name in ("__main__", "choices", "cli", "darts", "hdf5", "meta_cli")}
 HIDDEN |= {"mri.formats.ismrmrd_header", "mri.formats.ismrmrd_lines"}
 
 
