@@ -33,7 +33,7 @@ from applications.mri.formats.nifti import Plane, is_nifti
 from applications.mri.images import check_image_path
 from applications.mri.keeping import Keeper, describe
 from applications.mri.mask_files import FromFile
-from applications.mri.meta_cli import meta_train
+from applications.mri.meta_cli import meta_train, transfer
 from applications.mri.metrics import Convention
 from applications.mri.network import preset_named
 from applications.mri.phantoms import SimulationSettings, simulate_folder
@@ -249,6 +249,7 @@ def reconstruct(
 
 
 app.command(name="meta-train")(meta_train)
+app.command()(transfer)
 
 
 def _begin(preset: str, init: Path | None, slices: SliceDataset, seed: int) -> Trained:

@@ -1,4 +1,4 @@
-"""The command `meta-train`."""
+"""The commands `meta-train` and `transfer`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,21 @@ from applications.mri.meta_figure import draw_meta
 from applications.mri.network import PRESETS, preset_named
 from applications.mri.reconstruction import Network
 from applications.mri.task_facts import facts_of
-from applications.mri.tasks import TaskSettings, open_tasks, parse_task, read_task_list
+from applications.mri.tasks import (
+    TaskSettings,
+    open_each,
+    open_tasks,
+    parse_task,
+    read_task_list,
+)
+from applications.mri.transfer import (
+    Transfer,
+    TransferSettings,
+    learned_correlation,
+    measure_transfer,
+    meta_models,
+)
+from applications.mri.transfer_figure import draw_transfer
 from applications.mri.weights import Trained, load_weights
 
 console = Console()
@@ -98,6 +112,87 @@ def meta_train(
     _print(found)
     for name in ("results.json", "figure.png", "weights"):
         console.print(f"{name.partition('.')[0].capitalize():8} {out / name}")
+
+
+@guarded
+def transfer(
+    out: Annotated[Path, typer.Option(help="Folder for results, figure and scans.")],
+    tasks: Annotated[Path | None, typer.Option(help="Task list of meta-train, YAML.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="One more task of it.")] = None,
+    unseen: Annotated[
+        Path | None, typer.Option(help="Task list of others: train to adapt on, test to score.")
+    ] = None,
+    meta: Annotated[
+        Path | None, typer.Option(help="Folder of meta-train: models and weights to compare.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Network, without --meta.")] = "light",
+    coils: Annotated[int, typer.Option(help="Of the network, without --meta.", min=1)] = 8,
+    seconds: Annotated[float | None, typer.Option(help="Of training on one task.")] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Losses of a slice that training on one task evaluates.")
+    ] = None,
+    optimizer: Annotated[Rule, typer.Option(help="Of the network.")] = Rule.ADAM,
+    learning_rate: Annotated[float, typer.Option(help="Of the network at its peak.")] = 3e-3,
+    batch: Annotated[int, typer.Option(help="Slices in a minibatch.", min=1)] = 1,
+    crop: Annotated[int, typer.Option(help="Rows of a training crop, 0: none.", min=0)] = 32,
+    steps: Annotated[str, typer.Option(help="Of adaptation.")] = "0,1,5,20",
+    slices: Annotated[int, typer.Option(help="That models adapt on.", min=1)] = 2,
+    seed: Seed = 0,
+    threads: Threads = 0,
+) -> None:
+    """Measure what training on one task is worth on others, and how fast models adapt."""
+    use_threads(threads)
+    training = MetaSettings(
+        seconds,
+        evaluations,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        batch=batch,
+        crop=crop,
+        seed=seed,
+    )
+    settings = TransferSettings(training, _numbers(steps), slices)
+    listed = _listed(tasks, task or [])
+    others = [] if unseen is None else read_task_list(unseen)
+    if meta is None:
+        network, models, learned = Network(preset_named(preset, coils), seed), {}, None
+    else:
+        network, models = meta_models(meta)
+        learned = learned_correlation(meta / "results.json")
+        network = Network(network.architecture, seed)
+    make_folder(out)
+    begun = Trained(network, network.controls(), {})
+    with progress_bars(console) as report:
+        opened = open_tasks(listed, out / "scans", lambda k, n: report("opening tasks", k / n))
+        more = open_each(others, out / "scans") if others else ()
+        for one in (*opened.every, *more):
+            console.print(facts_of(one, network.architecture.n_coils).summary)
+        found = measure_transfer(opened, more, begun, models, settings, report, learned)
+    write_json(out / "results.json", found.as_json())
+    draw_transfer(out / "figure.png", found)
+    _print_transfer(found)
+    for name in ("results.json", "figure.png"):
+        console.print(f"{name.partition('.')[0].capitalize():8} {out / name}")
+
+
+def _print_transfer(found: Transfer) -> None:
+    table = Table(title="PSNR [dB] on test slices; * unseen")
+    table.add_column("trained on")
+    tasks = (*found.seen, *found.unseen)
+    for name in tasks:
+        table.add_column(name + "*" * (name in found.unseen), justify="right")
+    for model in found.models:
+        table.add_row(model, *(f"{found.scores[model][name].psnr:.2f}" for name in tasks))
+    console.print(table)
+    for name, value in found.agreement().items():
+        console.print(f"Rank correlation of learned weights and transfer to {name}: {value:.2f}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--steps must be whole numbers, as 0,1,5,20, got {text!r}.") from None
 
 
 def _listed(path: Path | None, texts: list[str]) -> list[TaskSettings]:

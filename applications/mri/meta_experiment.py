@@ -17,13 +17,14 @@ from applications.command_line import Report
 from applications.errors import InputError
 from applications.files import make_folder
 from applications.mri.baselines import zero_filled
-from applications.mri.batches import Batches, TaskLosses
+from applications.mri.batches import Batches, Example, TaskLosses
 from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.evaluation import Method as Reconstructing
 from applications.mri.evaluation import evaluate, network_methods
 from applications.mri.keeping import describe
-from applications.mri.meta import Ablation, Learned, MetaSettings, learn
+from applications.mri.meta import Ablation, Learned, MetaSettings, learn, meta_solver
 from applications.mri.metrics import Scores, mean_scores
+from applications.mri.reconstruction import Network
 from applications.mri.task_facts import TaskFacts
 from applications.mri.tasks import Task, Tasks
 from applications.mri.weights import Trained, save_weights
@@ -228,7 +229,7 @@ def run_meta(
     trained = begin(first)
     tested = tasks.of("test")
     zero: Reconstructing = lambda kspace, _mask: zero_filled(kspace)  # noqa: E731
-    without = {task.name: _score(zero, task, first) for task in tested}
+    without = {task.name: score_on(task, zero, first) for task in tested}
     runs: list[Run] = []
     for ablation in settings.ablations:
         for seed in range(first, first + settings.seeds):
@@ -261,7 +262,7 @@ def _run(
     masks = settings.training.seed  # the same for all seeds, so that spreads are those of training
 
     def score(control: bl.PerStep, task: Task) -> Scores:
-        return _score(any_coils(replace(begun, control=control)), task, masks)
+        return score_on(task, any_coils(replace(begun, control=control)), masks)
 
     scores = {
         model: {task.name: score(control, task) for task in tasks.of("test")}
@@ -302,11 +303,6 @@ def adapt_models(
     batches = Batches(
         begun.network, tasks.of("train"), "train", settings.adapt_slices, seed=training.seed
     )
-    losses = TaskLosses(begun.network, training.loss, training.checkpointing)
-    solver = bl.BilevelSolver(
-        bl.weighted_problem(losses, losses, bl.TaskWeights(1)),
-        training.optimizer.at(training.learning_rate),
-    )
     found: dict[str, bl.PerStep] = {}
     for i, task in enumerate(batches.tasks):
         model = learned.models.get(task.name, learned.models.get("all"))
@@ -314,15 +310,37 @@ def adapt_models(
             continue
         sigma = learned.sigma[i]
         weight = sigma[validated.index(task.name)] if sigma.ndim else sigma
-        examples = batches.task_batch(i, 0)
-        found[task.name] = bl.adapt(
-            solver,
-            model,
-            partial(losses.of_task, examples=examples),
-            settings.adapt_steps,
-            weight=max(float(weight), 1e-6),
-        )
+        examples, steps = batches.task_batch(i, 0), settings.adapt_steps
+        weight = max(float(weight), 1e-6)  # 0, which Sparsemax and rounding know, is no step size
+        found[task.name] = adapted(begun.network, model, examples, training, steps, weight)
     return found
+
+
+def adapted(
+    network: Network,
+    model: bl.PerStep,
+    examples: Sequence[Example],
+    training: MetaSettings,
+    steps: int,
+    weight: float = 1.0,
+) -> bl.PerStep:
+    """A model after some steps on some slices of a task.
+
+    Args:
+        network: its dynamics.
+        model: to begin with.
+        examples: the slices, all of them in every step.
+        training: rule, rate and loss of the steps.
+        steps: how many.
+        weight: times the rate.
+
+    Returns:
+        The weights of the adapted model.
+    """
+    losses = TaskLosses(network, training.loss, training.checkpointing)
+    solver = meta_solver(losses, bl.TaskWeights(1), training, training.learning_rate)
+    loss = partial(losses.of_task, examples=examples)
+    return bl.adapt(solver, model, loss, steps, weight=weight)
 
 
 def any_coils(trained: Trained) -> Reconstructing:
@@ -343,8 +361,17 @@ def any_coils(trained: Trained) -> Reconstructing:
     return fitted
 
 
-def _score(method: Reconstructing, task: Task, seed: int) -> Scores:
-    """Of a method on the test slices of a task."""
+def score_on(task: Task, method: Reconstructing, seed: int) -> Scores:
+    """Scores on the test slices of a task, in the mean over volumes.
+
+    Args:
+        task: with test slices.
+        method: what reconstructs.
+        seed: the masks depend on it.
+
+    Returns:
+        The scores.
+    """
     name = "one"
     return evaluate({name: method}, task.parts["test"], task.sampling, seed + 2).mean[name]
 

@@ -252,6 +252,27 @@ def open_tasks(
     folder: Path,
     done: Callable[[int, int], None] | None = None,
 ) -> Tasks:
+    """`open_each`, as Algorithm 3 takes them.
+
+    Args:
+        settings: the list.
+        folder: for simulated scans.
+        done: told of the tasks opened and to be opened.
+
+    Returns:
+        The tasks.
+
+    Raises:
+        InputError: as in `open_each`, or if none is to be trained or validated on.
+    """
+    return Tasks(open_each(settings, folder, done))
+
+
+def open_each(
+    settings: Sequence[TaskSettings],
+    folder: Path,
+    done: Callable[[int, int], None] | None = None,
+) -> tuple[Task, ...]:
     """The tasks, their scans found or simulated.
 
     Args:
@@ -263,8 +284,8 @@ def open_tasks(
         The tasks.
 
     Raises:
-        InputError: if the list is empty, names come twice, a folder has no scans, a task lacks the
-            slices of a role, or none is to be trained or validated on.
+        InputError: if the list is empty, names come twice, a folder has no scans, or a task lacks
+            the slices of a role.
     """
     if not settings:
         raise InputError("at least one task was needed, the list is empty; add tasks.")
@@ -280,7 +301,7 @@ def open_tasks(
             raise InputError(f"task {one.name!r}: {error}") from error
         if done is not None:
             done(len(tasks), len(settings))
-    return Tasks(tuple(tasks))
+    return tuple(tasks)
 
 
 def check_names(names: Iterable[str]) -> None:

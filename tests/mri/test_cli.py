@@ -70,6 +70,11 @@ COMMANDS = {
         *("--learning-rate", "--outer-rate", "--batch", "--crop", "--entropy", "--floor"),
         *("--penalty", "--adapt-steps", "--adapt-slices", "--seeds", "--seed", "--threads"),
     ],
+    "transfer": [
+        *("--tasks", "--task", "--unseen", "--meta", "--out", "--preset", "--coils", "--seconds"),
+        *("--evaluations", "--optimizer", "--learning-rate", "--batch", "--crop", "--steps"),
+        *("--slices", "--seed", "--threads"),
+    ],
     "reconstruct": ["--scan", "--weights", "--out", "--png", "--mask", "--threads"],
 }
 
