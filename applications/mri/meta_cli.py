@@ -12,7 +12,7 @@ from applications.errors import InputError
 from applications.files import make_folder, write_json
 from applications.methods import Method
 from applications.mri.meta import Ablation, MetaSettings, Rule
-from applications.mri.meta_experiment import Experiment, ExperimentSettings, run_meta, spread
+from applications.mri.meta_experiment import Experiment, ExperimentSettings, run_meta, with_spread
 from applications.mri.meta_figure import draw_meta
 from applications.mri.network import PRESETS, preset_named
 from applications.mri.reconstruction import Network
@@ -213,12 +213,12 @@ def _print(found: Experiment) -> None:
     title = "Validation tasks, test slices" if found.tested else "Spent"
     table = Table(title=title)
     measures = ("psnr", "ssim") if found.tested else ()
-    for name in ("weights", *measures, "updates", "inner steps", "evaluations", "seconds"):
+    for name in ("weights", *measures, "updates", "steps", "losses", "seconds"):
         table.add_column(name, justify="left" if name == "weights" else "right")
     for way in found.settings.ablations:
         runs, scores = found.of(way), found.means(way) if found.tested else []
         cells = [
-            f"{sum(values) / len(values):.{digits}f} ± {spread(values):.{digits}f}"
+            with_spread(values, digits)
             for measure, digits in zip(measures, (2, 4), strict=False)
             for values in [[getattr(one, measure) for one in scores]]
         ]

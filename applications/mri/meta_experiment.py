@@ -177,6 +177,12 @@ def spread(values: Sequence[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 
+def with_spread(values: Sequence[float], digits: int) -> str:
+    """Mean over seeds, and their spread where there are several."""
+    mean = f"{fmean(values):.{digits}f}"
+    return f"{mean} ± {spread(values):.{digits}f}" if len(values) > 1 else mean
+
+
 def _plain(scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:
     return {name: vars(one) for name, one in scores.items()}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from applications.mri.meta import Ablation
-from applications.mri.meta_experiment import Experiment, spread
+from applications.mri.meta_experiment import Experiment, spread, with_spread
 from applications.pictures import blank_figure, save_figure
 
 _LEARNED = (Ablation.MATRIX, Ablation.VECTOR, Ablation.PENALTY)
@@ -73,7 +73,7 @@ def _bars(axis: Any, experiment: Experiment) -> None:
         mean = sum(found) / len(found)
         axis.errorbar(mean, i, xerr=spread(found), fmt="s", color="#4292c6", capsize=3)
         axis.plot(found, [i] * len(found), "o", color="black", markersize=2.5)
-        axis.text(mean, i - 0.2, f"{mean:.2f} ± {spread(found):.2f}", ha="center", fontsize=8)
+        axis.text(mean, i - 0.2, with_spread(found, 2), ha="center", fontsize=8)
     axis.set_yticks(range(len(ways)), ways)
     axis.set_ylim(len(ways) - 0.5, -0.7)
     convention = experiment.means(ways[0])[0].convention
