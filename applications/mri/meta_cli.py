@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import bilevel as bl
 from applications.command_line import Seed, Threads, guarded, progress_bars, use_threads
 from applications.errors import InputError
 from applications.files import make_folder, write_json
@@ -35,6 +36,11 @@ from applications.mri.transfer_figure import draw_transfer
 from applications.mri.weights import Trained, load_weights
 
 console = Console()
+
+KeepGraphs = Annotated[
+    bool,
+    typer.Option("--keep-graphs", help="Keep the graphs of all phases: faster, and more memory."),
+]
 
 
 @guarded
@@ -68,6 +74,7 @@ def meta_train(
         int, typer.Option(help="Of the model towards each training task; 0: none.", min=0)
     ] = 0,
     adapt_slices: Annotated[int, typer.Option(help="That it is adapted on.", min=1)] = 4,
+    keep_graphs: KeepGraphs = False,
     seeds: Annotated[int, typer.Option(help="Runs.", min=1)] = 1,
     seed: Seed = 0,
     threads: Threads = 0,
@@ -87,6 +94,7 @@ def meta_train(
         entropy=entropy,
         floor=floor,
         penalty=penalty,
+        checkpointing=_checkpointing(keep_graphs),
         seed=seed,
     )
     settings = ExperimentSettings(training, _ablations(ablations), seeds, adapt_steps, adapt_slices)
@@ -137,6 +145,7 @@ def transfer(
     crop: Annotated[int, typer.Option(help="Rows of a training crop, 0: none.", min=0)] = 32,
     steps: Annotated[str, typer.Option(help="Of adaptation.")] = "0,1,5,20",
     slices: Annotated[int, typer.Option(help="That models adapt on.", min=1)] = 2,
+    keep_graphs: KeepGraphs = False,
     seed: Seed = 0,
     threads: Threads = 0,
 ) -> None:
@@ -149,6 +158,7 @@ def transfer(
         learning_rate=learning_rate,
         batch=batch,
         crop=crop,
+        checkpointing=_checkpointing(keep_graphs),
         seed=seed,
     )
     settings = TransferSettings(training, _numbers(steps), slices)
@@ -193,6 +203,10 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"--steps must be whole numbers, as 0,1,5,20, got {text!r}.") from None
+
+
+def _checkpointing(keep_graphs: bool) -> bl.Checkpointing:
+    return bl.Checkpointing(block=None) if keep_graphs else bl.Checkpointing()
 
 
 def _listed(path: Path | None, texts: list[str]) -> list[TaskSettings]:

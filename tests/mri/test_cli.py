@@ -69,11 +69,12 @@ COMMANDS = {
         *("--seconds", "--evaluations", "--method", "--optimizer", "--inner-steps"),
         *("--learning-rate", "--outer-rate", "--batch", "--crop", "--entropy", "--floor"),
         *("--penalty", "--adapt-steps", "--adapt-slices", "--seeds", "--seed", "--threads"),
+        "--keep-graphs",
     ],
     "transfer": [
         *("--tasks", "--task", "--unseen", "--meta", "--out", "--preset", "--coils", "--seconds"),
         *("--evaluations", "--optimizer", "--learning-rate", "--batch", "--crop", "--steps"),
-        *("--slices", "--seed", "--threads"),
+        *("--slices", "--seed", "--threads", "--keep-graphs"),
     ],
     "reconstruct": ["--scan", "--weights", "--out", "--png", "--mask", "--threads"],
 }

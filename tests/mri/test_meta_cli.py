@@ -5,6 +5,7 @@ import pytest
 import torch
 from command_lines import refused, succeed
 
+import bilevel as bl
 from applications.methods import Method
 from applications.mri.baselines import zero_filled
 from applications.mri.evaluation import evaluate
@@ -22,7 +23,7 @@ tasks:
   - {name: wide, coils: 4, roles: [train]}
   - {name: unseen, acceleration: 3, roles: [test]}
 """
-BUDGET = ("--evaluations", 12, "--inner-steps", 1, "--crop", 0)
+BUDGET = ("--evaluations", 12, "--inner-steps", 1, "--crop", 0, "--keep-graphs")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,9 @@ def test_results_are_those_of_the_training(run, files):
     _, out, found = run
     tasks = open_tasks(read_task_list(files / "tasks.yaml"), out / "scans")
     begun = load_weights(files / "w.safetensors")
-    settings = MetaSettings(evaluations=12, inner_steps=1, seed=1)
+    settings = MetaSettings(
+        evaluations=12, inner_steps=1, checkpointing=bl.Checkpointing(block=None), seed=1
+    )
     expected = learn(Ablation.MATRIX, begun.network, begun.control, tasks, settings)
     (one,) = [x for x in found["runs"] if (x["ablation"], x["seed"]) == ("matrix", 1)]
     assert one["alpha"] == expected.alpha.tolist()
@@ -115,7 +118,7 @@ def test_options_reach_the_settings(files, tmp_path, monkeypatch):
         *("--init", files / "w.safetensors", "--ablations", "vector", "--seconds", 2),
         *("--evaluations", 7, "--method", "one-step", "--optimizer", "sgd", "--inner-steps", 1),
         *("--learning-rate", 0.1, "--outer-rate", 0.2, "--batch", 2, "--crop", 8),
-        *("--entropy", 0.3, "--floor", 0.04, "--penalty", 0.5, "--seed", 6),
+        *("--entropy", 0.3, "--floor", 0.04, "--penalty", 0.5, "--seed", 6, "--keep-graphs"),
     ]
     succeed("meta-train", *options)
     ((ablation, architecture, settings, n_tasks),) = seen
@@ -134,6 +137,7 @@ def test_options_reach_the_settings(files, tmp_path, monkeypatch):
         entropy=0.3,
         floor=0.04,
         penalty=0.5,
+        checkpointing=bl.Checkpointing(block=None),
         seed=6,
     )
 
