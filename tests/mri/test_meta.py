@@ -199,8 +199,7 @@ def test_bad_references_are_noise_and_stay_the_same(tasks):
     )
 
 
-@pytest.mark.parametrize("m", [None, 2])
-@pytest.mark.parametrize("rule", [Rule.ADAM, Rule.SGD])
+@pytest.mark.parametrize(("m", "rule"), [(None, Rule.ADAM), (2, Rule.SGD)])
 def test_the_hypergradient_in_the_task_weights_is_exact(problem, m, rule):
     losses, train, validation, control = problem
     weights = bl.TaskWeights(2, m)

@@ -11,7 +11,7 @@ from applications.mri.baselines import zero_filled
 from applications.mri.evaluation import evaluate
 from applications.mri.meta import Ablation, MetaSettings, learn
 from applications.mri.meta_experiment import any_coils
-from applications.mri.network import light
+from applications.mri.network import paper
 from applications.mri.reconstruction import Network
 from applications.mri.tasks import open_tasks, read_task_list
 from applications.mri.weights import Trained, load_weights, named, save_weights
@@ -23,14 +23,14 @@ tasks:
   - {name: wide, coils: 4, roles: [train]}
   - {name: unseen, acceleration: 3, roles: [test]}
 """
-BUDGET = ("--evaluations", 12, "--inner-steps", 1, "--crop", 0, "--keep-graphs")
+BUDGET = ("--evaluations", 4, "--inner-steps", 1, "--crop", 0, "--keep-graphs")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("meta")
     (folder / "tasks.yaml").write_text(LIST)
-    network = Network(replace(light(3), n_phases=1, filters=2, features=2, self_consistency=2), 1)
+    network = Network(replace(paper(3), n_phases=1, filters=2, features=2, feature_kernel=3), 1)
     save_weights(folder / "w.safetensors", Trained(network, network.controls(), {}))
     return folder
 
@@ -75,7 +75,7 @@ def test_results_are_those_of_the_training(run, files):
     tasks = open_tasks(read_task_list(files / "tasks.yaml"), out / "scans")
     begun = load_weights(files / "w.safetensors")
     settings = MetaSettings(
-        evaluations=12, inner_steps=1, checkpointing=bl.Checkpointing(block=None), seed=1
+        evaluations=4, inner_steps=1, checkpointing=bl.Checkpointing(block=None), seed=1
     )
     expected = learn(Ablation.MATRIX, begun.network, begun.control, tasks, settings)
     (one,) = [x for x in found["runs"] if (x["ablation"], x["seed"]) == ("matrix", 1)]
