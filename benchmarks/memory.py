@@ -103,19 +103,17 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
         panel.set_xticks([10, 100, 1000, 10_000], ["10", "100", "1000", "10 000"])
         panel.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _label(panel: object, ends: list[tuple]) -> None:
     """Names at the ends of the lines, kept a line of text apart."""
     placed = 0.0
-    low, high = panel.get_ylim()
     for y, x, name, colour in sorted(ends):
         placed = max(y, placed * 1.32)
         panel.annotate(
             name, (x, placed), xytext=(6, 0), textcoords="offset points", va="center", color=colour
         )
-    del low, high
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import tree
+from bilevel.accumulation import check_accumulation, grouped, mean_of
 from bilevel.checkpointing import Budget, Checkpointing
 from bilevel.control import ControlProblem
 from bilevel.descent import (
@@ -28,6 +29,7 @@ from bilevel.errors import ArgumentError
 from bilevel.kkt import KKT, kkt
 from bilevel.lagrangian import Adjoint, adjoint
 from bilevel.newton import NewtonCG, NewtonRun
+from bilevel.planning import Plans
 from bilevel.randomness import RandomState, devices_of
 from bilevel.tree import Tree
 
@@ -70,7 +72,8 @@ class ControlSolver:
             that comes in batches.
         optimizer: makes a `torch.optim` optimiser from a list of tensors; called once a solve.
             `step(closure)` is used always, so that LBFGS works. Or a `NewtonCG`.
-        checkpointing: of the sweeps; None is `Checkpointing()`.
+        checkpointing: of the sweeps; None is `Checkpointing()`. A `Budget` is planned once in a
+            solve for all batches whose observations agree in structure, shape, dtype and device.
         on_failure: what to do when a tolerance was asked for and not reached.
 
     Raises:
@@ -111,6 +114,7 @@ class ControlSolver:
         *,
         steps: int = 100,
         batches: Iterable[Any] | None = None,
+        accumulate: int = 1,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         project: Callable[[Tree], Tree] | None = None,
         tolerance: float = 0.0,
@@ -123,7 +127,9 @@ class ControlSolver:
             control: Theta to begin with; it is copied, not changed.
             observation: f, if the solver holds one problem.
             steps: updates at most.
-            batches: what `build` gets, one batch an update; begun again when it ends.
+            batches: what `build` gets; begun again when it ends.
+            accumulate: batches an update, which goes by the mean of their costs and gradients; one
+                is swept at a time.
             scheduler: makes a learning-rate scheduler, stepped once an update.
             project: maps the control into its feasible set after each update.
             tolerance: stop when the norm of (8) is at most this.
@@ -134,8 +140,8 @@ class ControlSolver:
             The last control and the history.
 
         Raises:
-            ArgumentError: if batches are missing, empty, or given without `build`, or `steps` or
-                `tolerance` is negative.
+            ArgumentError: if batches are missing, empty, or given without `build`, `steps` or
+                `tolerance` is negative, or there is nothing to accumulate.
             ConvergenceError: if the tolerance was not reached and `on_failure` is "raise".
             DivergenceError: if cost or gradient are not finite; it names where that began.
         """
@@ -144,11 +150,18 @@ class ControlSolver:
                 "batches go with a solver that holds build(batch); a solver that holds one "
                 "ControlProblem takes an observation instead."
             )
-        evaluate, make = partial(self._evaluate, observation), self.optimizer
+        second_order = isinstance(self.optimizer, NewtonCG)
+        check_accumulation(accumulate, possible=batches is not None and not second_order)
+        plans = Plans(self.checkpointing)
+        if accumulate > 1 and batches is not None:
+            batches = grouped(batches, accumulate)
+        evaluate = partial(self._evaluate, plans, observation, accumulate)
+        make = self.optimizer
         random = RandomState.capture(devices_of((observation, control)))
         if isinstance(make, NewtonCG):
             given = partial(self._given, observation)
-            run = NewtonRun(make, given, self._adjoint, self.checkpointing, random)
+            swept = partial(self._adjoint, plans)
+            run = NewtonRun(make, given, swept, self.checkpointing, random)
             evaluate, make = run.evaluate, run.optimizer
         done = descend(
             evaluate,
@@ -168,7 +181,9 @@ class ControlSolver:
             if not isinstance(self.optimizer, NewtonCG):
                 random = RandomState.capture(devices_of((observation, control)))
             random.restore()
-            final = self._adjoint(self.problem, observation, done.control, n_steps, keep=True)
+            final = self._adjoint(
+                plans, self.problem, observation, done.control, n_steps, keep=True
+            )
             cost, norm = float(final.cost), tree.norm(final.gradient)
             random.restore()  # so that steps which draw at random draw what they drew
             residuals = kkt(
@@ -196,13 +211,22 @@ class ControlSolver:
         return self.problem(batch)
 
     def _evaluate(
-        self, observation: Tree, control: Tree, batch: Any, step: int
+        self,
+        plans: Plans,
+        observation: Tree,
+        accumulate: int,
+        control: Tree,
+        batch: Any,
+        step: int,
     ) -> tuple[float, Adjoint]:
-        found = self._adjoint(*self._given(observation, batch), control, step)
+        batches = [batch] if accumulate == 1 else batch
+        each = (self._adjoint(plans, *self._given(observation, b), control, step) for b in batches)
+        found = next(each) if accumulate == 1 else mean_of(each)
         return float(found.cost), found
 
     def _adjoint(
         self,
+        plans: Plans,
         problem: ControlProblem,
         observation: Tree,
         control: Tree,
@@ -213,7 +237,7 @@ class ControlSolver:
             problem,
             observation,
             control,
-            checkpointing=self.checkpointing,
+            checkpointing=plans.of(problem, observation, control),
             keep_states=keep,
             keep_multipliers=keep,
         )

@@ -122,7 +122,7 @@ def descend(
     )
     torch_optimizer = optimizer([x for x in tree.leaves_of(current) if tree.is_variable(x)])
     schedule = None if scheduler is None else scheduler(torch_optimizer)
-    stream = None if batches is None else _cycle(batches)
+    stream = None if batches is None else cycled(batches)
     costs: list[float] = []
     norms: list[float] = []
     closure, converged, standstill = None, False, False
@@ -260,7 +260,7 @@ def _assign(target: Tree, values: Tree) -> None:
                 old.copy_(new)
 
 
-def _cycle(batches: Iterable[Any]) -> Iterator[Any]:
+def cycled(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches again and again; an error if a round is empty."""
     while True:
         empty = True

@@ -1,4 +1,4 @@
-"""Calls of the MRI application's command line."""
+"""Calls of the MRI command line."""
 
 from typer.testing import CliRunner
 

@@ -355,3 +355,105 @@ def test_negative_steps_or_tolerances_are_refused(setting):
         bl.ArgumentError, match="steps must be a whole number >= 0 and tolerance >= 0"
     ):
         bl.ControlSolver(problem).solve(torch.zeros(1), torch.ones(1), **setting)
+
+
+THREE = [0.2, 0.4, 0.9]
+
+
+def mean_by_hand(groups, optimizer):
+    """Plain autograd on the mean of a few problems an update."""
+    control = fresh(C)
+    made = optimizer(wanted(control))
+    costs = []
+    for group in groups:
+        made.zero_grad()
+        cost = sum(plain_cost(*batch_problem(b), control) for b in group) / len(group)
+        cost.backward()
+        made.step()
+        costs.append(float(cost.detach()))
+    return tree.detach(control), costs
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_accumulated_batches_move_by_the_mean_of_their_gradients(optimizer):
+    groups = [(0.2, 0.4), (0.9, 0.2), (0.4, 0.9)]  # a group reaches into the next round
+    truth, costs = mean_by_hand(groups, OPTIMIZERS[optimizer])
+    solver = bl.ControlSolver(batch_problem, OPTIMIZERS[optimizer])
+    found = solver.solve(C, steps=3, batches=THREE, accumulate=2)
+    assert_same(found.control, truth, rtol=1e-11)
+    assert found.costs == pytest.approx(costs, rel=1e-12)
+
+
+def test_accumulation_takes_what_an_optimiser_asks_for_again():
+    def mean(batches):
+        """One problem whose cost is the mean of two."""
+        first, second = (batch_problem(b) for b in batches)
+        both = bl.ControlProblem(
+            bl.Map(
+                lambda u, c, t: [
+                    p.dynamics.step(x, c, t) for (p, _), x in zip((first, second), u, strict=True)
+                ]
+            ),
+            lambda u, c: (first[0].terminal(u[0], c) + second[0].terminal(u[1], c)) / 2,
+            3,
+            first[0].running and (lambda u, c, t: 0.1 * square(c)),
+        )
+        return both, [first[1], second[1]]
+
+    truth = bl.ControlSolver(mean, lbfgs).solve(C, steps=2, batches=[THREE[:2]])
+    found = bl.ControlSolver(batch_problem, lbfgs).solve(
+        C, steps=2, batches=THREE[:2], accumulate=2
+    )
+    assert_same(found.control, truth.control, rtol=1e-8)  # LBFGS magnifies rounding
+
+
+def test_accumulation_without_batches_is_refused():
+    message = r"accumulate needs a solver that holds build\(batch\) and a first-order optimiser"
+    with pytest.raises(bl.ArgumentError, match=message):
+        bl.ControlSolver(tanh_problem(), SGD).solve(C, U, accumulate=2)
+    with pytest.raises(bl.ArgumentError, match=message):
+        bl.ControlSolver(batch_problem, bl.NewtonCG()).solve(C, batches=THREE, accumulate=2)
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(bl.ArgumentError, match="accumulate must be a whole number >= 1, got"):
+            bl.ControlSolver(batch_problem, SGD).solve(C, batches=THREE, accumulate=wrong)
+
+
+def test_a_budget_is_planned_once_for_each_shape_of_observation():
+    calls = []
+
+    def step(u, c, t):
+        calls.append(len(u))
+        return torch.tanh(c * u)
+
+    def build(n):
+        u = torch.linspace(0.1, 1, n, dtype=torch.float64)
+        return bl.ControlProblem(bl.Map(step), lambda u, c: square(u), 3), u
+
+    half = torch.tensor(0.5, dtype=torch.float64)
+    graphs = bl.Checkpointing(block=None)
+    truth = bl.ControlSolver(build, SGD, graphs).solve(half, steps=6, batches=[40, 50])
+    plain = len(calls)
+    calls.clear()
+    budget = bl.Budget("1 MB")
+    found = bl.ControlSolver(build, SGD, budget).solve(half, steps=6, batches=[40, 50])
+    assert_same(found.control, truth.control, rtol=0)
+    # Three steps are measured once for 40 entries and once for 50, though there are six updates.
+    assert len(calls) == plain + 2 * 3
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "momentum"])
+def test_an_optimiser_that_gets_its_state_back_goes_on_bit_by_bit(optimizer):
+    make, kept = OPTIMIZERS[optimizer], {}
+    whole = bl.ControlSolver(tanh_problem(), make).solve(C, U, steps=9)
+    first = bl.ControlSolver(tanh_problem(), make).solve(
+        C, U, steps=4, callback=lambda seen: kept.update(seen.optimizer.state_dict())
+    )
+
+    def restored(leaves):
+        made = make(leaves)
+        made.load_state_dict(kept)
+        return made
+
+    rest = bl.ControlSolver(tanh_problem(), restored).solve(first.control, U, steps=5)
+    assert_same(rest.control, whole.control, rtol=0)
+    assert first.costs + rest.costs == whole.costs

@@ -11,10 +11,9 @@ from torch import Tensor
 import bilevel as bl
 from applications.errors import InputError
 from applications.mri.coil_counts import coil_matrix, with_coils
-from applications.mri.data import fully_sampled
-from applications.mri.operators import fft2c, ifft2c, rss
+from applications.mri.examples import draw_full
+from applications.mri.operators import fft2c, rss
 from applications.mri.reconstruction import Loss, Network, Scan
-from applications.mri.sampling import samples_columns
 from applications.mri.tasks import Task
 
 
@@ -93,31 +92,21 @@ class Batches:
     def _example(self, task: int, index: int, generator: torch.Generator) -> Example:
         """One slice, with a mask of its own, perhaps flipped and cropped."""
         spec = self.tasks[task]
-        kspace, reference = fully_sampled(spec.parts[self.role][index])
-        images = ifft2c(kspace)
-        if reference.shape != images.shape[-2:]:
-            reference = rss(images)
-        noise = spec.settings.target_noise if self.role == "train" else 0.0
-        target = images
-        if noise:
-            target = images + noise * images.abs().max() * torch.randn(
-                images.shape, dtype=images.dtype, generator=_generator(self.seed, 3, task, index)
-            )
+        drawn = draw_full(spec.parts[self.role][index], generator, (spec.sampling,), self.crop)
+        target, reference = drawn.target, drawn.reference
+        kspace = fft2c(target) * drawn.mask
+        level = spec.settings.target_noise if self.role == "train" else 0.0
+        if level:  # of a slice it is the same each time
+            place = _generator(self.seed, len(_ROLE_NUMBERS), task, index)
+            noise = torch.randn(target.shape, dtype=target.dtype, generator=place)
+            target = target + level * target.abs().max() * noise
             reference = rss(target)
-        flipped = [axis for axis in (-2, -1) if torch.randint(2, (), generator=generator)]
-        images, target, reference = (x.flip(flipped) for x in (images, target, reference))
-        n_rows = images.shape[-2]
-        mask = spec.sampling.mask((n_rows, images.shape[-1]), generator)
-        kspace = fft2c(images) * mask
         matrix = coil_matrix(kspace, self.network.architecture.n_coils)
-        scan = self.network.prepare(with_coils(matrix, kspace)[None], mask)
-        target = with_coils(matrix, target)[None]
-        if 0 < self.crop < n_rows and samples_columns(mask):
-            top = int(torch.randint(n_rows - self.crop + 1, (), generator=generator))
-            rows = slice(top, top + self.crop)
-            scan = scan.crop_rows(top, self.crop)
-            target, reference = target[..., rows, :], reference[rows]
-        return Example(scan, target, reference[None])
+        scan = self.network.prepare(with_coils(matrix, kspace)[None], drawn.mask)
+        target, rows = with_coils(matrix, target)[None], drawn.rows
+        if rows != slice(0, target.shape[-2]):
+            scan = scan.crop_rows(rows.start, rows.stop - rows.start)
+        return Example(scan, target[..., rows, :], reference[None, rows])
 
 
 _ROLE_NUMBERS = {"train": 0, "validation": 1, "test": 2}

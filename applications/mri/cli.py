@@ -31,16 +31,13 @@ from applications.mri.evaluation import (
 from applications.mri.figures import draw_image
 from applications.mri.formats.nifti import Plane, is_nifti
 from applications.mri.images import check_image_path
-from applications.mri.keeping import Keeper, describe
 from applications.mri.mask_files import FromFile
 from applications.mri.meta_cli import meta_train, transfer
 from applications.mri.metrics import Convention
-from applications.mri.network import preset_named
 from applications.mri.phantoms import SimulationSettings, simulate_folder
-from applications.mri.reconstruction import Network
 from applications.mri.scanning import reconstruct_scan
-from applications.mri.training import TrainingSettings, train
-from applications.mri.weights import Trained, load_weights
+from applications.mri.train_command import train_command
+from applications.mri.weights import load_weights
 
 app = typer.Typer(
     add_completion=False,
@@ -102,57 +99,7 @@ def simulate(
         console.print(f"{role}: {len(paths)} files in {out / role}")
 
 
-@app.command(name="train")
-@guarded
-def train_command(
-    data: Annotated[Path, typer.Option(help="Folder of fully sampled .h5 scans.")],
-    out: Annotated[Path, typer.Option(help="Weights to write, safetensors.")],
-    preset: Annotated[str, typer.Option(help="Network: paper or light.")] = "light",
-    init: Annotated[Path | None, typer.Option(help="Weights to begin with.")] = None,
-    mask: MaskOption = "random",
-    acceleration: Acceleration = None,
-    center: Centre = None,
-    calibration: Calibration = None,
-    width: Width = None,
-    spokes: Spokes = None,
-    steps: Annotated[int | None, typer.Option(help="Updates at most.", min=1)] = None,
-    seconds: Annotated[float | None, typer.Option(help="Seconds at most.", min=1)] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam at its peak.")] = 3e-3,
-    crop: Annotated[int, typer.Option(help="Rows of a training crop, 0: none.", min=0)] = 32,
-    seed: Seed = 0,
-    threads: Threads = 0,
-) -> None:
-    """Train a network by Algorithm 2; Ctrl-C leaves the last complete weights."""
-    use_threads(threads)
-    slices = SliceDataset(data)
-    make_place(out)
-    trained = _begin(preset, init, slices, seed)
-    sampling = chosen_sampling(
-        mask,
-        acceleration=acceleration,
-        center_fraction=center,
-        calibration=calibration,
-        width=width,
-        spokes=spokes,
-    )
-    settings = TrainingSettings(
-        samplings=(sampling,),
-        steps=steps if steps or seconds else 1000,
-        seconds=seconds,
-        learning_rate=learning_rate,
-        crop=crop,
-        seed=seed,
-    )
-    with progress_bars(console) as report:
-        keeper = Keeper(out, trained.network, describe(settings), report)
-        with keeper:
-            found = train(trained.network, trained.control, slices, settings, keeper)
-    keeper.save(found.control)
-    mean = sum(found.costs[-20:]) / len(found.costs[-20:])
-    console.print(
-        f"{len(found.costs)} updates in {found.seconds:.0f} s, mean loss of the last 20: {mean:.4g}"
-    )
-    console.print(f"Weights  {out}")
+app.command(name="train")(guarded(train_command))
 
 
 @app.command(name="evaluate")
@@ -250,13 +197,6 @@ def reconstruct(
 
 app.command(name="meta-train")(meta_train)
 app.command()(transfer)
-
-
-def _begin(preset: str, init: Path | None, slices: SliceDataset, seed: int) -> Trained:
-    if init is not None:
-        return load_weights(init)
-    network = Network(preset_named(preset, slices.files[0].n_coils), seed)
-    return Trained(network, network.controls(), {})
 
 
 def _print(evaluation: Evaluation, title: str) -> None:

@@ -106,7 +106,7 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
     keeper = Keeper(weights, network, {"training": describe(training)}, report)
     with keeper:
         trained_for = train(network, network.controls(), data["train"], training, keeper)
-    keeper.save(trained_for.control)
+    keeper.finish(trained_for.control)
     trained = Trained(network, trained_for.control, {})
 
     report("tuning the baselines", 0.0)

@@ -10,6 +10,7 @@ from typing import Any
 import bilevel as bl
 from applications.command_line import Report
 from applications.mri.reconstruction import Network
+from applications.mri.resuming import StateFile
 from applications.mri.training import TrainingState
 from applications.mri.weights import Trained, save_weights
 
@@ -19,13 +20,21 @@ _SAVE_EVERY = 30.0  # seconds
 class Keeper:
     """Reports the training, and saves its weights now and then, each time completely.
 
-    `with keeper:` around the training makes Ctrl-C end it after the update at work; a second
-    Ctrl-C ends it at once.
+    `with keeper:` around the training makes Ctrl-C end it after the update at work, with that
+    update saved; a second Ctrl-C ends it at once.
     """
 
-    def __init__(self, path: Path, network: Network, record: dict, report: Report) -> None:
-        """Save to `path` what is told."""
+    def __init__(
+        self,
+        path: Path,
+        network: Network,
+        record: dict,
+        report: Report,
+        state: StateFile | None = None,
+    ) -> None:
+        """Save to `path` what is told, and with it to `state` what a resumption needs."""
         self._path, self._network, self._record, self._report = path, network, record, report
+        self._state = state
         self._saved = time.monotonic()
         self._interrupted = False
         self._handler: Any = None
@@ -50,11 +59,19 @@ class Keeper:
 
     def __call__(self, state: TrainingState) -> None:
         """Told of an update."""
+        if self._interrupted or time.monotonic() - self._saved > _SAVE_EVERY:
+            if self._state is not None:
+                self._state.save(state.snapshot())
+            self.save(state.kept)
         if self._interrupted:
             raise KeyboardInterrupt
         self._report("training", state.share)
-        if time.monotonic() - self._saved > _SAVE_EVERY:
-            self.save(state.control)
+
+    def finish(self, control: bl.PerStep) -> None:
+        """Write the weights that the training ended with; there is nothing left to resume."""
+        self.save(control)
+        if self._state is not None:
+            self._state.remove()
 
     def save(self, control: bl.PerStep) -> None:
         """Write the weights."""

@@ -14,8 +14,9 @@ def to_planes(image: Tensor) -> Tensor:
 
 
 def to_complex(planes: Tensor) -> Tensor:
-    """The inverse of `to_planes`."""
-    real, imaginary = planes.chunk(2, dim=1)
+    """The inverse of `to_planes`; what autocast made bfloat16 is float32 again."""
+    wide = planes.to(torch.promote_types(planes.dtype, torch.float32))
+    real, imaginary = wide.chunk(2, dim=1)
     return torch.complex(real.contiguous(), imaginary.contiguous())
 
 

@@ -9,7 +9,6 @@ network's dynamics); alpha by the hypergradient through k such steps. The ways t
 equal weights, and a penalty on the gradient of the inner problem in the place of the inner steps.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from applications.errors import InputError, check_counts, check_positive
 from applications.methods import Method
 from applications.mri.batches import Batch, Batches, TaskLosses
 from applications.mri.reconstruction import Loss, Network
+from applications.mri.schedules import Cosine
 from applications.mri.tasks import Tasks
 from applications.mri.weights import named
 
@@ -218,8 +218,8 @@ class _Training:
     def rate(self, steps: int) -> float:
         """The learning rate of the network after so many inner steps."""
         rising = min(1.0, (steps + 1) / max(self.settings.warmup, 1))
-        falling = 0.5 * (1 + math.cos(math.pi * self.share()))
-        return self.settings.learning_rate * rising * max(falling, 1e-3)
+        falling = max(Cosine().factor(self.share()), 1e-3)  # a step size must be positive
+        return self.settings.learning_rate * rising * falling
 
     def advanced(self, steps: int) -> bool:
         """Note the end of an update that led to so many inner steps; whether all is spent."""

@@ -1,72 +1,26 @@
-"""Trains the network on fully sampled scans by Algorithm 2, undersampling them on the way."""
+"""Trains the network by Algorithm 2 on fully sampled scans, or on undersampled ones alone."""
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
 from applications.errors import InputError
-from applications.mri.data import Slice, SliceDataset, fully_sampled
-from applications.mri.operators import fft2c, ifft2c, rss
-from applications.mri.reconstruction import Loss, Network
-from applications.mri.sampling import CartesianRandom, Sampling, samples_columns
+from applications.mri.data import Slice, SliceDataset
+from applications.mri.examples import Example, Examples, draw_full, moved
+from applications.mri.precision import in_precision
+from applications.mri.reconstruction import Network
+from applications.mri.resuming import Snapshot
+from applications.mri.self_supervised import draw_split
+from applications.mri.training_settings import TrainingSettings
+from applications.mri.validation import Look, Looks, mean_cost
+from applications.mri.weights import on_device
 
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How to train.
-
-    Attributes:
-        samplings: one of them, drawn at random, undersamples each slice; repeat one to favour it.
-        steps: updates at most; None: as many as `seconds` allow.
-        seconds: time at most [s]; None: as long as `steps` take.
-        learning_rate: of Adam at its peak; it rises over `warmup` updates and falls to 0 as a
-            cosine of the share of steps or time that is spent.
-        warmup: updates.
-        crop: image rows of a training crop [pixels]; 0 trains on whole slices. Masks that sample
-            whole columns alias along columns only, so that a crop of rows is a smaller scan of the
-            same kind, at a fraction of the time; slices with other masks are trained on whole.
-        whole: last share of the training, in [0, 1], that sees whole slices.
-        loss: weights of the terms.
-        checkpointing: of the sweeps.
-        seed: of slices, crops, flips and masks.
-
-    Raises:
-        InputError: if neither steps nor seconds limit the training, or a setting is out of range.
-    """
-
-    samplings: tuple[Sampling, ...] = (CartesianRandom(4.0, 0.08),)
-    steps: int | None = None
-    seconds: float | None = None
-    learning_rate: float = 3e-3
-    warmup: int = 20
-    crop: int = 0
-    whole: float = 0.2
-    loss: Loss = field(default_factory=Loss)
-    checkpointing: bl.Checkpointing = field(default_factory=bl.Checkpointing)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        if not self.samplings:
-            raise InputError("samplings must hold at least one sampling, got none.")
-        if self.steps is None and self.seconds is None:
-            raise InputError("the training needs a number of steps or of seconds, got neither.")
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps must be at least 1, or None, got {self.steps}.")
-        if self.seconds is not None and not self.seconds > 0:
-            raise InputError(f"seconds must be > 0, or None, got {self.seconds}.")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate must be > 0, got {self.learning_rate}.")
-        if self.crop < 0 or self.warmup < 0 or not 0 <= self.whole <= 1:
-            raise InputError(
-                f"crop and warmup must be >= 0 and whole in [0, 1], got {self.crop}, "
-                f"{self.warmup} and {self.whole}."
-            )
+__all__ = ["TrainingResult", "TrainingSettings", "TrainingState", "train"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +30,23 @@ class TrainingState:
     Attributes:
         step: updates done.
         share: of the training that is spent, in [0, 1].
-        cost: loss of this update's slice.
+        cost: mean loss of this update's slices, before it.
+        rate: learning rate of this update.
+        look: at the validation slices, after this update; None if there was none.
         control: the present weights; they share memory with the training.
+        kept: what the training would return: the best weights if there is validation, else the
+            present ones.
+        snapshot: makes a copy of all that an exact resumption needs; valid until the next update.
     """
 
     step: int
     share: float
     cost: float
+    rate: float
+    look: Look | None
     control: bl.PerStep
+    kept: bl.PerStep
+    snapshot: Callable[[], Snapshot]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,123 +54,172 @@ class TrainingResult:
     """The outcome.
 
     Attributes:
-        control: the last weights.
-        costs: loss of each update.
-        seconds: time spent [s].
+        control: the weights at the least validation cost, or the last ones without validation.
+        costs: mean loss of each update's slices, those before a resumption included.
+        looks: at the validation slices.
+        seconds: time spent [s], likewise.
+        stopped: whether patience ended it.
     """
 
     control: bl.PerStep
     costs: list[float]
     seconds: float
+    looks: tuple[Look, ...] = ()
+    stopped: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class _Example:
-    target: Tensor  # fully sampled coil images, (coils, rows, columns)
-    reference: Tensor
-    mask: Tensor
-    rows: slice  # what of it is trained on
+AfterStep = Callable[[TrainingState], None]
 
 
 def train(
     network: Network,
-    control: bl.PerStep,
+    begin: bl.PerStep | Snapshot,
     slices: SliceDataset,
     settings: TrainingSettings,
-    after_step: Callable[[TrainingState], None] | None = None,
+    after_step: AfterStep | None = None,
+    validation: SliceDataset | None = None,
 ) -> TrainingResult:
-    """Algorithm 2 over slices drawn at random, one an update.
+    """Algorithm 2 over slices drawn at random.
 
     Args:
         network: to train.
-        control: weights to begin with.
-        slices: fully sampled.
+        begin: weights to begin with, or a snapshot to go on from; with the settings and slices it
+            was taken under, the training goes on as if it had not been interrupted.
+        slices: fully sampled; undersampled for self-supervision.
         settings: how.
         after_step: told of every update; it may save the weights.
+        validation: slices to choose the weights by, and to stop by; the masks are the same at each
+            look.
 
     Returns:
-        The last weights and the history.
+        The best or last weights and the history.
 
     Raises:
-        InputError: if a scan is undersampled, or has another coil count than the network.
+        InputError: if a scan does not fit the training or the network, or patience has no slices
+            to look at.
         DivergenceError: if the loss or its gradient is not finite.
     """
-    for file in slices.files:
+    for file in (*slices.files, *(validation.files if validation else ())):
         if file.n_coils != network.architecture.n_coils:
             raise InputError(
                 f"{file.path}: the network was built for {network.architecture.n_coils} coils, the "
                 f"scan has {file.n_coils}; train a network for that count."
             )
-    started = time.monotonic()
-    done = 0
+    if settings.validation.patience is not None and validation is None:
+        raise InputError(
+            f"patience of {settings.validation.patience} looks needs validation slices, got none; "
+            "name a folder of them, or set patience to None."
+        )
+    training = _Training(network, begin, slices, settings, after_step, validation)
+    if validation is not None:  # what does not fit shall not show hours later, at the first look
+        training.draw(validation[0], torch.Generator(), looking=True)
+    return training.run()
 
-    def share() -> float:
-        by_steps = done / settings.steps if settings.steps else 0.0
-        by_time = (time.monotonic() - started) / settings.seconds if settings.seconds else 0.0
+
+class _Training:
+    """A training under way."""
+
+    def __init__(
+        self,
+        network: Network,
+        begin: bl.PerStep | Snapshot,
+        slices: SliceDataset,
+        settings: TrainingSettings,
+        after_step: AfterStep | None,
+        validation: SliceDataset | None,
+    ) -> None:
+        self.network, self.settings = network, settings
+        self.after_step, self.validation = after_step, validation
+        place = None
+        if isinstance(begin, Snapshot):
+            place, self.moments = begin.place, begin.moments
+            self.costs, self.looks, spent = list(begin.costs), begin.looks, begin.seconds
+            begin = begin.control
+        else:
+            self.moments, self.costs, self.looks, spent = None, [], Looks(), 0.0
+        self.control = on_device(begin, settings.device)
+        self.started = time.monotonic() - spent
+        self.examples = Examples(slices, self.draw, settings.seed, place)
+        self.rate = settings.rate(len(self.costs), self.share())
+
+    def run(self) -> TrainingResult:
+        settings, control = self.settings, self.control
+        if self.share() < 1.0 and not self.exhausted:
+            solver = bl.ControlSolver(self.build, self.optimizer, settings.checkpointing)
+            control = solver.solve(
+                control,
+                steps=settings.steps - len(self.costs) if settings.steps else 10**9,
+                batches=self.examples,
+                accumulate=settings.accumulate,
+                callback=self.advance,
+            ).control
+        kept = on_device(self.looks.best or control, "cpu")
+        seconds = time.monotonic() - self.started
+        return TrainingResult(kept, self.costs, seconds, self.looks.all, self.exhausted)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.looks.exhausted(self.settings.validation.patience)
+
+    def share(self) -> float:
+        steps, seconds = self.settings.steps, self.settings.seconds
+        by_steps = len(self.costs) / steps if steps else 0.0
+        by_time = (time.monotonic() - self.started) / seconds if seconds else 0.0
         return min(max(by_steps, by_time), 1.0)
 
-    def build(example: _Example) -> tuple[bl.ControlProblem, Tensor]:
-        scan = network.prepare(fft2c(example.target)[None], example.mask)
-        rows, target, reference = example.rows, example.target, example.reference
-        if rows != slice(0, target.shape[-2]):
-            scan = scan.crop_rows(rows.start, rows.stop - rows.start)
-        return network.training_problem(
-            scan, target[None, :, rows], reference[None, rows], settings.loss
-        )
+    def draw(self, one: Slice, generator: torch.Generator, *, looking: bool = False) -> Example:
+        settings = self.settings
+        if settings.self_supervision is not None:
+            return draw_split(one, generator, settings.self_supervision)
+        whole = looking or self.share() >= 1 - settings.whole
+        crop = 0 if whole else settings.crop
+        return draw_full(one, generator, settings.samplings, crop, flips=not looking)
 
-    def advance(progress: bl.Progress) -> bool:
-        nonlocal done
-        done = progress.step
-        spent = share()
-        rate = settings.learning_rate * min(1.0, (done + 1) / max(settings.warmup, 1))
+    def build(self, example: Example) -> tuple[bl.ControlProblem, Tensor]:
+        device, precision = self.settings.device, self.settings.precision
+        problem, start = moved(example, device).problem(self.network, self.settings.loss)
+        return in_precision(problem, precision, device), start
+
+    def optimizer(self, leaves: list[Tensor]) -> torch.optim.Optimizer:
+        adam = torch.optim.Adam(leaves, self.rate, betas=(0.9, 0.99))
+        if self.moments is not None:
+            # Adam would go on in the very tensors that it is given.
+            state = {k: {n: v.clone() for n, v in m.items()} for k, m in self.moments.items()}
+            adam.load_state_dict({**adam.state_dict(), "state": state})
+        return adam
+
+    def advance(self, progress: bl.Progress) -> bool:
+        settings, control, used = self.settings, progress.control, self.rate
+        self.costs.append(progress.cost)
+        done, spent = len(self.costs), self.share()
+        self.rate = settings.rate(done, spent)
         for group in progress.optimizer.param_groups:
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * spent))
-        if after_step is not None:
-            after_step(TrainingState(done, spent, progress.cost, progress.control))
-        return spent >= 1.0
+            group["lr"] = self.rate
+        look = self.look(done, spent, control)
+        if self.after_step is not None:
+            kept, snapshot = self.looks.best or control, partial(self.snapshot, progress)
+            self.after_step(
+                TrainingState(done, spent, progress.cost, used, look, control, kept, snapshot)
+            )
+        return spent >= 1.0 or self.exhausted
 
-    first_rate = settings.learning_rate / max(settings.warmup, 1)
-    solver = bl.ControlSolver(
-        build,
-        lambda leaves: torch.optim.Adam(leaves, first_rate, betas=(0.9, 0.99)),
-        settings.checkpointing,
-    )
-    found = solver.solve(
-        control,
-        steps=settings.steps or 10**9,
-        batches=_examples(slices, settings, share),
-        callback=advance,
-    )
-    return TrainingResult(found.control, found.costs, time.monotonic() - started)
+    def look(self, done: int, spent: float, control: bl.PerStep) -> Look | None:
+        settings, slices = self.settings, self.validation
+        if slices is None or (done % settings.validation.every and spent < 1.0):
+            return None
+        generator = torch.Generator().manual_seed(settings.seed + 1)
+        drawn = (self.draw(slices[k], generator, looking=True) for k in range(len(slices)))
+        look = Look(done, mean_cost(self.build, drawn, control))
+        self.looks = self.looks.after(look, on_device(control, settings.device, copy=True))
+        return look
 
-
-def _examples(
-    slices: SliceDataset, settings: TrainingSettings, share: Callable[[], float]
-) -> Iterator[_Example]:
-    generator = torch.Generator().manual_seed(settings.seed)
-
-    def draw(n: int) -> int:
-        return int(torch.randint(n, (), generator=generator))
-
-    while True:
-        for index in torch.randperm(len(slices), generator=generator).tolist():
-            images, reference = _images(slices[index])
-            for axis in (-2, -1):
-                if draw(2):
-                    images, reference = images.flip(axis), reference.flip(axis)
-            n_rows = images.shape[-2]
-            sampling = settings.samplings[draw(len(settings.samplings))]
-            mask = sampling.mask((n_rows, images.shape[-1]), generator)
-            rows = slice(0, n_rows)
-            may_crop = samples_columns(mask) and share() < 1 - settings.whole
-            if 0 < settings.crop < n_rows and may_crop:
-                top = draw(n_rows - settings.crop + 1)
-                rows = slice(top, top + settings.crop)
-            yield _Example(images, reference, mask, rows)
-
-
-def _images(one: Slice) -> tuple[Tensor, Tensor]:
-    """Coil images and their root sum of squares; the stored one, where it was not cropped."""
-    kspace, reference = fully_sampled(one)
-    images = ifft2c(kspace)
-    return images, reference if reference.shape == images.shape[-2:] else rss(images)
+    def snapshot(self, progress: bl.Progress) -> Snapshot:
+        moments = progress.optimizer.state_dict()["state"]
+        return Snapshot(
+            on_device(progress.control, "cpu", copy=True),
+            {k: {n: v.detach().cpu().clone() for n, v in m.items()} for k, m in moments.items()},
+            self.examples.place,
+            time.monotonic() - self.started,
+            tuple(self.costs),
+            self.looks,
+        )

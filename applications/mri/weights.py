@@ -1,6 +1,7 @@
 """Trained weights as safetensors files that know their architecture."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,7 @@ def save_weights(path: Path | str, trained: Trained) -> None:
         InputError: if the file cannot be written.
     """
     path = Path(path)
-    tensors = {
-        name: torch.view_as_real(value).contiguous() if value.is_complex() else value.contiguous()
-        for name, value in named(trained.control).items()
-    }
+    tensors = {name: stored(value) for name, value in named(trained.control).items()}
     metadata = {
         "architecture": json.dumps(asdict(trained.network.architecture)),
         "record": json.dumps(trained.record),
@@ -73,7 +71,7 @@ def load_weights(path: Path | str) -> Trained:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: a complete safetensors file was needed ({error}); copy it again."
@@ -89,8 +87,8 @@ def load_weights(path: Path | str) -> Trained:
         ) from error
     control = network.controls()
     template = named(control)
-    expected = {n: _stored_kind(v) for n, v in template.items()}
-    found = {n: _stored_kind(v) for n, v in stored.items()}
+    expected = {n: _kind(stored(v)) for n, v in template.items()}
+    found = {n: _kind(v) for n, v in tensors.items()}
     if expected != found:
         differing = sorted(n for n in expected | found if expected.get(n) != found.get(n))
         first = differing[0]
@@ -98,23 +96,66 @@ def load_weights(path: Path | str) -> Trained:
             f"{path}: {len(differing)} tensors differ from the stored architecture, {first!r} must "
             f"be {expected.get(first)}, got {found.get(first)}; use weights that `train` wrote."
         )
-    values = {
-        n: torch.view_as_complex(stored[n]) if v.is_complex() else stored[n]
-        for n, v in template.items()
-    }
-    steps = [{n: values[f"step{t}.{n}"] for n in step} for t, step in enumerate(control.steps, 1)]
-    initial = {n: values[f"initial.{n}"] for n in control.initial}
-    return Trained(network, bl.PerStep(steps, initial), record)
-
-
-def _stored_kind(value: Tensor) -> str:
-    real = torch.view_as_real(value) if value.is_complex() else value
-    return f"{str(real.dtype).removeprefix('torch.')} {[*real.shape]}"
+    return Trained(network, restored(tensors, control), record)
 
 
 def named(control: bl.PerStep) -> dict[str, Tensor]:
-    """The weights by the name they have in a file."""
+    """Weights by the names that files give them.
+
+    Args:
+        control: weights of a network.
+
+    Returns:
+        The tensors, not copied.
+    """
     found = {f"initial.{n}": v for n, v in control.initial.items()}
     for t, step in enumerate(control.steps, start=1):
         found |= {f"step{t}.{n}": v for n, v in step.items()}
     return found
+
+
+def restored(tensors: Mapping[str, Tensor], like: bl.PerStep) -> bl.PerStep:
+    """The inverse of `named`, for tensors as they come from a file.
+
+    Args:
+        tensors: by name; others than weights may be among them.
+        like: weights of the same network.
+
+    Returns:
+        The weights.
+    """
+    values = {
+        n: torch.view_as_complex(tensors[n]) if v.is_complex() else tensors[n]
+        for n, v in named(like).items()
+    }
+    steps = [{n: values[f"step{t}.{n}"] for n in step} for t, step in enumerate(like.steps, 1)]
+    initial = {n: values[f"initial.{n}"] for n in like.initial}
+    return bl.PerStep(steps, initial)
+
+
+def stored(value: Tensor) -> Tensor:
+    """A tensor as files hold it: complex numbers as real pairs."""
+    real = torch.view_as_real(value) if value.is_complex() else value
+    return real.detach().cpu().contiguous()
+
+
+def _kind(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {[*value.shape]}"
+
+
+def on_device(control: bl.PerStep, device: str, *, copy: bool = False) -> bl.PerStep:
+    """Weights on a device.
+
+    Args:
+        control: weights of a network.
+        device: as torch names it.
+        copy: whether they share no memory with `control` even if they are there already.
+
+    Returns:
+        The weights.
+    """
+
+    def moved(part: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n: v.detach().to(device, copy=copy) for n, v in part.items()}
+
+    return bl.PerStep([moved(step) for step in control.steps], moved(control.initial))

@@ -24,7 +24,8 @@ class CleaningSettings:
         data: folder of IDX files; None for scikit-learn's digits.
         model: what is trained.
         sizes: samples for training, validation and test; None for 5000, 5000, 10000 of a folder
-            and 600, 400, 797 of the digits.
+            and 600, 400, 797 of the digits. Test samples are of the part that a folder sets aside
+            for tests, `t10k`, where it has one.
         share: of training labels that are corrupted.
         convention: how.
         seeds: runs, each with a split, labels and start of its own.
@@ -34,9 +35,15 @@ class CleaningSettings:
         every: updates between two looks at held-out data.
         rate: step of alpha, in units of the number of training samples.
         inner_steps: of the model an update, from where the last ones ended.
+        folds: of the validation samples that are the outer objective; each is the outer objective
+            of a model that is trained on the others too.
         learning_decay: weight decay of the model while weights are learned. Large: the smaller it
             is, the better alpha can fit the outer objective without finding wrong labels.
-        decays: of the models compared, to choose from.
+        krylov_steps: of conjugate gradients a hypergradient, from where the last ones ended.
+        damping: added to the Hessian there, which may be indefinite where a network is not at a
+            minimum.
+        decays: of the models compared, to choose from; they are tried from the largest on, until
+            one is worse on held-out data than the one before.
         hidden: units of the network.
         fit_steps: of L-BFGS, at most.
     """
@@ -49,19 +56,27 @@ class CleaningSettings:
     seeds: int = 1
     seed: int = 0
     method: Method = Method.IMPLICIT
-    updates: int = 30
-    every: int = 10
-    rate: float = 0.4
-    inner_steps: int = 30
-    learning_decay: float = 0.03
-    decays: tuple[float, ...] = (1e-2, 3e-3, 2e-3, 1e-3)
+    updates: int = 24
+    every: int = 8
+    rate: float = 0.2
+    inner_steps: int = 10
+    folds: int = 2
+    learning_decay: float = 0.01
+    krylov_steps: int = 10
+    damping: float = 0.03
+    decays: tuple[float, ...] = (5e-3, 1e-3, 3e-4)
     hidden: int = 300
-    fit_steps: int = 150
+    fit_steps: int = 100
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_counts(self, "seeds", "updates", "every", "inner_steps", "hidden", "fit_steps")
+        check_counts(self, "seeds", "updates", "every", "inner_steps", "krylov_steps")
+        check_counts(self, "hidden", "fit_steps")
         check_positive(self, "rate", "learning_decay")
+        if self.folds < 2:
+            raise InputError(f"folds must be at least 2, got {self.folds}.")
+        if not self.damping >= 0:
+            raise InputError(f"damping must be >= 0, got {self.damping}.")
         if not self.decays or min(self.decays) <= 0:
             raise InputError(f"decays must be one or more numbers > 0, got {self.decays}.")
 
@@ -86,6 +101,7 @@ class CleaningRun:
         updates: that the weights were made by; chosen on held-out data.
         accuracies: on test data, by way of training.
         decays: chosen on held-out data, by way of training.
+        held_out: mean cross-entropy on held-out data, before they were trained on, by way.
         seconds: that the descent took, without looks at held-out data.
     """
 
@@ -97,6 +113,7 @@ class CleaningRun:
     updates: int
     accuracies: dict[str, float]
     decays: dict[str, float]
+    held_out: dict[str, float]
     seconds: float
 
 

@@ -103,11 +103,11 @@ def hyper_cleaning(
         typer.Option(help="uniform: drawn anew from all classes, some right; exact: all wrong."),
     ] = Convention.UNIFORM,
     method: Annotated[Method, typer.Option(help="Of hypergradients.")] = Method.IMPLICIT,
-    updates: Annotated[int, typer.Option(help="Of the weights, at most.", min=1)] = 30,
-    inner_steps: Annotated[int, typer.Option(help="Of the model an update.", min=1)] = 30,
+    updates: Annotated[int, typer.Option(help="Of the weights, at most.", min=1)] = 24,
+    inner_steps: Annotated[int, typer.Option(help="Of the model an update.", min=1)] = 10,
     decay: Annotated[
         float, typer.Option(help="Weight decay while weights are learned.", min=0)
-    ] = 0.03,
+    ] = 0.01,
     hidden: Annotated[int, typer.Option(help="mlp: hidden units.", min=1)] = 300,
     seed: Seed = 0,
     threads: Threads = 0,

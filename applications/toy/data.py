@@ -70,6 +70,20 @@ def load(folder: Path | None = None, part: str | None = None) -> Dataset:
     return _digits()
 
 
+def load_apart(folder: Path | None = None) -> tuple[Dataset, Dataset | None]:
+    """The samples to learn from, and those that a folder sets aside for tests.
+
+    Args:
+        folder: as for `load`.
+
+    Returns:
+        The parts `train` and `t10k`; all samples and None where there are no such parts.
+    """
+    if folder is not None and {"train", "t10k"} <= _find(folder).keys():
+        return load(folder, "train"), load(folder, "t10k")
+    return load(folder), None
+
+
 def _digits() -> Dataset:
     from sklearn.datasets import load_digits  # slow to import
 

@@ -1,23 +1,26 @@
 r"""Data hyper-cleaning: one learned weight for each training sample, of which many are mislabelled.
 
 .. math::
-    \min_\alpha \frac{1}{|V|} \sum_{j \in V} l_j(\theta(\alpha)) \quad \text{where} \quad
-    \theta(\alpha) = \arg\min_\theta
-    \frac{2}{n} \sum_i \mathrm{sigmoid}(\alpha_i)\, l_i(\theta) + \frac{\delta}{2} \|\theta\|^2
+    \min_\alpha \sum_k \sum_{j \in V_k} l_j(\theta_k(\alpha)) \quad \text{where} \quad
+    \theta_k(\alpha) = \arg\min_\theta
+    \sum_i \mathrm{sigmoid}(\alpha_i)\, l_i(\theta) + \sum_{j \in V \setminus V_k} l_j(\theta)
+    + \frac{c \delta}{2} \|\theta\|^2
 
-Weights start at one half, alpha = 0. Franceschi et al. 2017, Forward and reverse gradient-based
-hyperparameter optimization, arXiv 1703.01785, section 5.1, introduced the task; there the model is
-judged as it is trained on the weighted samples alone. Here it is then trained again, on weighted
+Weights start at one half, alpha = 0; c is the sum of all weights then. Each fold :math:`V_k` of the
+validation samples judges a model that is trained on the other folds too, as the final model will
+be. Franceschi et al. 2017, Forward and reverse gradient-based hyperparameter optimization, arXiv
+1703.01785, section 5.1, introduced the task; there all of V judges a model that is trained on the
+weighted samples alone, and this model is the result. Here the result is trained again, on weighted
 and validation samples together, and compared with what validation samples give without any
 cleaning.
 
-Validation data alone choose everything: one part is the outer objective, the other, held out,
-chooses the weight decay of each way of training and when to stop. Then all of it is trained on.
+Validation data alone choose everything: one part is V, the other, held out, chooses the weight
+decay of each way of training and when to stop. Then all of it is trained on.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,10 +28,11 @@ from torch import Tensor
 import bilevel as bl
 from applications.command_line import Report
 from applications.errors import InputError
+from applications.methods import Method
 from applications.toy.cleaning import CLEANED, CleaningResult, CleaningRun, CleaningSettings
-from applications.toy.data import Corrupted, Dataset, corrupt, load, split
+from applications.toy.data import Corrupted, Dataset, corrupt, load_apart, split
 from applications.toy.metrics import judge
-from applications.toy.models import Params, accuracy, fit, losses, penalty, start
+from applications.toy.models import Params, accuracy, fit, losses, objective, start
 
 
 def run_hyper_cleaning(settings: CleaningSettings, report: Report) -> CleaningResult:
@@ -45,14 +49,14 @@ def run_hyper_cleaning(settings: CleaningSettings, report: Report) -> CleaningRe
         InputError: if the data cannot be read or are too few.
         DivergenceError: if a descent diverges.
     """
-    data = load(settings.data)
+    data, apart = load_apart(settings.data)
     runs = []
     for k in range(settings.seeds):
 
         def done(share: float, k: int = k) -> None:
             report("cleaning", (k + share) / settings.seeds)
 
-        runs.append(_Experiment(data, settings, settings.seed + k).run(done))
+        runs.append(_Experiment(data, apart, settings, settings.seed + k).run(done))
     return CleaningResult(settings, data.name, tuple(runs))
 
 
@@ -62,44 +66,74 @@ class _Fitted:
 
     params: Params
     decay: float
-    loss: float  # on held-out data
+    loss: float  # on held-out data, before they were trained on
 
 
 class _Experiment:
     """One seed: its data, the descent, and every way to train."""
 
-    def __init__(self, data: Dataset, settings: CleaningSettings, seed: int) -> None:
+    def __init__(
+        self, data: Dataset, apart: Dataset | None, settings: CleaningSettings, seed: int
+    ) -> None:
         self.settings, self.seed = settings, seed
         generator = torch.Generator().manual_seed(seed)
-        self.clean, self.validation, self.test = split(data, settings.parts, generator)
+        if apart is None:
+            self.clean, self.validation, self.test = split(data, settings.parts, generator)
+        else:
+            self.clean, self.validation = split(data, settings.parts[:2], generator)
+            (self.test,) = split(apart, settings.parts[2:], generator)
         self.noisy: Corrupted = corrupt(self.clean, settings.share, settings.convention, generator)
         n = len(self.validation)
-        if n < 2:
-            raise InputError(f"2 validation samples were needed, one held out, got {n}; take more.")
-        self.n_outer = n - max(1, n // 5)
+        if n <= settings.folds:
+            raise InputError(
+                f"{settings.folds + 1} validation samples were needed, one a fold and one held "
+                f"out, got {n}; take more."
+            )
+        self.n_outer = n - max(1, min(n // 5, n - settings.folds))
         self.outer = self.validation[: self.n_outer]
         self.held = self.validation[self.n_outer :]
         self.start = start(
             settings.model, data.inputs.shape[1], data.n_classes, settings.hidden, generator
         )
 
+    def method(self) -> bl.HypergradientMethod:
+        """How hypergradients are found."""
+        settings = self.settings
+        if settings.method != Method.IMPLICIT:
+            return settings.method.chosen
+        return bl.Implicit(
+            bl.CG(rtol=1e-2, max_steps=settings.krylov_steps, damping=settings.damping)
+        )
+
     def solver(self) -> bl.BilevelSolver:
-        """The bilevel problem of the weights, and how it is solved."""
-        noisy, outer, settings = self.noisy.data, self.outer, self.settings
-        # The Hessian of the cross-entropy in the logits is at most 1/2, twice a weight at most 2.
-        squared = float(torch.linalg.matrix_norm(noisy.inputs, 2)) ** 2 / len(noisy) + 1
+        """The bilevel problem of the weights, and how it is solved: params are one model a fold."""
+        settings, noisy = self.settings, self.noisy.data
+        folds = torch.arange(self.n_outer).tensor_split(settings.folds)
+        judged = [_pair(self.outer[fold]) for fold in folds]
+        rests = [torch.cat([*folds[:k], *folds[k + 1 :]]) for k in range(len(folds))]
+        trained = [_joined([noisy, self.outer[rest]]) for rest in rests]
 
-        def inner(params: Params, alpha: Tensor, _batch: object) -> Tensor:
-            each = losses(params, noisy.inputs, noisy.labels)
-            return 2 * (alpha.sigmoid() * each).mean() + penalty(params, settings.learning_decay)
+        def inner(params: Sequence[Params], alpha: Tensor, _batch: object) -> Tensor:
+            terms = []
+            for model, (inputs, labels) in zip(params, trained, strict=True):
+                ones = torch.ones(len(labels) - len(alpha))
+                shares = torch.cat([alpha.sigmoid(), ones]) / (len(alpha) / 2 + len(ones))
+                terms.append(objective(model, inputs, labels, shares, settings.learning_decay))
+            return torch.stack(terms).sum()
 
+        def outer(params: Sequence[Params], _alpha: Tensor, _batch: object) -> Tensor:
+            each = [losses(model, *pair) for model, pair in zip(params, judged, strict=True)]
+            return torch.cat(each).mean()
+
+        # The Hessian of the cross-entropy in the logits is at most 1/2, and no share is above twice
+        # that of a mean over all samples. A bound for linear models; a network's first layer alike.
+        inputs, _ = trained[0]
+        curvature = float(torch.linalg.matrix_norm(inputs, 2)) ** 2 / len(inputs) + 1
         return bl.BilevelSolver(
-            bl.BilevelProblem(
-                inner, lambda params, _alpha, _batch: losses(params, *_pair(outer)).mean()
-            ),
-            bl.HeavyBall(1 / (squared + settings.learning_decay)),
+            bl.BilevelProblem(inner, outer),
+            bl.HeavyBall(1 / (curvature + settings.learning_decay)),
             settings.inner_steps,
-            settings.method.chosen,
+            self.method(),
             certificate=None,
             on_failure="ignore",
         )
@@ -111,14 +145,17 @@ class _Experiment:
         decays: Sequence[float] | None = None,
     ) -> _Fitted:
         """The fit to weighted data, with the decay that is best on held-out data."""
-        inputs = torch.cat([data.inputs for data, _ in parts])
-        labels = torch.cat([data.labels for data, _ in parts])
+        inputs, labels = _joined([data for data, _ in parts])
         weights = torch.cat([weights for _, weights in parts])
-        found: list[_Fitted] = []
-        for decay in decays or self.settings.decays:  # from large to small: each begins at the last
+        best = None
+        for decay in sorted(decays or self.settings.decays, reverse=True):
             begin = fit(begin, inputs, labels, weights, decay, self.settings.fit_steps)
-            found.append(_Fitted(begin, decay, float(losses(begin, *_pair(self.held)).mean())))
-        return min(found, key=lambda one: one.loss)
+            loss = float(losses(begin, *_pair(self.held)).mean())
+            if best is not None and loss >= best.loss:
+                return best
+            best = _Fitted(begin, decay, loss)
+        assert best is not None  # there is a decay
+        return best
 
     def trained(self, train: Dataset | None, weights: Tensor, *, validated: bool) -> _Fitted:
         """A way of training: the decay is chosen with held-out data, then they are trained on."""
@@ -126,7 +163,8 @@ class _Experiment:
         chosen = self.tuned(begin + ([_whole(self.outer)] if validated else []), self.start)
         if not validated:
             return chosen
-        return self.tuned([*begin, _whole(self.validation)], chosen.params, [chosen.decay])
+        again = self.tuned([*begin, _whole(self.validation)], chosen.params, [chosen.decay])
+        return replace(again, loss=chosen.loss)
 
     def learn(self, done: Callable[[float], None]) -> tuple[Tensor, bl.Solution, int, float]:
         """Weights by bilevel descent, those of the look that was best on held-out data."""
@@ -146,16 +184,13 @@ class _Experiment:
             looks.append((found.loss, progress.step, weights))
             paused += time.perf_counter() - began
 
-        begin = fit(
-            self.start,
-            *_pair(noisy),
-            torch.ones(n),
-            settings.learning_decay,
-            settings.fit_steps,
-        )
+        halves = torch.full((n,), 0.5)
+        inputs, labels = _joined([noisy, self.outer])
+        shares = torch.cat([halves, torch.ones(self.n_outer)])
+        begin = fit(self.start, inputs, labels, shares, settings.learning_decay, settings.fit_steps)
         began = time.perf_counter()
         solution = solver.solve(
-            begin,
+            [begin] * settings.folds,
             torch.zeros(n),
             lambda alpha: torch.optim.SGD(alpha, settings.rate * n, momentum=0.9),
             steps=settings.updates,
@@ -191,12 +226,18 @@ class _Experiment:
             updates,
             {way: accuracy(one.params, *_pair(self.test)) for way, one in fitted.items()},
             {way: one.decay for way, one in fitted.items()},
+            {way: one.loss for way, one in fitted.items()},
             seconds,
         )
 
 
 def _pair(data: Dataset) -> tuple[Tensor, Tensor]:
     return data.inputs, data.labels
+
+
+def _joined(parts: Sequence[Dataset]) -> tuple[Tensor, Tensor]:
+    """Inputs and labels of all, one after the other."""
+    return torch.cat([data.inputs for data in parts]), torch.cat([data.labels for data in parts])
 
 
 def _whole(data: Dataset) -> tuple[Dataset, Tensor]:

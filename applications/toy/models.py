@@ -60,6 +60,13 @@ def penalty(params: Params, decay: float) -> Tensor:
     return decay / 2 * torch.stack(squares).sum()
 
 
+def objective(
+    params: Params, inputs: Tensor, labels: Tensor, shares: Tensor, decay: float
+) -> Tensor:
+    """Cross-entropies in the given shares, and weight decay."""
+    return (shares * losses(params, inputs, labels)).sum() + penalty(params, decay)
+
+
 def accuracy(params: Params, inputs: Tensor, labels: Tensor) -> float:
     """Share of samples that are classified right."""
     return float((logits(params, inputs).argmax(1) == labels).double().mean())
@@ -94,7 +101,7 @@ def fit(
 
     def closure() -> Tensor:
         lbfgs.zero_grad()
-        value = (shares * losses(found, inputs, labels)).sum() + penalty(found, decay)
+        value = objective(found, inputs, labels, shares, decay)
         value.backward()
         return value
 

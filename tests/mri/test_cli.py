@@ -50,6 +50,7 @@ MASK = ("--acceleration", 2, "--center", 0.25)
 SAMPLING_OPTIONS = [
     *("--mask", "--acceleration", "--center", "--calibration", "--width", "--spokes"),
 ]
+RESUMABLE = ["w.safetensors", "w.safetensors.state"]
 COMMANDS = {
     "demo": ["--out", "--seconds", "--seed", "--threads"],
     "simulate": [
@@ -58,7 +59,9 @@ COMMANDS = {
     ],
     "train": [
         *("--data", "--out", "--preset", "--init", *SAMPLING_OPTIONS, "--steps", "--seconds"),
-        *("--learning-rate", "--crop", "--seed", "--threads"),
+        *("--self-supervised", "--learning-rate", "--schedule", "--accumulate", "--crop"),
+        *("--validation", "--validate-every", "--patience", "--budget", "--device"),
+        *("--precision", "--tensorboard", "--resume", "--seed", "--threads"),
     ],
     "evaluate": [
         *("--data", "--weights", "--out", "--baselines", *SAMPLING_OPTIONS, "--metrics"),
@@ -212,11 +215,11 @@ def test_training_goes_on_from_given_weights_with_any_mask(
 ):
     seen = {}
 
-    def probe(network, control, slices, settings, keeper):
+    def probe(network, control, slices, settings, *others):
         seen.update(network=network, control=control, settings=settings)
-        return train(network, control, slices, replace(settings, samplings=(SAMPLING,)), keeper)
+        return train(network, control, slices, replace(settings, samplings=(SAMPLING,)), *others)
 
-    monkeypatch.setattr("applications.mri.cli.train", probe)
+    monkeypatch.setattr("applications.mri.train_command.train", probe)
     options = ["--init", weights, "--mask", *mask.split()]
     succeed("train", "--data", data / "train", "--out", tmp_path / "w", *options, "--steps", 1)
     begun = load_weights(weights)
@@ -587,8 +590,8 @@ def test_places_that_cannot_be_written_are_one_line_before_any_work(
     def worked(*_):
         pytest.fail("worked in vain")
 
-    for name in ("train", "evaluate", "reconstruct_scan"):
-        monkeypatch.setattr(f"applications.mri.cli.{name}", worked)
+    for name in ("train_command.train", "cli.evaluate", "cli.reconstruct_scan"):
+        monkeypatch.setattr(f"applications.mri.{name}", worked)
     monkeypatch.setattr("applications.mri.phantoms.write_volume", worked)
     (tmp_path / "file").write_text("kept")
     calls = [
@@ -660,19 +663,19 @@ def test_an_interrupt_is_exit_code_130_and_one_line(data, tmp_path, monkeypatch)
     monkeypatch.setattr("applications.mri.keeping._SAVE_EVERY", -1.0)
     real, out = train, tmp_path / "w.safetensors"
 
-    def interrupted(network, control, slices, settings, keeper):
+    def interrupted(network, control, slices, settings, keeper, validation):
         def stop(state):
             keeper(state)
             if state.step == 2:
                 raise KeyboardInterrupt
 
-        return real(network, control, slices, settings, stop)
+        return real(network, control, slices, settings, stop, validation)
 
-    monkeypatch.setattr("applications.mri.cli.train", interrupted)
+    monkeypatch.setattr("applications.mri.train_command.train", interrupted)
     found = call("train", "--data", data / "train", "--out", out, *MASK, "--steps", 9)
     assert found.exit_code == 130
     assert found.stderr == "interrupted: the files that were written are complete.\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == RESUMABLE
     assert load_weights(out).network.architecture == light(COILS)
 
 
@@ -716,7 +719,7 @@ def test_processes_end_with_the_right_code_and_no_traceback(data, weights, tmp_p
             process.kill()
     assert training.returncode == 130
     assert message == "interrupted: the files that were written are complete.\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == RESUMABLE
     assert load_weights(out).network.architecture == light(COILS)
     assert failing.returncode == 2
     assert refusal == (

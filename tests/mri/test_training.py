@@ -3,6 +3,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from training_cases import (
+    BASE,
+    COILS,
+    SAMPLING,
+    SIZE,
+    network,
+    same,
+    seeded,
+    simulated,
+    trained,
+    write_scans,
+)
 
 import bilevel as bl
 from applications.errors import InputError
@@ -12,50 +24,15 @@ from applications.mri.network import light, paper
 from applications.mri.operators import ifft2c, rss
 from applications.mri.reconstruction import Loss, Network
 from applications.mri.sampling import CartesianRandom, PoissonDisc, Sampling
-from applications.mri.simulate import simulate
+from applications.mri.schedules import Constant, Cosine, Step
 from applications.mri.training import TrainingSettings, train
 from applications.mri.weights import load_weights
 from bilevel import tree
 
-COILS, SIZE = 2, 24
-SAMPLING = CartesianRandom(2, 0.25)
-BASE = TrainingSettings(samplings=(SAMPLING,), steps=4, warmup=2)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def simulated(n_slices, seed=0):
-    axis = (torch.arange(SIZE) - SIZE // 2) / (SIZE / 2)
-    disc = ((axis[:, None] ** 2 + axis[None, :] ** 2) < 0.6).float() * 0.8
-    disc[8:12, 6:14] = 0.3
-    generator = seeded(seed)
-    return [simulate(disc, COILS, generator, noise_std=1e-3) for _ in range(n_slices)]
-
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scans")
-    for name, seed in (("a", 0), ("b", 1)):
-        kspace = torch.stack([one.kspace for one in simulated(2, seed)])
-        write_volume(folder / f"{name}.h5", Volume(kspace, rss(ifft2c(kspace))))
-    return SliceDataset(folder)
-
-
-def network(preset=paper, kind=Network):
-    sizes = {"n_phases": 2, "filters": 3, "features": 2, "feature_kernel": 3}
-    return kind(replace(preset(COILS), **sizes), seed=1)
-
-
-def trained(scans, settings, net=None, **arguments):
-    net = net or network()
-    return train(net, net.controls(), scans, settings, **arguments)
-
-
-def same(one, other):
-    pairs = zip(tree.leaves_of(one.control), tree.leaves_of(other.control), strict=True)
-    return all(a is b is None or torch.equal(a, b) for a, b in pairs)
+    return write_scans(tmp_path_factory.mktemp("scans"))
 
 
 def test_training_is_deterministic_by_its_seed(scans):
@@ -75,6 +52,8 @@ def test_training_does_not_change_the_weights_it_begins_with(scans):
 
 
 CHANGES = {
+    "schedule": {"schedule": Constant()},
+    "accumulate": {"accumulate": 2},
     "samplings": {"samplings": (CartesianRandom(3, 0.25),)},
     "steps": {"steps": 3},
     "learning_rate": {"learning_rate": 1e-3},
@@ -146,8 +125,67 @@ def test_the_checkpointing_is_that_of_the_sweeps(scans, checkpointing, evaluated
     assert evaluated == COUNT
 
 
-def test_the_learning_rate_rises_and_falls_as_a_cosine(scans):
-    """Adam moves every weight by about the rate at its first update; the rates are read there."""
+def test_a_budget_keeps_what_fits_and_is_planned_once_for_each_slice_shape(scans):
+    crops = replace(BASE, steps=6, crop=8, whole=0.5)  # three updates of each shape
+    truth = trained(scans, crops, network(kind=Counting))
+    COUNT.clear()
+    trained(
+        scans, replace(crops, checkpointing=bl.Checkpointing(block=None)), network(kind=Counting)
+    )
+    assert len(COUNT) == 6 * 2
+    COUNT.clear()
+    settings = replace(crops, checkpointing=bl.Budget("1 GB"))  # room for every graph
+    found = trained(scans, settings, network(kind=Counting))
+    assert len(COUNT) == 6 * 2 + 2 * 2  # both phases measured once for crops and once for slices
+    assert same(found, truth)
+    with pytest.raises(bl.ArgumentError, match=r"a budget of 1024 bytes is too small: .* at least"):
+        trained(scans, replace(BASE, checkpointing=bl.Budget("1 KiB")))
+
+
+def test_accumulated_slices_move_by_what_a_batch_of_them_does(scans):
+    """Loss and gradient of two slices with masks of their own, one by one and as one batch."""
+    net, seen = network(), []
+    settings = replace(BASE, steps=1, accumulate=2, warmup=0)
+
+    @dataclass(frozen=True, eq=False)
+    class Noting(Network):
+        def training_problem(self, scan, target, reference, loss):
+            seen.append((scan.kspace * scan.scale, scan.mask[:, 0], target, reference))
+            return super().training_problem(scan, target, reference, loss)
+
+    found = trained(scans, settings, Noting(net.architecture, seed=1))
+    assert len(seen) == 2
+    kspace, masks, target, reference = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert not torch.equal(masks[0], masks[1])
+    scan = net.prepare(kspace, masks)
+    batch = net.training_problem(scan, target, reference, Loss())
+    truth = bl.adjoint(*batch, net.controls())
+    assert found.costs == pytest.approx([float(truth.cost)], rel=1e-5)
+    # Adam's first step is rate * sign(gradient) nearly, of which rounding can flip small ones.
+    first = lambda leaves: torch.optim.Adam(leaves, settings.learning_rate, betas=(0.9, 0.99))  # noqa: E731
+    moved = bl.ControlSolver(lambda b: b, first).solve(net.controls(), steps=1, batches=[batch])
+    leaves = zip(
+        tree.leaves_of(found.control),
+        tree.leaves_of(moved.control),
+        tree.leaves_of(truth.gradient),
+        strict=True,
+    )
+    for new, old, gradient in leaves:
+        if new is not None:
+            sure = gradient.abs() > 1e-3 * gradient.abs().max()
+            torch.testing.assert_close(new[sure], old[sure], rtol=1e-4, atol=1e-5)
+
+
+RATES = {
+    "cosine": (Cosine(), lambda s: (1 + torch.cos(torch.pi * s)) / 2),
+    "constant": (Constant(), torch.ones_like),
+    "step": (Step((0.5, 0.75), 0.1), lambda s: 0.1 ** ((s >= 0.5) * 1.0 + (s >= 0.75) * 1.0)),
+}
+
+
+@pytest.mark.parametrize(("schedule", "factor"), RATES.values(), ids=RATES)
+def test_the_learning_rate_rises_and_falls_by_its_schedule(scans, schedule, factor):
+    """The rates are read where Adam takes its steps."""
     rates = []
 
     class Probe(torch.optim.Adam):
@@ -157,11 +195,13 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine(scans):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("applications.mri.training.torch.optim.Adam", Probe)
-        trained(scans, replace(BASE, steps=8, warmup=4, learning_rate=0.01))
+        settings = replace(BASE, steps=8, warmup=4, learning_rate=0.01, schedule=schedule)
+        states = []
+        trained(scans, settings, after_step=states.append)
     shares = torch.arange(8) / 8
     rise = ((torch.arange(8) + 1) / 4).clamp(max=1)
-    expected = 0.01 * rise * (1 + torch.cos(torch.pi * shares)) / 2
-    torch.testing.assert_close(torch.tensor(rates), expected)
+    torch.testing.assert_close(torch.tensor(rates), 0.01 * rise * factor(shares))
+    assert [state.rate for state in states] == rates
 
 
 def mean_cost(net, scans, control):
@@ -284,6 +324,7 @@ def test_the_callback_sees_every_update(scans):
         ({"steps": None, "seconds": -1.0}, "seconds must be > 0, or None, got -1.0"),
         ({"learning_rate": 0.0}, "learning_rate must be > 0, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be > 0, got nan"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"crop": -1}, r"crop and warmup must be >= 0 and whole in \[0, 1\], got -1, 2 and 0.2"),
         ({"warmup": -1}, "got 0, -1 and 0.2"),
         ({"whole": 1.5}, "got 0, 2 and 1.5"),

@@ -1,5 +1,6 @@
 import json
 import math
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from applications.toy.models import Model, accuracy, fit, logits, losses, penalt
 
 SMALL = CleaningSettings(
     sizes=(200, 60, 500),
-    updates=8,
-    every=4,
-    inner_steps=15,
+    updates=12,
+    every=6,
+    rate=0.4,
     decays=(5e-3,),
     hidden=20,
     fit_steps=40,
@@ -135,6 +136,9 @@ def test_several_seeds_are_the_runs_of_each(quick):
         {"rate": 0.1},
         {"inner_steps": 3},
         {"learning_decay": 0.1},
+        {"folds": 3},
+        {"krylov_steps": 1},
+        {"damping": 0.5},
         {"fit_steps": 2},
     ],
     ids=str,
@@ -151,7 +155,18 @@ def test_corruption_by_each_convention_leaves_the_share_that_it_says(linear):
 
 
 @pytest.mark.parametrize(
-    "change", [{"seeds": 0}, {"updates": 0}, {"rate": 0.0}, {"decays": ()}, {"decays": (-1.0,)}]
+    "change",
+    [
+        {"seeds": 0},
+        {"updates": 0},
+        {"rate": 0.0},
+        {"decays": ()},
+        {"decays": (-1.0,)},
+        {"folds": 1},
+        {"krylov_steps": 0},
+        {"damping": -1.0},
+    ],
+    ids=str,
 )
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(InputError, match=f"{next(iter(change))} must be .* got"):
@@ -159,8 +174,33 @@ def test_settings_out_of_range_are_refused(change):
 
 
 def test_too_few_samples_are_refused():
-    with pytest.raises(InputError, match="2 validation samples were needed, one held out, got 1"):
-        run(replace(SMALL, sizes=(20, 1, 20)))
+    with pytest.raises(
+        InputError, match=r"3 validation samples were needed, one a fold and one .* got 2"
+    ):
+        run(replace(SMALL, sizes=(20, 2, 20)))
+
+
+def test_the_part_that_a_folder_sets_aside_is_what_is_tested_on(tmp_path):
+    digits = load()
+    write_idx(tmp_path, "train", digits[:300])
+    write_idx(tmp_path, "t10k", digits[300:500])
+    settings = replace(QUICK, data=tmp_path, sizes=(200, 60, 200))
+    tested = run(settings).runs[0].accuracies
+    # With other images for tests the models are the same, and no test image is one of theirs.
+    write_idx(tmp_path, "t10k", replace(digits[300:500], labels=(digits.labels[300:500] + 1) % 10))
+    others = run(settings).runs[0]
+    assert others.decays == run(settings).runs[0].decays
+    assert tested["oracle"] > 0.7
+    assert others.accuracies["oracle"] < 0.1
+
+
+def write_idx(folder, part, data):
+    images = (data.inputs.reshape(-1, 8, 8) * 255).to(torch.uint8).numpy()
+    for values, ending in ((images, "images-idx3-ubyte"), (data.labels, "labels-idx1-ubyte")):
+        values = np.asarray(values, np.uint8)
+        shape = struct.pack(f">{values.ndim}I", *values.shape)
+        path = folder / f"{part}-{ending}"
+        path.write_bytes(bytes([0, 0, 8, values.ndim]) + shape + values.tobytes())
 
 
 def call(*arguments):
