@@ -12,19 +12,15 @@ from applications.command_line import Seed, Threads, guarded, progress_bars, use
 from applications.errors import InputError
 from applications.files import make_folder, write_json
 from applications.methods import Method
-from applications.mri.meta import Ablation, MetaSettings, Rule
-from applications.mri.meta_experiment import Experiment, ExperimentSettings, run_meta, with_spread
+from applications.mri.meta_experiment import run_meta
 from applications.mri.meta_figure import draw_meta
+from applications.mri.meta_results import Experiment, ExperimentSettings, with_spread
+from applications.mri.meta_settings import Ablation, MetaSettings, Rule
 from applications.mri.network import PRESETS, preset_named
 from applications.mri.reconstruction import Network
 from applications.mri.task_facts import facts_of
-from applications.mri.tasks import (
-    TaskSettings,
-    open_each,
-    open_tasks,
-    parse_task,
-    read_task_list,
-)
+from applications.mri.task_list import TaskSettings, parse_task, read_task_list
+from applications.mri.tasks import open_each, open_tasks
 from applications.mri.transfer import (
     Transfer,
     TransferSettings,

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from applications.mri.meta import Ablation
-from applications.mri.meta_experiment import Experiment, spread, with_spread
+from applications.mri.meta_results import Experiment, spread, with_spread
+from applications.mri.meta_settings import Ablation
 from applications.pictures import blank_figure, save_figure
 
 _LEARNED = (Ablation.MATRIX, Ablation.VECTOR, Ablation.PENALTY)

@@ -13,8 +13,10 @@ from applications.command_line import Report
 from applications.errors import InputError
 from applications.mri.batches import Batches
 from applications.mri.keeping import describe
-from applications.mri.meta import Ablation, MetaSettings, learn
-from applications.mri.meta_experiment import Table, adapted, any_coils, score_on
+from applications.mri.meta import learn
+from applications.mri.meta_experiment import adapted, any_coils, score_on
+from applications.mri.meta_results import Table
+from applications.mri.meta_settings import Ablation, MetaSettings
 from applications.mri.metrics import Scores, mean_scores
 from applications.mri.reconstruction import Network
 from applications.mri.tasks import Task, Tasks, check_names

@@ -9,22 +9,17 @@ from applications.methods import Method
 from applications.mri.batches import Batches, Example, TaskLosses
 from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.data import SliceDataset, Volume, fully_sampled, write_volume
-from applications.mri.meta import (
-    Ablation,
-    MetaSettings,
-    Rule,
-    column,
-    learn,
-    meta_solver,
-    penalty_solver,
-)
-from applications.mri.meta_experiment import ExperimentSettings, adapt_models, any_coils
+from applications.mri.meta import column, learn, meta_solver, penalty_solver
+from applications.mri.meta_experiment import adapt_models, any_coils
+from applications.mri.meta_results import ExperimentSettings
+from applications.mri.meta_settings import Ablation, MetaSettings, Rule
 from applications.mri.network import light, paper
 from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.reconstruction import Loss, Network
 from applications.mri.sampling import CartesianRandom
 from applications.mri.simulate import simulate
-from applications.mri.tasks import TaskSettings, open_tasks
+from applications.mri.task_list import TaskSettings
+from applications.mri.tasks import open_tasks
 from applications.mri.weights import Trained, named
 from bilevel import tree
 

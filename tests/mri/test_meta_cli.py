@@ -9,11 +9,13 @@ import bilevel as bl
 from applications.methods import Method
 from applications.mri.baselines import zero_filled
 from applications.mri.evaluation import evaluate
-from applications.mri.meta import Ablation, MetaSettings, learn
+from applications.mri.meta import learn
 from applications.mri.meta_experiment import any_coils
+from applications.mri.meta_settings import Ablation, MetaSettings
 from applications.mri.network import paper
 from applications.mri.reconstruction import Network
-from applications.mri.tasks import open_tasks, read_task_list
+from applications.mri.task_list import read_task_list
+from applications.mri.tasks import open_tasks
 from applications.mri.weights import Trained, load_weights, named, save_weights
 
 LIST = """

@@ -8,7 +8,8 @@ from applications.mri.anatomy import load_anatomies, split
 from applications.mri.data import SliceDataset, Volume, write_volume
 from applications.mri.sampling import CartesianRandom, Radial
 from applications.mri.task_facts import facts_of
-from applications.mri.tasks import TaskSettings, open_tasks, parse_task, read_task_list
+from applications.mri.task_list import TaskSettings, parse_task, read_task_list
+from applications.mri.tasks import open_tasks
 
 SMALL = {"size": 16, "coils": 2}
 

@@ -8,12 +8,14 @@ from command_lines import refused, succeed
 from applications.errors import InputError
 from applications.mri.batches import Batches, TaskLosses
 from applications.mri.evaluation import evaluate
-from applications.mri.meta import Ablation, MetaSettings, Rule, learn
+from applications.mri.meta import learn
 from applications.mri.meta_experiment import adapted, any_coils
+from applications.mri.meta_settings import Ablation, MetaSettings, Rule
 from applications.mri.metrics import Convention, Scores
 from applications.mri.network import light
 from applications.mri.reconstruction import Network
-from applications.mri.tasks import Tasks, open_each, open_tasks, read_task_list
+from applications.mri.task_list import read_task_list
+from applications.mri.tasks import Tasks, open_each, open_tasks
 from applications.mri.transfer import (
     Transfer,
     TransferSettings,
