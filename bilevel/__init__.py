@@ -41,7 +41,7 @@ from bilevel.normalisers import NormalisedSigmoid, Normaliser, Softmax, Sparsema
 from bilevel.optimizers import Adam, GradientDescent, HeavyBall, InnerOptimizer, ProximalGradient
 from bilevel.problem import BilevelProblem, ByStep
 from bilevel.prox import L1, L2, Box, Prox
-from bilevel.rollout import rollout
+from bilevel.rollout import rollout, total_cost
 from bilevel.second_order import HessianProduct, hvp
 from bilevel.solution import Hypergradient, Solution
 from bilevel.solver import BilevelSolver
@@ -157,5 +157,6 @@ __all__ = [
     "plan",
     "rollout",
     "taylor_test",
+    "total_cost",
     "weighted_problem",
 ]

@@ -1,7 +1,7 @@
-"""The final state as a differentiable function, its backward a multiplier sweep."""
+"""The final state, or the cost, as a differentiable function, its backward a multiplier sweep."""
 
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.checkpointing import Budget, Checkpointing
-from bilevel.control import ControlProblem
+from bilevel.compiled import plain
+from bilevel.control import ControlProblem, RunningCost
 from bilevel.dynamics import Dynamics, GradientSum, check_control, initial_control, step_control
 from bilevel.lagrangian import multiplier_sweep
 from bilevel.randomness import RandomState, preserved
@@ -146,6 +147,69 @@ def rollout(
 
     outputs = autodiff.reversible(run, again, leaves)
     return tree.unflatten(shape[0], list(outputs))
+
+
+def total_cost(
+    problem: ControlProblem,
+    observation: Tree,
+    control: Tree,
+    *,
+    checkpointing: Checkpointing | Budget | None = None,
+) -> Tensor:
+    """J of (1), differentiable twice in the observation and the control.
+
+    What `rollout` is for the final state, this is for the cost: the training loss of an unrolled
+    network as a term of an objective that is differentiated further. The running cost is a part of
+    the state, so that one sweep finds it. Where there is one, a compiled step runs uncompiled.
+
+    Args:
+        problem: dynamics, horizon and costs.
+        observation: f.
+        control: Theta.
+        checkpointing: as in `rollout`.
+
+    Returns:
+        Real scalar, attached to the graph of the arguments.
+
+    Raises:
+        StructureError: as in `rollout`, or if a cost is no real scalar.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> walk = bl.Map(lambda state, control, t: state + control)
+        >>> problem = bl.ControlProblem(
+        ...     walk, lambda state, control: state**2, 3, lambda state, control, t: control**2
+        ... )
+        >>> total_cost(problem, torch.tensor(1.0), torch.tensor(2.0))  # 7^2 + 3 2^2
+        tensor(61.)
+    """
+    dynamics, running = problem.dynamics, problem.running
+    if running is not None:
+        dynamics = _Carrying(plain(dynamics), running)
+    final = rollout(dynamics, observation, control, problem.horizon, checkpointing=checkpointing)
+    state, spent = (final, None) if running is None else final
+    name = "the terminal cost"
+    cost = autodiff.check_scalar(problem.terminal(problem.dynamics.readout(state), control), name)
+    return cost if spent is None else cost + spent
+
+
+@dataclass(frozen=True)
+class _Carrying(Dynamics):
+    """A dynamics whose state is a pair: that of another, and the running cost so far."""
+
+    dynamics: Dynamics
+    running: RunningCost
+
+    def init(self, observation: Tree, control: Tree) -> Tree:
+        state = self.dynamics.init(observation, control)
+        like = next(x for x in tree.leaves_of(state) if tree.is_variable(x))
+        return state, torch.zeros((), dtype=like.real.dtype, device=like.device)
+
+    def step(self, state: Tree, control: Tree, t: int) -> Tree:
+        inner, spent = state
+        cost = self.running(self.dynamics.readout(inner), control, t)
+        cost = autodiff.check_scalar(cost, f"the running cost at t = {t}")
+        return self.dynamics.step(inner, control, t), spent + cost.to(spent)
 
 
 def _no_cost(state: Tree, control: Tree) -> Tensor:  # noqa: ARG001

@@ -152,6 +152,24 @@ class BilevelSolver:
         instance = self._instance(params, control, inner_batch, outer_batch, warm)
         return instance.outer(self.optimizer.params(instance.iterated.state), instance.control)
 
+    def advance(
+        self, params: Tree, control: Tree, inner_batch: Any = None, warm: Warm | None = None
+    ) -> Warm:
+        """The inner steps alone, at a fixed control.
+
+        Args:
+            params: as in `hypergradient`, like the other arguments.
+            control: the outer variable.
+            inner_batch: of the inner objective.
+            warm: to go on from.
+
+        Returns:
+            Where they led; `optimizer.params(warm.state)` are the params.
+        """
+        instance = self._instance(params, control, inner_batch, None, warm)
+        reached = instance.iterated
+        return Warm(reached.state, instance.dynamics.offset + reached.steps)
+
     def solve(
         self,
         params: Tree,

@@ -312,3 +312,28 @@ def test_the_history_is_drawn():
     assert lines["norm of the hypergradient"] == found.gradient_norms
     assert len(lines["estimated relative error"]) == 5
     assert math.isfinite(sum(lines["estimated relative error"]))
+
+
+@pytest.mark.parametrize(
+    "rule", [bl.GradientDescent(0.1), bl.HeavyBall(0.05), bl.Adam(0.05)], ids=repr
+)
+def test_inner_steps_alone_go_on_where_they_ended(rule):
+    """Five steps with their batches are two and then three, and those of a hypergradient."""
+    case = ridge(3)
+    batches = bl.ByStep(float)
+    problem = bl.BilevelProblem(
+        lambda w, a, batch: case.problem.inner(w, a, None) + batch * square(w) / 50,
+        lambda w, a, batch: square(w) + 0 * a.sum(),
+    )
+
+    def advance(steps, warm=None):
+        one = bl.BilevelSolver(problem, rule, steps, certificate=None)
+        return one.advance(case.params, case.control, batches, warm)
+
+    whole, parts = advance(5), advance(3, advance(2))
+    assert whole.steps == parts.steps == 5
+    torch.testing.assert_close(rule.params(parts.state), rule.params(whole.state))
+    found = bl.BilevelSolver(problem, rule, 5, bl.MLM(), certificate=None).hypergradient(
+        case.params, case.control, batches
+    )
+    assert torch.equal(rule.params(whole.state), found.params)

@@ -11,9 +11,8 @@ PAGES = "\n".join(
 )
 # The command line, and inner workings.
 HIDDEN = {"toy.__main__", "toy.cli"}
-HIDDEN |= {
-    f"mri.{name}" for name in ("__main__", "choices", "cli", "darts", "hdf5", "train_command")
-}
+HIDDEN |= {f"mri.{name}" for name in ("__main__", "choices", "cli", "darts", "hdf5")}
+HIDDEN |= {"mri.meta_cli", "mri.train_command"}
 HIDDEN |= {"mri.formats.ismrmrd_header", "mri.formats.ismrmrd_lines"}
 
 

@@ -9,6 +9,7 @@ from reference import (
     assert_same_vector,
     autograd,
     fresh,
+    plain_gradients,
     plain_states,
     random_like,
     wanted,
@@ -393,3 +394,35 @@ def test_a_complex_cotangent_gives_the_conjugate_convention_of_torch():
     final = bl.rollout(bl.Map(lambda u, c, t: c * u), u, c, 1)
     (found,) = torch.autograd.grad(final, c, v)
     assert_same(found, u.conj() * v, rtol=1e-15)
+
+
+@every_checkpointing
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_the_total_cost_and_its_gradients_are_those_of_the_plain_loop(case, checkpointing):
+    cost, *truth = plain_gradients(case.problem, case.observation, case.control)
+    observation, control = fresh(case.observation), fresh(case.control)
+    found = bl.total_cost(case.problem, observation, control, checkpointing=checkpointing)
+    assert_same(found.detach(), cost)
+    for gradient, expected in zip(autograd(found, control, observation), truth, strict=True):
+        assert_same(gradient, expected)
+
+
+@every_checkpointing
+def test_the_total_cost_is_differentiable_twice(checkpointing):
+    problem = bl.ControlProblem(
+        TANH, lambda u, c: (c * u).square().sum(), 3, lambda u, c, t: t * (c * u.square()).sum()
+    )
+    f, c = fresh(U), fresh(C)
+    assert gradgradcheck(
+        lambda f, c: bl.total_cost(problem, f, c, checkpointing=checkpointing), (f, c)
+    )
+
+
+def test_a_cost_that_is_no_scalar_is_refused():
+    for terminal, running, name in (
+        (lambda u, c: u, None, "the terminal cost"),
+        (lambda u, c: u.sum(), lambda u, c, t: u, "the running cost at t = 1"),
+    ):
+        problem = bl.ControlProblem(TANH, terminal, 2, running)
+        with pytest.raises(bl.StructureError, match=f"{name} must return a real scalar"):
+            bl.total_cost(problem, U, C)

@@ -1,4 +1,4 @@
-"""The command line: `python -m applications.mri demo|simulate|train|evaluate|reconstruct`."""
+"""The command line: `python -m applications.mri COMMAND`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +32,7 @@ from applications.mri.figures import draw_image
 from applications.mri.formats.nifti import Plane, is_nifti
 from applications.mri.images import check_image_path
 from applications.mri.mask_files import FromFile
+from applications.mri.meta_cli import meta_train, transfer
 from applications.mri.metrics import Convention
 from applications.mri.phantoms import SimulationSettings, simulate_folder
 from applications.mri.scanning import reconstruct_scan
@@ -192,6 +193,10 @@ def reconstruct(
     if is_nifti(out) and not found.oriented:
         console.print("The scan states no orientation; the images have none.")
     console.print(f"Images   {out}")
+
+
+app.command(name="meta-train")(meta_train)
+app.command()(transfer)
 
 
 def _print(evaluation: Evaluation, title: str) -> None:

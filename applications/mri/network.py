@@ -6,6 +6,7 @@ Source: Bian, Chen & Ye 2022, An optimal control framework for joint-channel par
 reconstruction without coil sensitivities, Magnetic Resonance Imaging 89; MLM preprint, section 2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,27 @@ def light(n_coils: int = 8) -> Architecture:
         expand_sees_coils=True,
         rss_skip=True,
     )
+
+
+PRESETS: dict[str, Callable[[int], Architecture]] = {"paper": paper, "light": light}
+
+
+def preset_named(name: str, n_coils: int) -> Architecture:
+    """A preset as the command line names it.
+
+    Args:
+        name: of `PRESETS`.
+        n_coils: of the data.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}.")
+    return PRESETS[name](n_coils)
 
 
 class InitialNet(nn.Module):

@@ -30,6 +30,7 @@ class SimulationSettings:
         seed: of all of it.
         anatomies: HDF5 or NIfTI file of magnitude images; None for the bundled ones.
         plane: of the slices of a NIfTI volume, None for axial ones.
+        names: of the anatomies to simulate; None: all there are.
     """
 
     size: int = 128
@@ -39,6 +40,7 @@ class SimulationSettings:
     seed: int = 0
     anatomies: Path | None = None
     plane: Plane | None = None
+    names: tuple[str, ...] | None = None
 
 
 def simulate_folder(
@@ -63,7 +65,7 @@ def simulate_folder(
     if settings.repeats < 1:
         raise InputError(f"repeats must be at least 1, got {settings.repeats}.")
     generator = torch.Generator().manual_seed(settings.seed)
-    anatomies = load_anatomies(settings.anatomies, settings.plane)
+    anatomies = _chosen(load_anatomies(settings.anatomies, settings.plane), settings.names)
     plan: list[tuple[str, str, Tensor]] = []
     for name, images in anatomies.items():
         roles = split(images.shape[0])
@@ -84,6 +86,15 @@ def simulate_folder(
         if done is not None:
             done(i, len(plan))
     return files
+
+
+def _chosen(anatomies: dict[str, Tensor], names: tuple[str, ...] | None) -> dict[str, Tensor]:
+    for name in names or ():
+        if name not in anatomies:
+            raise InputError(
+                f"the anatomy must be one of {', '.join(anatomies)}, got {name!r}; choose one."
+            )
+    return {name: x for name, x in anatomies.items() if names is None or name in names}
 
 
 def _volume(

@@ -23,7 +23,7 @@ from applications.mri.choices import (
 )
 from applications.mri.data import SliceDataset
 from applications.mri.keeping import Keeper, describe
-from applications.mri.network import Architecture, light, paper
+from applications.mri.network import preset_named
 from applications.mri.precision import Precision
 from applications.mri.reconstruction import Network
 from applications.mri.resuming import StateFile
@@ -40,7 +40,6 @@ _SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "constant": Constant,
     "step": Step,
 }
-_PRESETS: dict[str, Callable[[int], Architecture]] = {"paper": paper, "light": light}
 
 
 def train_command(
@@ -187,5 +186,5 @@ def _contents(slices: SliceDataset | None) -> list[tuple[str, int]]:
 def _begin(preset: str, init: Path | None, slices: SliceDataset, seed: int) -> Trained:
     if init is not None:
         return load_weights(init)
-    network = Network(_named("preset", _PRESETS, preset)(slices.files[0].n_coils), seed)
+    network = Network(preset_named(preset, slices.files[0].n_coils), seed)
     return Trained(network, network.controls(), {})

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from applications.errors import InputError, check_counts, check_positive
+from applications.methods import Method
 from applications.toy.data import Convention
 from applications.toy.metrics import Cleaning
 from applications.toy.models import Model
-from applications.toy.task_weights import Method, spread
+from applications.toy.task_weights import spread
 
 CLEANED = "learned weights"  # the way of training that cleaning is for
 

@@ -29,11 +29,11 @@ from torch import Tensor
 import bilevel as bl
 from applications.command_line import Report
 from applications.errors import InputError
+from applications.methods import Method
 from applications.toy.cleaning import CLEANED, CleaningResult, CleaningRun, CleaningSettings
 from applications.toy.data import Corrupted, Dataset, corrupt, load_apart, split
 from applications.toy.metrics import judge
 from applications.toy.models import Params, accuracy, fit, fits, losses, objective, start
-from applications.toy.task_weights import Method
 
 _LOOK = 10  # steps of a fit between two looks at held-out data
 _PATIENCE = 30  # steps without gain that end a fit

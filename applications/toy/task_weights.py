@@ -9,7 +9,6 @@ task (`TaskWeights(N, M)`).
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -18,32 +17,13 @@ from torch import Tensor
 import bilevel as bl
 from applications.command_line import Report
 from applications.errors import check_counts, check_positive
+from applications.methods import Method
 from applications.toy import models
 from applications.toy.data import load
 from applications.toy.models import Model, Params, penalty, start
 from applications.toy.tasks import Samples, Tasks, TaskSettings, make_tasks
 
 Losses = Callable[[Params, object], Tensor]
-
-
-class Method(StrEnum):
-    """How hypergradients are found."""
-
-    IMPLICIT = "implicit"
-    MLM = "mlm"
-    UNROLLED = "unrolled"
-    ONE_STEP = "one-step"
-
-    @property
-    def chosen(self) -> bl.HypergradientMethod:
-        """The method of the library."""
-        methods = {
-            Method.IMPLICIT: bl.Implicit(bl.CG(rtol=1e-3)),
-            Method.MLM: bl.MLM(),
-            Method.UNROLLED: bl.Unrolled(),
-            Method.ONE_STEP: bl.OneStep(),
-        }
-        return methods[self]
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,18 @@ COMMANDS = {
         *("--data", "--weights", "--out", "--baselines", *SAMPLING_OPTIONS, "--metrics"),
         *("--seed", "--threads"),
     ],
+    "meta-train": [
+        *("--tasks", "--task", "--out", "--ablations", "--preset", "--coils", "--init"),
+        *("--seconds", "--evaluations", "--method", "--optimizer", "--inner-steps"),
+        *("--learning-rate", "--outer-rate", "--batch", "--crop", "--entropy", "--floor"),
+        *("--penalty", "--adapt-steps", "--adapt-slices", "--seeds", "--seed", "--threads"),
+        "--keep-graphs",
+    ],
+    "transfer": [
+        *("--tasks", "--task", "--unseen", "--meta", "--out", "--preset", "--coils", "--seconds"),
+        *("--evaluations", "--optimizer", "--learning-rate", "--batch", "--crop", "--steps"),
+        *("--slices", "--seed", "--threads", "--keep-graphs"),
+    ],
     "reconstruct": ["--scan", "--weights", "--out", "--png", "--mask", "--threads"],
 }
 

@@ -320,3 +320,23 @@ def test_the_shares_of_a_split_are_as_asked():
 def test_a_split_that_leaks_or_leaves_nothing_is_refused(settings, message):
     with pytest.raises(InputError, match=message):
         split(**settings)
+
+
+def test_a_block_is_a_volume_of_the_slices_it_names(tmp_path):
+    write_volume(tmp_path / "scan.h5", volume(5))
+    whole = VolumeFile(tmp_path / "scan.h5")
+    part = VolumeFile(whole.path, readers=whole.readers, block=(1, 3))
+    assert (part.n_slices, part.max) == (2, whole.max)
+    slices = SliceDataset([part, whole])
+    assert [one.index for one in slices] == [1, 3, 0, 1, 2, 3, 4]
+    for one in slices:
+        assert torch.equal(one.kspace, whole.read_slice(one.index).kspace)
+    with pytest.raises(InputError, match="slice must lie in 0 to 1, got 2"):
+        part.read_slice(2)
+
+
+@pytest.mark.parametrize("block", [(0, 5), (-1,), ()])
+def test_a_block_outside_the_volume_is_refused(tmp_path, block):
+    write_volume(tmp_path / "scan.h5", volume(5))
+    with pytest.raises(InputError, match="a block must name slices in 0 to 4, at least one"):
+        VolumeFile(tmp_path / "scan.h5", block=block)

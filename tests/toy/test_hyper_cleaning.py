@@ -12,13 +12,13 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from typer.testing import CliRunner
 
 from applications.errors import InputError
+from applications.methods import Method
 from applications.toy.cleaning import CleaningSettings
 from applications.toy.cli import app
 from applications.toy.data import Convention, load
 from applications.toy.hyper_cleaning import run_hyper_cleaning
 from applications.toy.metrics import judge
 from applications.toy.models import Model, accuracy, fit, logits, losses, penalty, start
-from applications.toy.task_weights import Method
 
 SMALL = CleaningSettings(
     sizes=(200, 60, 500),

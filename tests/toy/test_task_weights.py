@@ -6,9 +6,10 @@ import torch
 from typer.testing import CliRunner
 
 from applications.errors import InputError
+from applications.methods import Method
 from applications.toy.cli import app
 from applications.toy.data import load
-from applications.toy.task_weights import Method, Settings, run_task_weights
+from applications.toy.task_weights import Settings, run_task_weights
 from applications.toy.tasks import TaskSettings, make_tasks
 
 # As by default, but few and small tasks, for the sake of time.

@@ -50,6 +50,7 @@ class VolumeFile:
         path: the file, or what the files of a scan have in common.
         volume: which, where a file holds several: repetitions, echoes and the like.
         readers: of all volumes, where they have been opened already.
+        block: numbers of the slices that count, as if the volume had no others; None: all.
         n_volumes: number of volumes in the file.
         facts: all that is known of the volume.
 
@@ -61,6 +62,7 @@ class VolumeFile:
     path: Path
     volume: int = 0
     readers: tuple[Reader, ...] = field(default=(), repr=False, compare=False)
+    block: tuple[int, ...] | None = None
     n_volumes: int = field(init=False)
     facts: Facts = field(init=False)
 
@@ -72,6 +74,12 @@ class VolumeFile:
                 f"{path}: volume must lie in 0 to {len(readers) - 1}, got {self.volume}."
             )
         facts = readers[self.volume].facts
+        outside = [i for i in self.block or () if not 0 <= i < facts.n_slices]
+        if outside or self.block == ():
+            raise InputError(
+                f"{path}: a block must name slices in 0 to {facts.n_slices - 1}, at least one, got "
+                f"{self.block}."
+            )
         for name, value in (
             ("path", path),
             ("readers", readers),
@@ -83,7 +91,7 @@ class VolumeFile:
     @property
     def n_slices(self) -> int:
         """Number of slices."""
-        return self.facts.n_slices
+        return self.facts.n_slices if self.block is None else len(self.block)
 
     @property
     def n_coils(self) -> int:
@@ -136,6 +144,7 @@ class VolumeFile:
             raise InputError(
                 f"{self.path}: slice must lie in 0 to {self.n_slices - 1}, got {index}."
             )
+        index = index if self.block is None else self.block[index]
         reader = self.readers[self.volume]
         raw = reader.read(index)
         _check_finite(reader.path, "kspace", raw.kspace, index)
@@ -171,13 +180,13 @@ class SliceDataset(Dataset[Slice]):
 
     Args:
         source: a folder, all ``*.h5`` in it being read in alphabetical order, or a sequence of
-            files.
+            files, which may have been opened.
 
     Raises:
         InputError: if there is no file, or one is not in the layout of this module.
     """
 
-    def __init__(self, source: Path | str | Sequence[Path | str]) -> None:
+    def __init__(self, source: Path | str | Sequence[Path | str | VolumeFile]) -> None:
         if isinstance(source, (str, Path)):
             folder = Path(source)
             if not folder.is_dir():
@@ -191,7 +200,9 @@ class SliceDataset(Dataset[Slice]):
                 )
         if not source:
             raise InputError("source must name at least one file, got an empty sequence.")
-        self.files: tuple[VolumeFile, ...] = tuple(VolumeFile(Path(path)) for path in source)
+        self.files: tuple[VolumeFile, ...] = tuple(
+            one if isinstance(one, VolumeFile) else VolumeFile(Path(one)) for one in source
+        )
         self._ends = list(accumulate(file.n_slices for file in self.files))
 
     def __len__(self) -> int:

@@ -1,0 +1,307 @@
+r"""Algorithm 3: a network for heterogeneous scans, with learned weights of the training tasks.
+
+.. math::
+    \min_\alpha \sum_j l_{v_j}(\theta(\alpha)) \quad \text{where} \quad
+    \theta(\alpha) \approx \arg\min_\theta \sum_i \sigma(\alpha)_i\, l_{\tau_i}(\theta)
+
+theta, one tree of weights a phase, moves by multipliers (Algorithm 2: the losses are costs of the
+network's dynamics); alpha by the hypergradient through k such steps. The ways to compare with are
+equal weights, and a penalty on the gradient of the inner problem in the place of the inner steps.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from applications.mri.batches import Batch, Batches, TaskLosses
+from applications.mri.meta_settings import Ablation, MetaSettings
+from applications.mri.reconstruction import Network
+from applications.mri.schedules import Cosine
+from applications.mri.tasks import Tasks
+from applications.mri.weights import named
+
+_REACH = 1e3  # of the step that measures a gradient: the farther, the less rounding matters
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What one training found.
+
+    Attributes:
+        models: weights of the network, by the validation task they are for; under "all" where one
+            model serves all.
+        weights: sigma; its correlation takes `alpha`.
+        alpha: of the task weights; zeros where they are equal.
+        values: the outer objective before each update.
+        updates: of alpha; for equal weights, rounds of k inner steps.
+        inner_steps: of the network.
+        evaluations: spent.
+        seconds: spent [s].
+    """
+
+    models: dict[str, bl.PerStep]
+    weights: bl.TaskWeights
+    alpha: Tensor
+    values: list[float]
+    updates: int
+    inner_steps: int
+    evaluations: int
+    seconds: float
+
+    @property
+    def sigma(self) -> Tensor:
+        """The learned weights, shape ``(N,)`` or ``(N, M)``."""
+        return self.weights.sigma(self.alpha)
+
+
+def learn(
+    ablation: Ablation,
+    network: Network,
+    control: bl.PerStep,
+    tasks: Tasks,
+    settings: MetaSettings,
+    report: Callable[[float], None] = lambda _share: None,
+) -> Learned:
+    """Trains a network, and task weights with it.
+
+    Args:
+        ablation: how tasks are weighed.
+        network: to train.
+        control: weights to begin with.
+        tasks: to train on and validate on.
+        settings: how.
+        report: told of the share of the budget that is spent.
+
+    Returns:
+        Models and task weights.
+
+    Raises:
+        InputError: if a scan cannot be used.
+        DivergenceError: if the training diverges.
+    """
+    training = _Training(network, control, tasks, settings, report)
+    match ablation:
+        case Ablation.UNIFORM:
+            return training.uniform()
+        case Ablation.PENALTY:
+            return training.penalised()
+        case Ablation.VECTOR | Ablation.MATRIX:
+            return training.weighted(matrix=ablation == Ablation.MATRIX)
+
+
+class _Training:
+    """One training: its losses, its minibatches, and its budget."""
+
+    def __init__(
+        self,
+        network: Network,
+        control: bl.PerStep,
+        tasks: Tasks,
+        settings: MetaSettings,
+        report: Callable[[float], None],
+    ) -> None:
+        self.control, self.settings, self.report = control, settings, report
+        self.losses = TaskLosses(network, settings.loss, settings.checkpointing)
+        draws = partial(Batches, network, size=settings.batch, seed=settings.seed)
+        k = settings.inner_steps
+        self.train = draws(tasks.of("train"), role="train", crop=settings.crop, kept=k)
+        self.validation = draws(tasks.of("validation"), role="validation", crop=settings.crop)
+        self.names = [task.name for task in tasks.of("validation")]
+        self.began = time.monotonic()
+        self.rates = [self.rate(0)]  # of the network, an update
+
+    @property
+    def n_tasks(self) -> int:
+        return len(self.train.tasks)
+
+    def share(self) -> float:
+        """Of the budget, spent."""
+        limits = self.settings
+        spent = [0.0]
+        if limits.evaluations is not None:
+            spent.append(self.losses.evaluations / limits.evaluations)
+        if limits.seconds is not None:
+            spent.append((time.monotonic() - self.began) / limits.seconds)
+        return min(max(spent), 1.0)
+
+    def rate(self, steps: int) -> float:
+        """The learning rate of the network after so many inner steps."""
+        rising = min(1.0, (steps + 1) / max(self.settings.warmup, 1))
+        falling = max(Cosine().factor(self.share()), 1e-3)  # a step size must be positive
+        return self.settings.learning_rate * rising * falling
+
+    def advanced(self, steps: int) -> bool:
+        """Note the end of an update that led to so many inner steps; whether all is spent."""
+        self.rates.append(self.rate(steps))
+        self.report(self.share())
+        return self.share() >= 1
+
+    def solver(self, weights: bl.TaskWeights) -> bl.BilevelSolver:
+        """Algorithm 3 for these task weights."""
+        k = self.settings.inner_steps
+        # Sweeps ask for a step again: its rate must not depend on when they do.
+        rate = bl.ByStep(lambda t: self.rates[(t - 1) // k])
+        return meta_solver(self.losses, weights, self.settings, rate)
+
+    def pairs(self) -> Iterator[tuple[bl.ByStep, Batch]]:
+        """Minibatches of both levels, an update."""
+        for update in count(1):
+            yield bl.ByStep(self.train.draw), self.validation.draw(update)
+
+    def learned(
+        self,
+        models: dict[str, bl.PerStep],
+        weights: bl.TaskWeights,
+        alpha: Tensor,
+        values: list[float],
+        steps: int,
+    ) -> Learned:
+        spent = time.monotonic() - self.began
+        updates, evaluations = len(self.rates) - 1, self.losses.evaluations
+        return Learned(models, weights, alpha, values, updates, steps, evaluations, spent)
+
+    def uniform(self) -> Learned:
+        """Equal weights: the inner steps alone."""
+        weights = bl.TaskWeights(self.n_tasks)
+        solver, alpha, warm = self.solver(weights), weights.initial(), None
+        while warm is None or not self.advanced(warm.steps):
+            warm = solver.advance(self.control, alpha, bl.ByStep(self.train.draw), warm)
+        model = solver.optimizer.params(warm.state)
+        return self.learned({"all": model}, weights, alpha, [], warm.steps)
+
+    def weighted(self, *, matrix: bool) -> Learned:
+        """Learned weights, for one model or for one model a validation task."""
+        settings, k = self.settings, self.settings.inner_steps
+        weights = bl.TaskWeights(
+            self.n_tasks,
+            len(self.names) if matrix else None,
+            entropy=settings.entropy,
+            floor=settings.floor,
+        )
+        solution = self.solver(weights).solve(
+            weights.stacked(self.control),
+            weights.initial(),
+            lambda leaves: torch.optim.Adam(leaves, settings.outer_rate),
+            steps=10**9,
+            batches=self.pairs(),
+            callback=lambda progress: self.advanced(k * progress.step),
+        )
+        params = solution.params
+        models = (
+            {name: column(params, j) for j, name in enumerate(self.names)}
+            if matrix
+            else {"all": params}
+        )
+        steps = k * solution.steps
+        return self.learned(models, weights, solution.control, solution.values, steps)
+
+    def penalised(self) -> Learned:
+        """Network and task weights descend together on `penalty_problem`."""
+        settings = self.settings
+        weights = bl.TaskWeights(self.n_tasks, entropy=settings.entropy, floor=settings.floor)
+        solver = penalty_solver(self.losses, weights, settings.penalty)
+
+        def adam(leaves: list[Tensor]) -> torch.optim.Optimizer:
+            groups = [
+                {"params": leaves[:1], "lr": settings.outer_rate},  # alpha comes first by its name
+                {"params": leaves[1:], "lr": self.rates[0], "betas": (0.9, 0.99)},
+            ]
+            return torch.optim.Adam(groups)
+
+        def after(progress: bl.Progress) -> bool:
+            ended = self.advanced(progress.step)
+            progress.optimizer.param_groups[1]["lr"] = self.rates[-1]
+            return ended
+
+        batches = ((self.train.draw(p), self.validation.draw(p)) for p in count(1))
+        solution = solver.solve(
+            self.control,
+            {"alpha": weights.initial(), "theta": self.control},
+            adam,
+            steps=10**9,
+            batches=batches,
+            callback=after,
+        )
+        alpha, model = solution.control["alpha"], solution.control["theta"]
+        return self.learned({"all": model}, weights, alpha, solution.values, solution.steps)
+
+
+def meta_solver(
+    losses: TaskLosses, weights: bl.TaskWeights, settings: MetaSettings, rate: float | bl.ByStep
+) -> bl.BilevelSolver:
+    """Algorithm 3: the weights of a network as params, those of the tasks as control.
+
+    Args:
+        losses: of both levels.
+        weights: sigma.
+        settings: number of inner steps, their rule, and how hypergradients are found.
+        rate: of the inner steps.
+
+    Returns:
+        The solver; with a matrix of weights the params are stacked.
+    """
+    return bl.BilevelSolver(
+        bl.weighted_problem(losses, losses, weights, bl.Looped()),
+        settings.optimizer.at(rate),
+        settings.inner_steps,
+        settings.method.chosen,
+        certificate=None,
+        on_failure="ignore",
+    )
+
+
+def penalty_solver(losses: TaskLosses, weights: bl.TaskWeights, penalty: float) -> bl.BilevelSolver:
+    r"""Joint descent on theta and alpha, with a penalty in the place of the inner problem.
+
+    .. math::
+        \min_{\theta, \alpha} \sum_j l_{v_j}(\theta) + \frac{\lambda}{2}
+        \Big|\nabla_\theta \sum_i \sigma(\alpha)_i\, l_{\tau_i}(\theta)\Big|^2
+
+    One gradient step from theta measures the gradient; the multipliers of that step give the
+    Hessian of the training loss, times its gradient.
+
+    Bian, Chen, Ye & Zhang 2021, An optimization-based meta-learning model for MRI reconstruction
+    with diverse dataset, Journal of Imaging 7(11) 231, DOI 10.3390/jimaging7110231.
+
+    Args:
+        losses: of both levels.
+        weights: sigma.
+        penalty: lambda.
+
+    Returns:
+        A solver whose control is a mapping of `alpha` and `theta`, and whose params are like theta.
+    """
+    weighted = bl.weighted_problem(losses, losses, weights)
+
+    def outer(moved: bl.PerStep, control: dict, batch: Batch) -> Tensor:
+        pairs = zip(named(moved).values(), named(control["theta"]).values(), strict=True)
+        squares = [((x - y) / _REACH).abs().square().sum() for x, y in pairs]
+        value = weighted.outer(control["theta"], control["alpha"], batch)
+        return value + penalty / 2 * torch.stack(squares).sum()
+
+    problem = bl.BilevelProblem(
+        inner=lambda params, control, batch: weighted.inner(params, control["alpha"], batch),
+        outer=outer,
+        start=lambda _params, control: control["theta"],
+    )
+    return bl.BilevelSolver(problem, bl.GradientDescent(_REACH), 1, bl.MLM(), certificate=None)
+
+
+def column(stacked: bl.PerStep, j: int) -> bl.PerStep:
+    """One model of those of a matrix of weights.
+
+    Args:
+        stacked: weights with a leading axis.
+        j: which.
+
+    Returns:
+        Its weights.
+    """
+    steps = [{name: x[j] for name, x in step.items()} for step in stacked.steps]
+    return bl.PerStep(steps, {name: x[j] for name, x in stacked.initial.items()})

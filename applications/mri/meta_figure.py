@@ -1,0 +1,82 @@
+"""The learned correlation of training and validation tasks, and what it is worth, drawn."""
+
+from pathlib import Path
+from typing import Any
+
+from applications.mri.meta_results import Experiment, spread, with_spread
+from applications.mri.meta_settings import Ablation
+from applications.pictures import blank_figure, save_figure
+
+_LEARNED = (Ablation.MATRIX, Ablation.VECTOR, Ablation.PENALTY)
+
+
+def draw_meta(path: Path, experiment: Experiment) -> None:
+    """Heat maps of the learned weights, and the scores of every way with their spread.
+
+    Args:
+        path: PNG file, replaced if it exists.
+        experiment: all that was found.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    ways = experiment.settings.ablations
+    shown = [experiment.correlation(one) for one in _LEARNED if one in ways]
+    titles = [f"learned {one}" for one in _LEARNED if one in ways]
+    n = len(experiment.trained)
+    widths = [0.8 + 0.7 * len(one.validations) for one in shown]
+    bars = 4.2 if experiment.tested else 0.0
+    names = 0.09 * max(map(len, experiment.trained))
+    figure = blank_figure(1.2 + names + sum(widths) + bars, 2.6 + 0.35 * max(n, len(ways)))
+    columns = [*widths, *([bars] if bars else [])]
+    if not columns:
+        columns = [4.0]
+    axes: Any = figure.subplots(1, len(columns), squeeze=False, width_ratios=columns)[0]
+    largest = max((float(one.matrix.max()) for one in shown), default=1.0)
+    for axis, title, one in zip(axes, titles, shown, strict=False):
+        _heat(axis, one.matrix.tolist(), one.validations, title, largest)
+    if shown:
+        axes[0].set_yticks(range(n), experiment.trained)
+        axes[0].set_ylabel("training task")
+    if bars:
+        _bars(axes[-1], experiment)
+    seeds = experiment.settings.seeds
+    figure.suptitle(
+        "Weights of training tasks"
+        + (f", mean over {seeds} seeds" if seeds > 1 else "")
+        + "; a column sums to 1",
+        fontsize=10,
+    )
+    save_figure(path, figure)
+
+
+def _heat(
+    axis: Any, rows: list[list[float]], names: tuple[str, ...], title: str, largest: float
+) -> None:
+    axis.imshow(rows, cmap="Blues", vmin=0, vmax=largest, aspect="auto")
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            colour = "white" if value > 0.6 * largest else "black"
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+    axis.set_yticks([])
+    axis.set_title(title, fontsize=9)
+
+
+def _bars(axis: Any, experiment: Experiment) -> None:
+    """Mean PSNR of each way over the validation tasks' test slices, a dot a seed."""
+    ways = experiment.settings.ablations
+    zero = sum(experiment.zero_filled[name].psnr for name in experiment.tested)
+    axis.axvline(zero / len(experiment.tested), color="black", linestyle=":", linewidth=1)
+    for i, way in enumerate(ways):
+        found = [one.psnr for one in experiment.means(way)]
+        mean = sum(found) / len(found)
+        axis.errorbar(mean, i, xerr=spread(found), fmt="s", color="#4292c6", capsize=3)
+        axis.plot(found, [i] * len(found), "o", color="black", markersize=2.5)
+        axis.text(mean, i - 0.2, with_spread(found, 2), ha="center", fontsize=8)
+    axis.set_yticks(range(len(ways)), ways)
+    axis.set_ylim(len(ways) - 0.5, -0.7)
+    convention = experiment.means(ways[0])[0].convention
+    axis.set_xlabel(f"PSNR [dB], convention {convention}; dotted: zero-filled")
+    axis.set_title("validation tasks, test slices", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,92 @@
+"""How a network and its task weights are trained."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import bilevel as bl
+from applications.errors import InputError, check_counts, check_positive
+from applications.methods import Method
+from applications.mri.reconstruction import Loss
+
+
+class Ablation(StrEnum):
+    """How training tasks are weighed."""
+
+    UNIFORM = "uniform"
+    VECTOR = "vector"
+    MATRIX = "matrix"
+    PENALTY = "penalty"
+
+
+class Rule(StrEnum):
+    """How the weights of the network move."""
+
+    ADAM = "adam"
+    HEAVY_BALL = "heavy-ball"
+    SGD = "sgd"
+
+    def at(self, step_size: float | bl.ByStep) -> bl.InnerOptimizer:
+        """The optimiser of the library."""
+        match self:
+            case Rule.ADAM:
+                return bl.Adam(step_size, (0.9, 0.99))
+            case Rule.HEAVY_BALL:
+                return bl.HeavyBall(step_size)
+            case Rule.SGD:
+                return bl.GradientDescent(step_size)
+
+
+@dataclass(frozen=True)
+class MetaSettings:
+    """How to train.
+
+    Attributes:
+        seconds: time of one training [s]; None: as long as the evaluations take.
+        evaluations: network losses of one slice that one training evaluates, those of sweeps
+            included; None: as many as the seconds allow. Trainings compared share one budget.
+        method: how hypergradients are found.
+        optimizer: of the network.
+        inner_steps: k, of the network an update of the task weights.
+        learning_rate: of the network at its peak; it rises over `warmup` steps, and falls as a
+            cosine of the share of the budget that is spent.
+        warmup: inner steps.
+        outer_rate: of Adam on alpha.
+        batch: slices a task in a minibatch.
+        crop: image rows of a training slice [pixels], 0: all.
+        entropy: of `bilevel.TaskWeights`.
+        floor: likewise, the least weight of a task.
+        penalty: lambda of the penalty method.
+        loss: weights of the terms of a training loss.
+        checkpointing: of the sweeps through the phases.
+        seed: of minibatches.
+
+    Raises:
+        InputError: if nothing limits the training, or a setting is out of range.
+    """
+
+    seconds: float | None = None
+    evaluations: int | None = None
+    method: Method = Method.MLM
+    optimizer: Rule = Rule.ADAM
+    inner_steps: int = 5
+    learning_rate: float = 3e-3
+    warmup: int = 20
+    outer_rate: float = 0.1
+    batch: int = 1
+    crop: int = 0
+    entropy: float = 0.0
+    floor: float = 0.0
+    penalty: float = 1.0
+    loss: Loss = field(default_factory=Loss)
+    checkpointing: bl.Checkpointing = field(default_factory=bl.Checkpointing)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if self.seconds is None and self.evaluations is None:
+            raise InputError("a training needs a budget, seconds or evaluations, got neither.")
+        given = [x for x in ("seconds", "evaluations") if getattr(self, x) is not None]
+        check_positive(self, *given, "learning_rate", "outer_rate", "penalty")
+        check_counts(self, "inner_steps", "batch")
+        if self.crop < 0 or self.warmup < 0:
+            raise InputError(f"crop and warmup must be >= 0, got {self.crop} and {self.warmup}.")
