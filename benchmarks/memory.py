@@ -97,10 +97,10 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
             x, y = [row["T"] for row in mine], [row[key] for row in mine]
             panel.plot(x, y, "o-", color=colour, markersize=3, linewidth=1.4)
             ends.append((y[-1], x[-1], name, colour))
-        _label(panel, ends)
         panel.set(xscale="log", yscale="log", xlabel="number of steps T", ylabel=label)
         panel.set_xlim(8, 140_000)
         panel.set_xticks([10, 100, 1000, 10_000], ["10", "100", "1000", "10 000"])
+        _label(panel, ends)
         panel.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -108,11 +108,20 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
 
 def _label(panel: object, ends: list[tuple]) -> None:
     """Names at the ends of the lines, kept a line of text apart."""
-    placed = 0.0
-    for y, x, name, colour in sorted(ends):
-        placed = max(y, placed * 1.32)
+    low, high = panel.get_ylim()
+    line = (high / low) ** 0.06
+    tops = [y for y, *_ in sorted(ends)]
+    for k in range(1, len(tops)):
+        tops[k] = max(tops[k], tops[k - 1] * line)
+    excess = max(tops[-1] / high * line**0.5, 1.0)
+    for (_, x, name, colour), y in zip(sorted(ends), tops, strict=True):
         panel.annotate(
-            name, (x, placed), xytext=(6, 0), textcoords="offset points", va="center", color=colour
+            name,
+            (x, y / excess),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
         )
 
 

@@ -21,12 +21,10 @@ from torch import Tensor
 import bilevel as bl
 from applications.mri.batches import Batch, Batches, TaskLosses
 from applications.mri.meta_settings import Ablation, MetaSettings
+from applications.mri.meta_solvers import meta_solver, penalty_solver
 from applications.mri.reconstruction import Network
 from applications.mri.schedules import Cosine
 from applications.mri.tasks import Tasks
-from applications.mri.weights import named
-
-_REACH = 1e3  # of the step that measures a gradient: the farther, the less rounding matters
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,67 +228,6 @@ class _Training:
         )
         alpha, model = solution.control["alpha"], solution.control["theta"]
         return self.learned({"all": model}, weights, alpha, solution.values, solution.steps)
-
-
-def meta_solver(
-    losses: TaskLosses, weights: bl.TaskWeights, settings: MetaSettings, rate: float | bl.ByStep
-) -> bl.BilevelSolver:
-    """Algorithm 3: the weights of a network as params, those of the tasks as control.
-
-    Args:
-        losses: of both levels.
-        weights: sigma.
-        settings: number of inner steps, their rule, and how hypergradients are found.
-        rate: of the inner steps.
-
-    Returns:
-        The solver; with a matrix of weights the params are stacked.
-    """
-    return bl.BilevelSolver(
-        bl.weighted_problem(losses, losses, weights, bl.Looped()),
-        settings.optimizer.at(rate),
-        settings.inner_steps,
-        settings.method.chosen,
-        certificate=None,
-        on_failure="ignore",
-    )
-
-
-def penalty_solver(losses: TaskLosses, weights: bl.TaskWeights, penalty: float) -> bl.BilevelSolver:
-    r"""Joint descent on theta and alpha, with a penalty in the place of the inner problem.
-
-    .. math::
-        \min_{\theta, \alpha} \sum_j l_{v_j}(\theta) + \frac{\lambda}{2}
-        \Big|\nabla_\theta \sum_i \sigma(\alpha)_i\, l_{\tau_i}(\theta)\Big|^2
-
-    One gradient step from theta measures the gradient; the multipliers of that step give the
-    Hessian of the training loss, times its gradient.
-
-    Bian, Chen, Ye & Zhang 2021, An optimization-based meta-learning model for MRI reconstruction
-    with diverse dataset, Journal of Imaging 7(11) 231, DOI 10.3390/jimaging7110231.
-
-    Args:
-        losses: of both levels.
-        weights: sigma.
-        penalty: lambda.
-
-    Returns:
-        A solver whose control is a mapping of `alpha` and `theta`, and whose params are like theta.
-    """
-    weighted = bl.weighted_problem(losses, losses, weights)
-
-    def outer(moved: bl.PerStep, control: dict, batch: Batch) -> Tensor:
-        pairs = zip(named(moved).values(), named(control["theta"]).values(), strict=True)
-        squares = [((x - y) / _REACH).abs().square().sum() for x, y in pairs]
-        value = weighted.outer(control["theta"], control["alpha"], batch)
-        return value + penalty / 2 * torch.stack(squares).sum()
-
-    problem = bl.BilevelProblem(
-        inner=lambda params, control, batch: weighted.inner(params, control["alpha"], batch),
-        outer=outer,
-        start=lambda _params, control: control["theta"],
-    )
-    return bl.BilevelSolver(problem, bl.GradientDescent(_REACH), 1, bl.MLM(), certificate=None)
 
 
 def column(stacked: bl.PerStep, j: int) -> bl.PerStep:

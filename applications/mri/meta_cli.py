@@ -21,14 +21,9 @@ from applications.mri.reconstruction import Network
 from applications.mri.task_facts import facts_of
 from applications.mri.task_list import TaskSettings, parse_task, read_task_list
 from applications.mri.tasks import open_each, open_tasks
-from applications.mri.transfer import (
-    Transfer,
-    TransferSettings,
-    learned_correlation,
-    measure_transfer,
-    meta_models,
-)
+from applications.mri.transfer import learned_correlation, measure_transfer, meta_models
 from applications.mri.transfer_figure import draw_transfer
+from applications.mri.transfer_results import Transfer, TransferSettings
 from applications.mri.weights import Trained, load_weights
 
 console = Console()

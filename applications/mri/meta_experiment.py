@@ -17,9 +17,10 @@ from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.evaluation import Method as Reconstructing
 from applications.mri.evaluation import evaluate, network_methods
 from applications.mri.keeping import describe
-from applications.mri.meta import Learned, learn, meta_solver
+from applications.mri.meta import Learned, learn
 from applications.mri.meta_results import Experiment, ExperimentSettings, Run
 from applications.mri.meta_settings import Ablation, MetaSettings
+from applications.mri.meta_solvers import meta_solver
 from applications.mri.metrics import Scores
 from applications.mri.reconstruction import Network
 from applications.mri.task_facts import TaskFacts

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from applications.mri.transfer import Transfer
+from applications.mri.transfer_results import Transfer
 from applications.pictures import blank_figure, save_figure
 
 

@@ -107,16 +107,5 @@ def mean_cost(build: Build, examples: Iterable[Example], control: bl.PerStep) ->
     costs = []
     with torch.no_grad():
         for example in examples:
-            costs.append(float(_cost(*build(example), control)))
+            costs.append(float(bl.total_cost(*build(example), control)))
     return sum(costs) / len(costs)
-
-
-def _cost(problem: bl.ControlProblem, observation: Tensor, control: bl.PerStep) -> Tensor:
-    dynamics = problem.dynamics
-    state = dynamics.init(observation, control.initial)
-    total = torch.zeros((), device=observation.device)
-    for t, weights in enumerate(control.steps, 1):
-        if problem.running is not None:
-            total = total + problem.running(dynamics.readout(state), weights, t)
-        state = dynamics.step(state, weights, t)
-    return total + problem.terminal(dynamics.readout(state), control)

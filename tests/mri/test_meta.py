@@ -9,10 +9,11 @@ from applications.methods import Method
 from applications.mri.batches import Batches, Example, TaskLosses
 from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.data import SliceDataset, Volume, fully_sampled, write_volume
-from applications.mri.meta import column, learn, meta_solver, penalty_solver
+from applications.mri.meta import column, learn
 from applications.mri.meta_experiment import adapt_models, any_coils
 from applications.mri.meta_results import ExperimentSettings
 from applications.mri.meta_settings import Ablation, MetaSettings, Rule
+from applications.mri.meta_solvers import meta_solver, penalty_solver
 from applications.mri.network import light, paper
 from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.reconstruction import Loss, Network

@@ -16,13 +16,8 @@ from applications.mri.network import light
 from applications.mri.reconstruction import Network
 from applications.mri.task_list import read_task_list
 from applications.mri.tasks import Tasks, open_each, open_tasks
-from applications.mri.transfer import (
-    Transfer,
-    TransferSettings,
-    learned_correlation,
-    measure_transfer,
-    meta_models,
-)
+from applications.mri.transfer import learned_correlation, measure_transfer, meta_models
+from applications.mri.transfer_results import Transfer, TransferSettings
 from applications.mri.weights import Trained, load_weights, named, save_weights
 
 DEFAULTS = "{size: 24, coils: 2, acceleration: 2, center: 0.25, anatomy: brain_t1_axial}"
