@@ -7,7 +7,7 @@ so that its graph can be pulled back; the graph of one block lives at a time.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import dropwhile
+from itertools import dropwhile, pairwise
 from operator import is_
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from bilevel import autodiff, tree
 from bilevel.checkpointing import Checkpointing, Snapshots
 from bilevel.dynamics import Dynamics, initial_control, step_control
-from bilevel.errors import ArgumentError
+from bilevel.errors import ArgumentError, LostGradientError
 from bilevel.randomness import RandomState
 from bilevel.schedule import Action, Do, Schedule
 from bilevel.storage import MemorySnapshots
@@ -174,13 +174,14 @@ class Trajectory:
         """
         states, known = [autodiff.variables(start)], set[int]()
         times = range(steps.start + 1, steps.stop + 1)
+        controls = [step_control(self.control, t) for t in times]
+        given = tree.distinct_leaves(controls) if first else []
         for t in times:
             following = self._step(states[-1], self.control, t)
-            if first:
-                given = (states[-1], step_control(self.control, t))
-                autodiff.refuse_hidden(following, given, f"step {t} of the dynamics")
             states.append(following if t == steps.stop else autodiff.told_apart(following, known))
-        return Block(steps, states, [step_control(self.control, t) for t in times])
+        if first:
+            _refuse_hidden(times, states, given)
+        return Block(steps, states, controls)
 
     def advance(self, steps: range, state: Tree, control: Tree) -> Tree:
         """The state at the end of steps, none of them taped."""
@@ -217,6 +218,23 @@ class Trajectory:
             self.follow(Action(Do.ADVANCE, block), control)
         elif block:  # kept beyond the schedule
             self.follow(Action(Do.DROP, block), control)
+
+
+def _refuse_hidden(times: range, states: list[Tree], controls: list[Tensor]) -> None:
+    """Refuse steps that close over a tensor that requires grad; `controls` are all leaves given."""
+    # What a step did not compute was made a leaf of its own, when it was told apart.
+    own = [
+        x
+        for state in states[1:-1]
+        for x in tree.leaves_of(state)
+        if isinstance(x, Tensor) and x.grad_fn is None
+    ]
+    try:
+        autodiff.refuse_hidden(states[1:], (states[0], own, controls), "the dynamics")
+    except LostGradientError:  # one walk over all is quick; which step it was is asked rarely
+        for t, (state, following) in zip(times, pairwise(states), strict=True):
+            autodiff.refuse_hidden(following, (state, own, controls), f"step {t} of the dynamics")
+        raise
 
 
 def watch(values: Tree) -> Callable[[], bool]:
