@@ -209,12 +209,12 @@ def call(*arguments):
 
 def test_the_command_writes_results_and_a_figure(tmp_path: Path):
     sizes = ["--train", 40, "--validation", 40, "--test", 40]
-    found = call("--out", tmp_path / "new", *sizes, "--updates", 1, "--seeds", 2)
+    found = call("--out", tmp_path / "new", *sizes, "--updates", 1, "--seed", 3)
     assert found.exit_code == 0, found.output
     written = json.loads((tmp_path / "new" / "results.json").read_text())
     assert written["settings"]["sizes"] == [40, 40, 40]
     assert written["settings"]["model"] == "linear"
-    assert [r["seed"] for r in written["runs"]] == [0, 1]
+    assert [r["seed"] for r in written["runs"]] == [3]
     assert all(math.isfinite(x["mean"]) for x in written["summary"].values())
     assert f"{100 * written['summary']['oracle']['mean']:.2f}" in found.stdout
     assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
