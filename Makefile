@@ -28,7 +28,7 @@ demo: $(STAMPS)/mri
 	$(VENV)/bin/python -m applications.mri demo --out $(DEMO) $(DEMO_FLAGS)
 
 test: $(STAMPS)/test
-	$(VENV)/bin/python -m pytest -q -n auto
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadgroup
 
 lint: $(STAMPS)/lint
 	$(VENV)/bin/ruff check .

@@ -18,6 +18,8 @@ from applications.mri.task_list import read_task_list
 from applications.mri.tasks import open_tasks
 from applications.mri.weights import Trained, load_weights, named, save_weights
 
+pytestmark = pytest.mark.xdist_group("meta_cli")  # what its tests share is made once
+
 LIST = """
 defaults: {size: 24, coils: 2, acceleration: 2, center: 0.25, anatomy: brain_t1_axial}
 tasks:

@@ -20,6 +20,8 @@ from applications.mri.transfer import learned_correlation, measure_transfer, met
 from applications.mri.transfer_results import Transfer, TransferSettings
 from applications.mri.weights import Trained, load_weights, named, save_weights
 
+pytestmark = pytest.mark.xdist_group("transfer")  # what its tests share is made once
+
 DEFAULTS = "{size: 24, coils: 2, acceleration: 2, center: 0.25, anatomy: brain_t1_axial}"
 LIST = f"""
 defaults: {DEFAULTS}

@@ -20,6 +20,8 @@ from applications.toy.hyper_cleaning import run_hyper_cleaning
 from applications.toy.metrics import judge
 from applications.toy.models import Model, accuracy, fit, logits, losses, penalty, start
 
+pytestmark = pytest.mark.xdist_group("hyper_cleaning")  # what its tests share is made once
+
 SMALL = CleaningSettings(
     sizes=(200, 60, 500),
     updates=12,

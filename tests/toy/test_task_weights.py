@@ -12,6 +12,8 @@ from applications.toy.data import load
 from applications.toy.task_weights import Settings, run_task_weights
 from applications.toy.tasks import TaskSettings, make_tasks
 
+pytestmark = pytest.mark.xdist_group("task_weights")  # what its tests share is made once
+
 # As by default, but few and small tasks, for the sake of time.
 SMALL = Settings(
     TaskSettings(1, 2, 60, 40, 100),
