@@ -18,7 +18,7 @@ from applications.mri.tasks import Task
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
+class Bucket:
     """Slices of one matrix size, undersampled and ready for the network.
 
     Attributes:
@@ -32,7 +32,7 @@ class Example:
     reference: Tensor
 
 
-Batch = tuple[tuple[Example, ...], ...]  # by task; within a task one example a matrix size
+Batch = tuple[tuple[Bucket, ...], ...]  # by task; within a task one example a matrix size
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class Batches:
     def _draw(self, step: int) -> Batch:
         return tuple(self.task_batch(i, step) for i in range(len(self.tasks)))
 
-    def task_batch(self, task: int, step: int) -> tuple[Example, ...]:
+    def task_batch(self, task: int, step: int) -> tuple[Bucket, ...]:
         """The minibatch of one task.
 
         Args:
@@ -89,7 +89,7 @@ class Batches:
         chosen = torch.randperm(len(part), generator=generator)[: self.size]
         return bucketed([self._example(task, int(i), generator) for i in chosen])
 
-    def _example(self, task: int, index: int, generator: torch.Generator) -> Example:
+    def _example(self, task: int, index: int, generator: torch.Generator) -> Bucket:
         """One slice, with a mask of its own, perhaps flipped and cropped."""
         spec = self.tasks[task]
         drawn = draw_full(spec.parts[self.role][index], generator, (spec.sampling,), self.crop)
@@ -103,16 +103,14 @@ class Batches:
             reference = rss(target)
         matrix = coil_matrix(kspace, self.network.architecture.n_coils)
         scan = self.network.prepare(with_coils(matrix, kspace)[None], drawn.mask)
-        target, rows = with_coils(matrix, target)[None], drawn.rows
-        if rows != slice(0, target.shape[-2]):
-            scan = scan.crop_rows(rows.start, rows.stop - rows.start)
-        return Example(scan, target[..., rows, :], reference[None, rows])
+        target = with_coils(matrix, target)[None, :, drawn.rows]
+        return Bucket(drawn.cropped(scan), target, reference[None, drawn.rows])
 
 
 _ROLE_NUMBERS = {"train": 0, "validation": 1, "test": 2}
 
 
-def bucketed(examples: Sequence[Example]) -> tuple[Example, ...]:
+def bucketed(examples: Sequence[Bucket]) -> tuple[Bucket, ...]:
     """Examples of one matrix size put together, in the order of first appearance.
 
     Args:
@@ -121,13 +119,13 @@ def bucketed(examples: Sequence[Example]) -> tuple[Example, ...]:
     Returns:
         One a size.
     """
-    buckets: dict[torch.Size, list[Example]] = {}
+    buckets: dict[torch.Size, list[Bucket]] = {}
     for one in examples:
         buckets.setdefault(one.target.shape[-2:], []).append(one)
     return tuple(_joined(bucket) for bucket in buckets.values())
 
 
-def _joined(examples: Sequence[Example]) -> Example:
+def _joined(examples: Sequence[Bucket]) -> Bucket:
     if len(examples) == 1:
         return examples[0]
     scans = [vars(one.scan) for one in examples]
@@ -136,7 +134,7 @@ def _joined(examples: Sequence[Example]) -> Example:
         name: None if scans[0][name] is None else torch.cat([scan[name] for scan in scans])
         for name in scans[0]
     }
-    return Example(
+    return Bucket(
         replace(examples[0].scan, **scan),
         torch.cat([one.target for one in examples]),
         torch.cat([one.reference for one in examples]),
@@ -163,7 +161,7 @@ class TaskLosses:
         """Mean loss over the slices of each task, shape ``(tasks,)``."""
         return torch.stack([self.of_task(control, task) for task in batch])
 
-    def of_task(self, control: bl.PerStep, examples: Sequence[Example]) -> Tensor:
+    def of_task(self, control: bl.PerStep, examples: Sequence[Bucket]) -> Tensor:
         """Mean loss over the slices of one task, real scalar."""
         counts = [len(one.target) for one in examples]
         self.evaluations += sum(counts)

@@ -11,7 +11,7 @@ from torch import Tensor
 import bilevel as bl
 from applications.mri.data import Slice, SliceDataset, fully_sampled
 from applications.mri.operators import fft2c, ifft2c, rss
-from applications.mri.reconstruction import Loss, Network
+from applications.mri.reconstruction import Loss, Network, Scan
 from applications.mri.sampling import Sampling, samples_columns
 
 
@@ -43,11 +43,16 @@ class FullExample(Example):
     rows: slice
 
     def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Tensor]:  # noqa: D102
-        scan = network.prepare(fft2c(self.target)[None], self.mask)
-        rows, target, reference = self.rows, self.target, self.reference
-        if rows != slice(0, target.shape[-2]):
-            scan = scan.crop_rows(rows.start, rows.stop - rows.start)
-        return network.training_problem(scan, target[None, :, rows], reference[None, rows], loss)
+        scan = self.cropped(network.prepare(fft2c(self.target)[None], self.mask))
+        target, reference = self.target[None, :, self.rows], self.reference[None, self.rows]
+        return network.training_problem(scan, target, reference, loss)
+
+    def cropped(self, scan: Scan) -> Scan:
+        """Of a scan of the slice, the rows that are trained on."""
+        rows = self.rows
+        if rows == slice(0, self.target.shape[-2]):
+            return scan
+        return scan.crop_rows(rows.start, rows.stop - rows.start)
 
 
 def draw_full(

@@ -12,7 +12,7 @@ import bilevel as bl
 from applications.command_line import Report
 from applications.files import make_folder
 from applications.mri.baselines import zero_filled
-from applications.mri.batches import Batches, Example, TaskLosses
+from applications.mri.batches import Batches, Bucket, TaskLosses
 from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.evaluation import Method as Reconstructing
 from applications.mri.evaluation import evaluate, network_methods
@@ -148,7 +148,7 @@ def adapt_models(
 def adapted(
     network: Network,
     model: bl.PerStep,
-    examples: Sequence[Example],
+    examples: Sequence[Bucket],
     training: MetaSettings,
     steps: int,
     weight: float = 1.0,

@@ -116,12 +116,12 @@ class _Experiment:
         folds = torch.arange(self.n_outer).tensor_split(settings.folds)
         judged = [_pair(self.outer[fold]) for fold in folds]
         rests = [torch.cat([*folds[:k], *folds[k + 1 :]]) for k in range(len(folds))]
-        trained = [_joined([noisy, self.outer[rest]]) for rest in rests]
+        trained = [_gathered([_whole(noisy), _whole(self.outer[rest])]) for rest in rests]
 
         def inner(params: Sequence[Params], alpha: Tensor, _batch: object) -> Tensor:
             terms = []
-            for model, (inputs, labels) in zip(params, trained, strict=True):
-                ones = torch.ones(len(labels) - len(alpha))
+            for model, (inputs, labels, weights) in zip(params, trained, strict=True):
+                ones = weights[len(alpha) :]
                 shares = torch.cat([alpha.sigmoid(), ones]) / (len(alpha) / 2 + len(ones))
                 terms.append(objective(model, inputs, labels, shares, settings.learning_decay))
             return torch.stack(terms).sum()
@@ -132,7 +132,7 @@ class _Experiment:
 
         # The Hessian of the cross-entropy in the logits is at most 1/2, and no share is above twice
         # that of a mean over all samples. A bound for linear models; a network's first layer alike.
-        inputs, _ = trained[0]
+        inputs = trained[0][0]
         curvature = float(torch.linalg.matrix_norm(inputs, 2)) ** 2 / len(inputs) + 1
         return bl.BilevelSolver(
             bl.BilevelProblem(inner, outer),
@@ -145,11 +145,10 @@ class _Experiment:
 
     def tuned(self, parts: Sequence[tuple[Dataset, Tensor]]) -> _Fitted:
         """The fit to weighted data, with the decay and the steps that are best on held-out data."""
-        inputs, labels = _joined([data for data, _ in parts])
-        weights = torch.cat([weights for _, weights in parts])
+        samples = _gathered(parts)
         best = None
         for decay in sorted(self.settings.decays, reverse=True):
-            stopped = self.stopped(fits(self.start, inputs, labels, weights, decay, _LOOK), decay)
+            stopped = self.stopped(fits(self.start, *samples, decay, _LOOK), decay)
             if best is not None and stopped.loss >= best.loss:
                 break
             best = stopped
@@ -175,10 +174,8 @@ class _Experiment:
         chosen = self.tuned(begin + ([_whole(self.outer)] if validated else []))
         if not validated:
             return chosen
-        inputs, labels = _joined([*([] if train is None else [train]), self.validation])
-        ones = torch.ones(len(self.validation))
-        shares = ones if train is None else torch.cat([weights, ones])
-        params = fit(self.start, inputs, labels, shares, chosen.decay, chosen.steps)
+        samples = _gathered([*begin, _whole(self.validation)])
+        params = fit(self.start, *samples, chosen.decay, chosen.steps)
         return replace(chosen, params=params)
 
     def learn(self, done: Callable[[float], None]) -> tuple[Tensor, bl.Solution, int, float]:
@@ -199,10 +196,8 @@ class _Experiment:
             looks.append((found.loss, progress.step, weights))
             paused += time.perf_counter() - began
 
-        halves = torch.full((n,), 0.5)
-        inputs, labels = _joined([noisy, self.outer])
-        shares = torch.cat([halves, torch.ones(self.n_outer)])
-        begin = fit(self.start, inputs, labels, shares, settings.learning_decay, settings.fit_steps)
+        samples = _gathered([(noisy, torch.full((n,), 0.5)), _whole(self.outer)])
+        begin = fit(self.start, *samples, settings.learning_decay, settings.fit_steps)
         began = time.perf_counter()
         solution = solver.solve(
             [begin] * settings.folds,
@@ -251,9 +246,13 @@ def _pair(data: Dataset) -> tuple[Tensor, Tensor]:
     return data.inputs, data.labels
 
 
-def _joined(parts: Sequence[Dataset]) -> tuple[Tensor, Tensor]:
-    """Inputs and labels of all, one after the other."""
-    return torch.cat([data.inputs for data in parts]), torch.cat([data.labels for data in parts])
+def _gathered(parts: Sequence[tuple[Dataset, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, labels and weights of all, one after the other."""
+    return (
+        torch.cat([data.inputs for data, _ in parts]),
+        torch.cat([data.labels for data, _ in parts]),
+        torch.cat([weights for _, weights in parts]),
+    )
 
 
 def _whole(data: Dataset) -> tuple[Dataset, Tensor]:

@@ -6,7 +6,7 @@ import torch
 import bilevel as bl
 from applications.errors import InputError
 from applications.methods import Method
-from applications.mri.batches import Batches, Example, TaskLosses
+from applications.mri.batches import Batches, Bucket, TaskLosses
 from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.data import SliceDataset, Volume, fully_sampled, write_volume
 from applications.mri.meta import column, learn
@@ -94,7 +94,7 @@ def double(values):
 def double_batch(batch):
     return tuple(
         tuple(
-            Example(replace(x.scan, **double(vars(x.scan))), *double((x.target, x.reference)))
+            Bucket(replace(x.scan, **double(vars(x.scan))), *double((x.target, x.reference)))
             for x in examples
         )
         for examples in batch
