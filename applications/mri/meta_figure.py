@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from applications.mri.meta_results import Experiment, spread, with_spread
+from applications.mri.meta_results import Experiment, with_spread
 from applications.mri.meta_settings import Ablation
 from applications.pictures import blank_figure, save_figure
+from applications.seeds import spread
 
 _LEARNED = (Ablation.MATRIX, Ablation.VECTOR, Ablation.PENALTY)
 

@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from applications.mri.meta import Learned
 from applications.mri.meta_settings import Ablation, MetaSettings
 from applications.mri.metrics import Scores, mean_scores
 from applications.mri.task_facts import TaskFacts
+from applications.seeds import spread
 
 Table = dict[str, dict[str, Scores]]  # by model, by test task
 
@@ -157,11 +158,6 @@ class Experiment:
             task: dict(zip(columns, row, strict=True))
             for task, row in zip(self.trained, sigma, strict=True)
         }
-
-
-def spread(values: Sequence[float]) -> float:
-    """Standard deviation over seeds, 0 of a single one."""
-    return stdev(values) if len(values) > 1 else 0.0
 
 
 def with_spread(values: Sequence[float], digits: int) -> str:

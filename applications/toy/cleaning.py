@@ -8,10 +8,10 @@ from torch import Tensor
 
 from applications.errors import InputError, check_counts, check_positive
 from applications.methods import Method
+from applications.seeds import spread
 from applications.toy.data import Convention
 from applications.toy.metrics import Cleaning
 from applications.toy.models import Model
-from applications.toy.task_weights import spread
 
 CLEANED = "learned weights"  # the way of training that cleaning is for
 

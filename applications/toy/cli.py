@@ -13,13 +13,14 @@ from rich.table import Table
 from applications.command_line import Report, Seed, Threads, guarded, progress_bars, use_threads
 from applications.files import make_folder, write_json
 from applications.methods import Method
+from applications.seeds import spread
 from applications.toy.cleaning import CleaningResult, CleaningSettings
 from applications.toy.cleaning_figure import draw_cleaning
 from applications.toy.data import Convention
 from applications.toy.figures import draw_task_weights
 from applications.toy.hyper_cleaning import run_hyper_cleaning
 from applications.toy.models import Model
-from applications.toy.task_weights import Result, Settings, run_task_weights, spread
+from applications.toy.task_weights import Result, Settings, run_task_weights
 from applications.toy.tasks import TaskSettings
 
 app = typer.Typer(

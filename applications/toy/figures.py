@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from applications.pictures import blank_figure, save_figure
-from applications.toy.task_weights import Result, spread
+from applications.seeds import spread
+from applications.toy.task_weights import Result
 
 LEARNED, GREY = "#4292c6", "#bdbdbd"  # what was learned, and what it is compared with
 _REFERENCE = ("oracle",)  # knows what is to be learned

@@ -18,6 +18,7 @@ import bilevel as bl
 from applications.command_line import Report
 from applications.errors import check_counts, check_positive
 from applications.methods import Method
+from applications.seeds import spread
 from applications.toy import models
 from applications.toy.data import load
 from applications.toy.models import Model, Params, penalty, start
@@ -150,11 +151,6 @@ class Result:
                 for run in self.runs
             ],
         }
-
-
-def spread(values: Tensor) -> float:
-    """Standard deviation over seeds, 0 of a single one."""
-    return float(values.std()) if len(values) > 1 else 0.0
 
 
 def _plain(learned: Learned) -> dict:
