@@ -30,7 +30,7 @@ def calibrate(
         regularisation: weight of the squared kernel relative to the mean energy of its inputs.
 
     Returns:
-        K, complex64, shape ``(coils, coils, rows, columns)``: ``(K u)_o = sum_i K_oi u_i`` a pixel.
+        K, complex64, shape ``(rows, columns, coils, coils)``: ``(K u)_o = sum_i K_oi u_i`` a pixel.
 
     Raises:
         InputError: if the centre is too small for the kernel.
@@ -114,28 +114,27 @@ def inconsistency_normal(matrices: Tensor) -> Tensor:
     """``N = (K - I)^H (K - I)`` a pixel: N u is half the gradient of ``|K u - u|^2``.
 
     Args:
-        matrices: K, shape ``(coils, coils, rows, columns)``.
+        matrices: K, shape ``(rows, columns, coils, coils)``.
 
     Returns:
         N, Hermitian and positive semidefinite, the same shape.
     """
-    identity = torch.eye(matrices.shape[0], dtype=matrices.dtype, device=matrices.device)
-    defect = matrices - identity[:, :, None, None]
-    return torch.stack([times(defect.transpose(0, 1).conj(), one) for one in defect.unbind(1)], 1)
+    defect = matrices - torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return defect.mH @ defect
 
 
 def times(matrices: Tensor, state: Tensor) -> Tensor:
     """One matrix-vector product a pixel.
 
     Args:
-        matrices: shape ``(..., coils, coils, rows, columns)``.
+        matrices: shape ``(..., rows, columns, coils, coils)``.
         state: shape ``(..., coils, rows, columns)``.
 
     Returns:
         ``sum_i matrices_oi state_i``, the shape of ``state``.
     """
-    # Six times as fast as einsum, which first moves the pixels in front of the coils.
-    return (matrices * state.unsqueeze(-4)).sum(-3)
+    product = matrices @ state.movedim(-3, -1).unsqueeze(-1)
+    return product.squeeze(-1).movedim(-1, -3).contiguous()
 
 
 def consistent_image(kspace: Tensor, mask: Tensor, normal: Tensor, iterations: int) -> Tensor:
@@ -166,7 +165,7 @@ def consistent_image(kspace: Tensor, mask: Tensor, normal: Tensor, iterations: i
         if energy <= floor:
             break
         product = apply(direction)
-        length = energy / (direction.conj() * product).real.sum()
+        length = energy / torch.vdot(direction.flatten(), product.flatten()).real
         u, residual = u + length * direction, residual - length * product
         before, energy = energy, _energy(residual)
         direction = residual + (energy / before) * direction
@@ -174,7 +173,7 @@ def consistent_image(kspace: Tensor, mask: Tensor, normal: Tensor, iterations: i
 
 
 def _energy(u: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(u).square()
+    return torch.vdot(u.flatten(), u.flatten()).real
 
 
 def _image_domain(kernels: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -186,7 +185,7 @@ def _image_domain(kernels: Tensor, shape: tuple[int, int]) -> Tensor:
         # The correlation sum_d w_d f(k + d) multiplies the image by sum_d w_d exp(-2 pi i d r / n).
         angle = -2 * math.pi * offsets[:, None] * position
         waves.append(torch.polar(torch.ones_like(angle), angle))
-    return torch.einsum("oiab,ay,bx->oiyx", kernels, *waves)
+    return torch.einsum("oiab,ay,bx->yxoi", kernels, *waves)
 
 
 def _hann(n: int, like: Tensor) -> Tensor:

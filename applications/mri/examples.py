@@ -1,8 +1,10 @@
 """What an update trains on: slices in rounds of random order, undersampled on the way."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +25,38 @@ class Example(ABC):
         """The control problem that it poses to a network, and its observation."""
 
 
-Draw = Callable[[Slice, torch.Generator], Example]
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Slices that are undersampled alike.
+
+    Attributes:
+        slices: fully sampled; undersampled for self-supervision.
+        samplings: one of them, drawn at random, undersamples each slice.
+    """
+
+    slices: SliceDataset
+    samplings: tuple[Sampling, ...]
+
+
+class Pool:
+    """The slices of all sources, one source after the other, each with its samplings."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """Join the sources."""
+        self.sources = tuple(sources)
+        self.files = tuple(file for source in self.sources for file in source.slices.files)
+        self._ends = list(accumulate(len(source.slices) for source in sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> tuple[Slice, tuple[Sampling, ...]]:
+        which = bisect_right(self._ends, index)
+        source = self.sources[which]
+        return source.slices[index - self._ends[which] + len(source.slices)], source.samplings
+
+
+Draw = Callable[[Slice, tuple[Sampling, ...], torch.Generator], Example]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +147,9 @@ class Place:
 class Examples(Iterator[Example]):
     """Examples without end; every round takes each slice once, in a new random order."""
 
-    def __init__(
-        self, slices: SliceDataset, draw: Draw, seed: int, place: Place | None = None
-    ) -> None:
+    def __init__(self, pool: Pool, draw: Draw, seed: int, place: Place | None = None) -> None:
         """Begin at a seed, or go on from a place."""
-        self._slices, self._draw = slices, draw
+        self._pool, self._draw = pool, draw
         self._generator = torch.Generator().manual_seed(seed)
         self._remaining: list[int] = []
         if place is not None:
@@ -127,9 +158,9 @@ class Examples(Iterator[Example]):
 
     def __next__(self) -> Example:
         if not self._remaining:
-            order = torch.randperm(len(self._slices), generator=self._generator)
+            order = torch.randperm(len(self._pool), generator=self._generator)
             self._remaining = order.tolist()
-        return self._draw(self._slices[self._remaining.pop(0)], self._generator)
+        return self._draw(*self._pool[self._remaining.pop(0)], self._generator)
 
     @property
     def place(self) -> Place:

@@ -19,7 +19,7 @@ from applications.mri.meta_settings import Ablation, MetaSettings, Rule
 from applications.mri.network import PRESETS, preset_named
 from applications.mri.reconstruction import Network
 from applications.mri.task_facts import facts_of
-from applications.mri.task_list import TaskSettings, parse_task, read_task_list
+from applications.mri.task_list import listed_tasks, read_task_list
 from applications.mri.tasks import open_each, open_tasks
 from applications.mri.transfer import learned_correlation, measure_transfer, meta_models
 from applications.mri.transfer_figure import draw_transfer
@@ -89,7 +89,7 @@ def meta_train(
         seed=seed,
     )
     settings = ExperimentSettings(training, _ablations(ablations), seeds, adapt_steps, adapt_slices)
-    listed = _listed(tasks, task or [])
+    listed = listed_tasks(tasks, task or [])
     start = None if init is None else load_weights(init)
     architecture = preset_named(preset, coils) if start is None else start.network.architecture
     make_folder(out)
@@ -153,7 +153,7 @@ def transfer(
         seed=seed,
     )
     settings = TransferSettings(training, _numbers(steps), slices)
-    listed = _listed(tasks, task or [])
+    listed = listed_tasks(tasks, task or [])
     others = [] if unseen is None else read_task_list(unseen)
     if meta is None:
         network, models, learned = Network(preset_named(preset, coils), seed), {}, None
@@ -198,12 +198,6 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _checkpointing(keep_graphs: bool) -> bl.Checkpointing:
     return bl.Checkpointing(block=None) if keep_graphs else bl.Checkpointing()
-
-
-def _listed(path: Path | None, texts: list[str]) -> list[TaskSettings]:
-    if path is None and not texts:
-        raise InputError("tasks were needed, got none; give --tasks FILE, or --task once a task.")
-    return [*(read_task_list(path) if path else []), *map(parse_task, texts)]
 
 
 def _ablations(text: str) -> tuple[Ablation, ...]:

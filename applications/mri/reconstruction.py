@@ -28,7 +28,7 @@ class Scan:
         kspace: f over `scale`, zeros where nothing was measured, ``(batch, coils, rows, columns)``.
         mask: boolean, ``(batch, 1, rows, columns)``.
         start: the k-space that g0 receives: `kspace`, or filled by self-consistency.
-        normal: N of the self-consistency, ``(batch, coils, coils, rows, columns)``, or None.
+        normal: N of the self-consistency, ``(batch, rows, columns, coils, coils)``, or None.
         phases: of the low-resolution coil images, complex of magnitude 1, the shape of `kspace`, or
             None.
         scale: what the measured k-space was divided by, ``(batch, 1, 1, 1)``.
@@ -65,7 +65,7 @@ class Scan:
             crop(self.kspace),
             self.mask[..., rows, :],
             crop(self.start),
-            None if self.normal is None else self.normal[..., rows, :],
+            None if self.normal is None else self.normal[:, rows],
             None if self.phases is None else self.phases[..., rows, :],
             self.scale,
         )

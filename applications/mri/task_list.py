@@ -1,6 +1,6 @@
 """Lists of tasks, in YAML or on the command line, and what their entries say."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,24 @@ class TaskSettings:
             )
         except InputError as error:
             raise InputError(f"task {self.name!r}: {error}") from error
+
+
+def listed_tasks(path: Path | None, texts: Sequence[str]) -> list[TaskSettings]:
+    """The entries of a file and of the command line.
+
+    Args:
+        path: YAML, see `read_task_list`; or None.
+        texts: one an entry, see `parse_task`.
+
+    Returns:
+        The entries, those of the file first.
+
+    Raises:
+        InputError: if there are none, or one is not of its form.
+    """
+    if path is None and not texts:
+        raise InputError("tasks were needed, got none; give --tasks FILE, or --task once a task.")
+    return [*(read_task_list(path) if path else []), *map(parse_task, texts)]
 
 
 def read_task_list(path: Path) -> list[TaskSettings]:

@@ -1,8 +1,9 @@
 """The command `train`: what is written on the command line, as settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,8 @@ from applications.mri.choices import (
     Width,
     chosen_sampling,
 )
-from applications.mri.data import SliceDataset
+from applications.mri.data import SliceDataset, VolumeFile
+from applications.mri.examples import Source
 from applications.mri.keeping import Keeper, describe
 from applications.mri.network import preset_named
 from applications.mri.precision import Precision
@@ -29,6 +31,8 @@ from applications.mri.reconstruction import Network
 from applications.mri.resuming import StateFile
 from applications.mri.schedules import Constant, Cosine, Schedule, Step
 from applications.mri.self_supervised import SelfSupervision
+from applications.mri.task_list import TaskSettings, listed_tasks
+from applications.mri.tasks import Task, open_each
 from applications.mri.tensorboard import tensorboard
 from applications.mri.training import TrainingSettings, TrainingState, train
 from applications.mri.validation import Validation
@@ -43,8 +47,15 @@ _SCHEDULES: dict[str, Callable[[], Schedule]] = {
 
 
 def train_command(
-    data: Annotated[Path, typer.Option(help="Folder of .h5 scans, fully sampled.")],
     out: Annotated[Path, typer.Option(help="Weights to write, safetensors.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of .h5 scans, fully sampled.")] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option(help="Task list, YAML, instead: scans and masks of several kinds."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="One more task: name=...,anatomy=...,acceleration=...")
+    ] = None,
     preset: Annotated[str, typer.Option(help="Network: paper or light.")] = "light",
     init: Annotated[Path | None, typer.Option(help="Weights to begin with.")] = None,
     mask: MaskOption = "random",
@@ -69,8 +80,12 @@ def train_command(
     ] = "cosine",
     accumulate: Annotated[int, typer.Option(help="Slices an update.", min=1)] = 1,
     crop: Annotated[int, typer.Option(help="Rows of a training crop, 0: none.", min=0)] = 32,
+    whole: Annotated[
+        float, typer.Option(help="Last share of the training that sees whole slices.")
+    ] = 0.2,
     validation: Annotated[
-        Path | None, typer.Option(help="Folder of scans to choose the best weights by.")
+        Path | None,
+        typer.Option(help="Folder of scans to choose the best weights by; tasks have their own."),
     ] = None,
     validate_every: Annotated[
         int | None, typer.Option(help="Updates between looks at them; 100.", min=1)
@@ -103,37 +118,56 @@ def train_command(
         "width": width,
         "spokes": spokes,
     }
+    sampled = _sampled(mask, masking, self_supervised=self_supervised)
+    listed = _listed(data, tasks, task or [])
+    if listed and (validation or sampled != _sampled("random", {}, self_supervised=False)):
+        raise InputError(
+            "tasks bring masks and validation scans of their own, got options of others beside "
+            "them; leave --mask, its settings, --self-supervised and --validation out."
+        )
     settings = TrainingSettings(
-        **_sampled(mask, masking, self_supervised=self_supervised),
+        **sampled,
         steps=steps if steps or seconds else 1000,
         seconds=seconds,
         learning_rate=learning_rate,
         schedule=_named("schedule", _SCHEDULES, schedule)(),
         accumulate=accumulate,
         crop=crop,
-        validation=_looks(validation, validate_every, patience),
+        whole=whole,
+        validation=_looks(validate_every, patience, possible=bool(listed or validation)),
         checkpointing=bl.Checkpointing() if budget is None else bl.Budget(budget),
         device=device,
         precision=precision,
         seed=seed,
     )
-    slices = SliceDataset(data)
-    looked_at = None if validation is None else SliceDataset(validation)
-    make_place(out)
-    trained = _begin(preset, init, slices, seed)
-    conditions = describe(settings) | {"data": _contents(slices), "validated": _contents(looked_at)}
-    state = StateFile(out.with_name(f"{out.name}.state"), trained.network, conditions)
-    begin = state.load() if resume else trained.control
     with ExitStack() as stack:
-        record = None if board is None else stack.enter_context(tensorboard(board))
         report = stack.enter_context(progress_bars(console))
-        keeper = Keeper(out, trained.network, describe(settings), report, state)
+        slices: SliceDataset | list[Source]
+        looked_at: SliceDataset | list[Source] | None = None
+        if data is not None:
+            slices = SliceDataset(data)
+            looked_at = None if validation is None else SliceDataset(validation)
+        else:
+            place = Path(stack.enter_context(TemporaryDirectory(prefix="scans-")))
+            opened = open_each(listed, place, lambda k, n: report("opening tasks", k / n))
+            slices = _of_role(opened, "train")
+            looked_at = _of_role(opened, "validation") if validate_every or patience else None
+        make_place(out)
+        trained = _begin(preset, init, slices, seed)
+        record = describe(settings)
+        if listed:
+            record["samplings"] = {one.name: repr(one.sampling) for one in listed}
+        conditions = record | {"data": _contents(slices), "validated": _contents(looked_at)}
+        state = StateFile(out.with_name(f"{out.name}.state"), trained.network, conditions)
+        begin = state.load() if resume else trained.control
+        told = None if board is None else stack.enter_context(tensorboard(board))
+        keeper = Keeper(out, trained.network, record, report, state)
         stack.enter_context(keeper)
 
-        def after_step(told: TrainingState) -> None:
-            if record is not None:
-                record(told)
-            keeper(told)
+        def after_step(now: TrainingState) -> None:
+            if told is not None:
+                told(now)
+            keeper(now)
 
         found = train(trained.network, begin, slices, settings, after_step, looked_at)
         keeper.finish(found.control)
@@ -164,8 +198,28 @@ def _sampled(
     return {"self_supervision": supervision}
 
 
-def _looks(folder: Path | None, every: int | None, patience: int | None) -> Validation:
-    if folder is None and not (every is None and patience is None):
+def _listed(data: Path | None, tasks: Path | None, texts: list[str]) -> list[TaskSettings]:
+    if (data is None) == (tasks is None and not texts):
+        came = "neither" if data is None else "both"
+        raise InputError(
+            f"scans of a folder or of tasks were needed, got {came}; give --data FOLDER, or "
+            "--tasks FILE and --task once a task."
+        )
+    return [] if data is not None else listed_tasks(tasks, texts)
+
+
+def _of_role(tasks: Sequence[Task], role: str) -> list[Source]:
+    found = [Source(one.parts[role], (one.sampling,)) for one in tasks if role in one.parts]
+    if not found:
+        raise InputError(
+            f"at least one task with the role {role} was needed, none of {len(tasks)} has it; add "
+            "a task, or the role."
+        )
+    return found
+
+
+def _looks(every: int | None, patience: int | None, *, possible: bool) -> Validation:
+    if not possible and not (every is None and patience is None):
         raise InputError(
             "--validate-every and --patience need scans to look at, got no --validation; name a "
             "folder of them, or leave both out."
@@ -179,12 +233,19 @@ def _named(option: str, known: dict[str, Any], name: str) -> Any:
     return known[name]
 
 
-def _contents(slices: SliceDataset | None) -> list[tuple[str, int]]:
-    return [] if slices is None else [(file.path.name, file.n_slices) for file in slices.files]
+def _files(scans: SliceDataset | Sequence[Source]) -> list[VolumeFile]:
+    each = [scans] if isinstance(scans, SliceDataset) else [one.slices for one in scans]
+    return [file for slices in each for file in slices.files]
 
 
-def _begin(preset: str, init: Path | None, slices: SliceDataset, seed: int) -> Trained:
+def _contents(scans: SliceDataset | Sequence[Source] | None) -> list[tuple[str, int]]:
+    return [(file.path.name, file.n_slices) for file in _files(scans or [])]
+
+
+def _begin(
+    preset: str, init: Path | None, scans: SliceDataset | Sequence[Source], seed: int
+) -> Trained:
     if init is not None:
         return load_weights(init)
-    network = Network(preset_named(preset, slices.files[0].n_coils), seed)
+    network = Network(preset_named(preset, _files(scans)[0].n_coils), seed)
     return Trained(network, network.controls(), {})

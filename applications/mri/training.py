@@ -1,7 +1,7 @@
 """Trains the network by Algorithm 2 on fully sampled scans, or on undersampled ones alone."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,10 +11,11 @@ from torch import Tensor
 import bilevel as bl
 from applications.errors import InputError
 from applications.mri.data import Slice, SliceDataset
-from applications.mri.examples import Example, Examples, draw_full, moved
+from applications.mri.examples import Example, Examples, Pool, Source, draw_full, moved
 from applications.mri.precision import in_precision
 from applications.mri.reconstruction import Network
 from applications.mri.resuming import Snapshot
+from applications.mri.sampling import Sampling
 from applications.mri.self_supervised import draw_split
 from applications.mri.training_settings import TrainingSettings
 from applications.mri.validation import Look, Looks, mean_cost
@@ -74,10 +75,10 @@ AfterStep = Callable[[TrainingState], None]
 def train(
     network: Network,
     begin: bl.PerStep | Snapshot,
-    slices: SliceDataset,
+    slices: SliceDataset | Sequence[Source],
     settings: TrainingSettings,
     after_step: AfterStep | None = None,
-    validation: SliceDataset | None = None,
+    validation: SliceDataset | Sequence[Source] | None = None,
 ) -> TrainingResult:
     """Algorithm 2 over slices drawn at random.
 
@@ -85,11 +86,12 @@ def train(
         network: to train.
         begin: weights to begin with, or a snapshot to go on from; with the settings and slices it
             was taken under, the training goes on as if it had not been interrupted.
-        slices: fully sampled; undersampled for self-supervision.
+        slices: fully sampled; undersampled for self-supervision. Sources come with samplings of
+            their own in place of those of the settings.
         settings: how.
         after_step: told of every update; it may save the weights.
-        validation: slices to choose the weights by, and to stop by; the masks are the same at each
-            look.
+        validation: slices to choose the weights by, and to stop by, likewise; the masks are the
+            same at each look.
 
     Returns:
         The best or last weights and the history.
@@ -99,20 +101,24 @@ def train(
             to look at.
         DivergenceError: if the loss or its gradient is not finite.
     """
-    for file in (*slices.files, *(validation.files if validation else ())):
+    pool, looked_at = (
+        Pool([Source(one, settings.samplings)] if isinstance(one, SliceDataset) else one)
+        for one in (slices, validation or ())
+    )
+    for file in (*pool.files, *looked_at.files):
         if file.n_coils != network.architecture.n_coils:
             raise InputError(
                 f"{file.path}: the network was built for {network.architecture.n_coils} coils, the "
                 f"scan has {file.n_coils}; train a network for that count."
             )
-    if settings.validation.patience is not None and validation is None:
+    if settings.validation.patience is not None and not looked_at:
         raise InputError(
             f"patience of {settings.validation.patience} looks needs validation slices, got none; "
             "name a folder of them, or set patience to None."
         )
-    training = _Training(network, begin, slices, settings, after_step, validation)
-    if validation is not None:  # what does not fit shall not show hours later, at the first look
-        training.draw(validation[0], torch.Generator(), looking=True)
+    training = _Training(network, begin, pool, looked_at, settings, after_step)
+    if looked_at:  # what does not fit shall not show hours later, at the first look
+        training.draw(*looked_at[0], torch.Generator(), looking=True)
     return training.run()
 
 
@@ -123,10 +129,10 @@ class _Training:
         self,
         network: Network,
         begin: bl.PerStep | Snapshot,
-        slices: SliceDataset,
+        slices: Pool,
+        validation: Pool,
         settings: TrainingSettings,
         after_step: AfterStep | None,
-        validation: SliceDataset | None,
     ) -> None:
         self.network, self.settings = network, settings
         self.after_step, self.validation = after_step, validation
@@ -167,13 +173,20 @@ class _Training:
         by_time = (time.monotonic() - self.started) / seconds if seconds else 0.0
         return min(max(by_steps, by_time), 1.0)
 
-    def draw(self, one: Slice, generator: torch.Generator, *, looking: bool = False) -> Example:
+    def draw(
+        self,
+        one: Slice,
+        samplings: tuple[Sampling, ...],
+        generator: torch.Generator,
+        *,
+        looking: bool = False,
+    ) -> Example:
         settings = self.settings
         if settings.self_supervision is not None:
             return draw_split(one, generator, settings.self_supervision)
         whole = looking or self.share() >= 1 - settings.whole
         crop = 0 if whole else settings.crop
-        return draw_full(one, generator, settings.samplings, crop, flips=not looking)
+        return draw_full(one, generator, samplings, crop, flips=not looking)
 
     def build(self, example: Example) -> tuple[bl.ControlProblem, Tensor]:
         device, precision = self.settings.device, self.settings.precision
@@ -205,10 +218,10 @@ class _Training:
 
     def look(self, done: int, spent: float, control: bl.PerStep) -> Look | None:
         settings, slices = self.settings, self.validation
-        if slices is None or (done % settings.validation.every and spent < 1.0):
+        if not slices or (done % settings.validation.every and spent < 1.0):
             return None
         generator = torch.Generator().manual_seed(settings.seed + 1)
-        drawn = (self.draw(slices[k], generator, looking=True) for k in range(len(slices)))
+        drawn = (self.draw(*one, generator, looking=True) for one in slices)
         look = Look(done, mean_cost(self.build, drawn, control))
         self.looks = self.looks.after(look, on_device(control, settings.device, copy=True))
         return look

@@ -60,7 +60,16 @@ COMMANDS = {
     "train": [
         *("--data", "--out", "--preset", "--init", *SAMPLING_OPTIONS, "--steps", "--seconds"),
         *("--self-supervised", "--learning-rate", "--schedule", "--accumulate", "--crop"),
-        *("--validation", "--validate-every", "--patience", "--budget", "--device"),
+        *(
+            "--whole",
+            "--tasks",
+            "--task",
+            "--validation",
+            "--validate-every",
+            "--patience",
+            "--budget",
+            "--device",
+        ),
         *("--precision", "--tensorboard", "--resume", "--seed", "--threads"),
     ],
     "evaluate": [

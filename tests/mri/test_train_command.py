@@ -1,5 +1,6 @@
 """What the options of `train` lead to: settings, files, and messages."""
 
+import shutil
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ import bilevel as bl
 from applications.mri.data import Volume, write_volume
 from applications.mri.network import Architecture
 from applications.mri.reconstruction import Network
-from applications.mri.sampling import PoissonDisc
+from applications.mri.sampling import CartesianRandom, PoissonDisc
 from applications.mri.schedules import Constant, Cosine, Step
 from applications.mri.self_supervised import SelfSupervision
 from applications.mri.training import TrainingResult, train
@@ -149,3 +150,53 @@ def test_options_that_do_not_fit_are_one_line(data, tmp_path, options, message):
     found = refused("train", "--data", data, "--out", tmp_path / "w", "--steps", 1, *options)
     assert message in found
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tasks_bring_scans_masks_and_validation(data, small, tmp_path, monkeypatch):
+    seen = []
+
+    def probe(network, begin, slices, settings, after_step, validation):
+        seen.append((slices, validation))
+        return train(network, begin, slices, settings, after_step, validation)
+
+    monkeypatch.setattr("applications.mri.train_command.train", probe)
+    for role in ("train", "validation"):
+        shutil.copytree(data, tmp_path / "scans" / role)
+    listed = tmp_path / "tasks.yaml"
+    listed.write_text(
+        "defaults: {scans: scans, acceleration: 2, center: 0.25}\n"
+        "tasks: [{name: columns, roles: [train, validation]}]\n"
+    )
+    point = f"name=points,scans={tmp_path / 'scans'},mask=poisson,acceleration=2,calibration=6"
+    out = tmp_path / "w"
+    options = ["--tasks", listed, "--task", f"{point},roles=train", "--init", small]
+    text = succeed("train", "--out", out, *options, "--steps", 2, "--validate-every", 2)
+    (columns, points), (looked_at,) = seen[0]
+    assert columns.samplings == looked_at.samplings == (CartesianRandom(2.0, 0.25),)
+    assert points.samplings == (PoissonDisc(2.0, 6),)
+    assert len(columns.slices) == len(points.slices) == len(looked_at.slices) == 4
+    assert "Least validation loss" in text
+    kept = load_weights(out).record["samplings"]
+    assert kept == {"columns": "CartesianRandom(acceleration=2.0, center_fraction=0.25)"} | {
+        "points": repr(points.samplings[0])
+    }
+    succeed("train", "--out", out, *options, "--steps", 1)
+    assert seen[1][1] is None  # validation only where it is asked for
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "scans of a folder or of tasks were needed, got neither; give --data FOLDER, or"),
+        (["--data", "x", "--task", "name=a,anatomy=b"], "of a folder or of tasks were needed, got"),
+        (["--task", "name=a,anatomy=neck_t2star_axial", "--mask", "poisson"], "leave --mask, its"),
+        (["--task", "name=a,anatomy=neck_t2star_axial", "--validation", "x"], "and --validation"),
+        (
+            ["--task", "name=a,anatomy=neck_t2star_axial,size=32,roles=test"],
+            "at least one task with the role train was needed, none of 1 has it",
+        ),
+    ],
+)
+def test_scans_come_from_a_folder_or_from_tasks(tmp_path, options, message):
+    assert message in refused("train", "--out", tmp_path / "w", *options)
+    assert not (tmp_path / "w").exists()
