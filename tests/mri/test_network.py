@@ -53,7 +53,7 @@ def test_the_network_of_the_paper_has_four_million_real_parameters():
 def test_the_options_are_off_in_the_paper_and_on_in_light():
     assert paper(5) == Architecture(5, 4, 64, 32, 3, 9, 0.1, **OPTIONS)
     on = {"self_consistency": 16, "step": 1.0}
-    assert light(5) == Architecture(5, 4, 32, 16, 3, 3, **dict.fromkeys(OPTIONS, True) | on)
+    assert light(5) == Architecture(5, 8, 16, 8, 3, 3, **dict.fromkeys(OPTIONS, True) | on)
     assert {field.name for field in fields(Architecture)} >= set(OPTIONS)
 
 
