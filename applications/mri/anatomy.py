@@ -28,13 +28,25 @@ class Split:
     test: tuple[int, ...]
 
 
+def bundled(name: str) -> Path:
+    """Path of a file that comes with the package.
+
+    Args:
+        name: of the file.
+
+    Returns:
+        Its path.
+    """
+    return Path(str(resources.files("applications.mri") / "bundled" / name))
+
+
 def bundled_scan_path() -> Path:
     """Path of the bundled measured scan.
 
     Returns:
         A file of one brain slice, 8 coils, 230 x 180, undersampled 8-fold, without reference.
     """
-    return _bundled("real_brain_8coil_poisson_r8.h5")
+    return bundled("real_brain_8coil_poisson_r8.h5")
 
 
 def load_anatomies(path: Path | str | None = None, plane: Plane | None = None) -> dict[str, Tensor]:
@@ -53,7 +65,7 @@ def load_anatomies(path: Path | str | None = None, plane: Plane | None = None) -
     Raises:
         InputError: if the file is not of this form, or a plane is given for HDF5.
     """
-    path = _bundled("anatomy.h5") if path is None else Path(path)
+    path = bundled("anatomy.h5") if path is None else Path(path)
     if is_nifti(path):
         name = path.name.removesuffix(".gz").removesuffix(".nii")
         return {name: read_images(path, plane or Plane.AXIAL)}
@@ -158,10 +170,6 @@ def split(
         tuple(range(after_train, after_train + n_validation)),
         tuple(range(after_validation, n_slices)),
     )
-
-
-def _bundled(name: str) -> Path:
-    return Path(str(resources.files("applications.mri") / "bundled" / name))
 
 
 def _area_weights(n: int, size: int) -> Tensor:

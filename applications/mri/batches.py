@@ -10,9 +10,9 @@ from torch import Tensor
 
 import bilevel as bl
 from applications.errors import InputError
-from applications.mri.coil_counts import coil_matrix, with_coils
+from applications.mri.coil_counts import with_coils
 from applications.mri.examples import draw_full
-from applications.mri.operators import fft2c, rss
+from applications.mri.operators import rss
 from applications.mri.reconstruction import Loss, Network, Scan
 from applications.mri.tasks import Task
 
@@ -94,17 +94,15 @@ class Batches:
         spec = self.tasks[task]
         drawn = draw_full(spec.parts[self.role][index], generator, (spec.sampling,), self.crop)
         target, reference = drawn.target, drawn.reference
-        kspace = fft2c(target) * drawn.mask
         level = spec.settings.target_noise if self.role == "train" else 0.0
         if level:  # of a slice it is the same each time
             place = _generator(self.seed, len(_ROLE_NUMBERS), task, index)
             noise = torch.randn(target.shape, dtype=target.dtype, generator=place)
             target = target + level * target.abs().max() * noise
             reference = rss(target)
-        matrix = coil_matrix(kspace, self.network.architecture.n_coils)
-        scan = self.network.prepare(with_coils(matrix, kspace)[None], drawn.mask)
+        scan, matrix = drawn.scan(self.network)
         target = with_coils(matrix, target)[None, :, drawn.rows]
-        return Bucket(drawn.cropped(scan), target, reference[None, drawn.rows])
+        return Bucket(scan, target, reference[None, drawn.rows])
 
 
 _ROLE_NUMBERS = {"train": 0, "validation": 1, "test": 2}

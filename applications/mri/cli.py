@@ -18,6 +18,7 @@ from applications.mri.choices import (
     Width,
     chosen_sampling,
 )
+from applications.mri.coil_counts import changes, coil_fits
 from applications.mri.data import SliceDataset
 from applications.mri.demo import DemoSettings, run_demo
 from applications.mri.evaluation import (
@@ -37,7 +38,7 @@ from applications.mri.metrics import Convention
 from applications.mri.phantoms import SimulationSettings, simulate_folder
 from applications.mri.scanning import reconstruct_scan
 from applications.mri.train_command import train_command
-from applications.mri.weights import load_weights
+from applications.mri.weights import PRETRAINED, weights_named
 
 app = typer.Typer(
     add_completion=False,
@@ -48,7 +49,9 @@ app = typer.Typer(
 console = Console()
 
 
-Weights = Annotated[Path, typer.Option(help="Trained weights, safetensors.")]
+Weights = Annotated[
+    str, typer.Option(help="Trained weights, a safetensors file; or pretrained, the bundled ones.")
+]
 
 
 def main() -> None:
@@ -60,18 +63,24 @@ def main() -> None:
 @guarded
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for figure, results and weights.")],
-    seconds: Annotated[float, typer.Option(help="Seconds to train.", min=1.0)] = 211.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Train a network of its own so long, instead of the bundled weights.", min=1.0
+        ),
+    ] = None,
     seed: Seed = 0,
     threads: Threads = 0,
 ) -> None:
-    """Simulate, train, evaluate and reconstruct a real scan, all on bundled data."""
+    """Simulate, evaluate and reconstruct a real scan, all on bundled data."""
     use_threads(threads)
     with progress_bars(console) as report:
         found = run_demo(out, DemoSettings(seconds, seed), report)
     _print(found.evaluation, "Held-out slices, Cartesian random 4 x, mean over anatomies")
     console.print(f"Figure   {found.figure}")
     console.print(f"Results  {found.results}")
-    console.print(f"Weights  {found.weights}")
+    if found.weights is not None:
+        console.print(f"Weights  {found.weights}")
     console.print(f"All of it took {found.seconds:.0f} s.")
 
 
@@ -106,8 +115,8 @@ app.command(name="train")(guarded(train_command))
 @guarded
 def evaluate_command(
     data: Annotated[Path, typer.Option(help="Folder of fully sampled .h5 scans.")],
-    weights: Weights,
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    weights: Weights = PRETRAINED,
     baselines: Annotated[
         Path | None, typer.Option(help="Folder of validation scans to tune SigPy's methods on.")
     ] = None,
@@ -125,9 +134,11 @@ def evaluate_command(
 ) -> None:
     """Score a network, and the classical methods if they can be tuned, on the same masks."""
     use_threads(threads)
-    trained = load_weights(weights)
+    trained = weights_named(weights)
     slices = SliceDataset(data)
     make_place(out)
+    for change in changes(coil_fits(slices.files, trained.network.architecture.n_coils)):
+        console.print(change)
     sampling = chosen_sampling(
         mask,
         acceleration=acceleration,
@@ -145,7 +156,7 @@ def evaluate_command(
         found = evaluate(
             methods, slices, sampling, seed, lambda k, n: report("evaluating", k / n), metrics
         )
-    content = {"weights": str(weights), "sampling": repr(sampling), "seed": seed}
+    content = {"weights": weights, "sampling": repr(sampling), "seed": seed}
     write_json(out, content | found.as_json())
     _print(found, f"{len(slices.files)} volumes of {data}")
     console.print(f"Results  {out}")
@@ -161,8 +172,8 @@ def reconstruct(
             "M4Raw's repetitions have in common."
         ),
     ],
-    weights: Weights,
     out: Annotated[Path, typer.Option(help="Images to write: .h5, .nii or .nii.gz.")],
+    weights: Weights = PRETRAINED,
     png: Annotated[Path | None, typer.Option(help="The middle slice as a picture.")] = None,
     mask: Annotated[
         Path | None,
@@ -172,7 +183,7 @@ def reconstruct(
 ) -> None:
     """Reconstruct all slices; the mask is the one given, the scan's, or what was measured."""
     use_threads(threads)
-    trained = load_weights(weights)
+    trained = weights_named(weights)
     for place in (out, png):
         if place is not None:
             make_place(place)
@@ -185,11 +196,13 @@ def reconstruct(
             out,
             given,
             lambda share: report("reconstructing", share),
-            {"source": scan.name, "weights": weights.name},
+            {"source": scan.name, "weights": Path(weights).name},
         )
     if png is not None:
         draw_image(png, found.middle)
     console.print(f"Acceleration {found.acceleration:.2f} in the mean over slices")
+    for change in changes(found.coils):
+        console.print(change)
     if is_nifti(out) and not found.oriented:
         console.print("The scan states no orientation; the images have none.")
     console.print(f"Images   {out}")

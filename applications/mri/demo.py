@@ -1,4 +1,4 @@
-"""The main job on the bundled data: simulate, train, evaluate, reconstruct a real scan, draw."""
+"""The main job on the bundled data: simulate, evaluate, reconstruct a real scan, draw; or train."""
 
 import platform
 import time
@@ -29,10 +29,11 @@ from applications.mri.phantoms import SimulationSettings, simulate_folder
 from applications.mri.reconstruction import Loss, Network
 from applications.mri.sampling import CartesianRandom, acceleration_of
 from applications.mri.training import TrainingSettings, train
-from applications.mri.weights import Trained
+from applications.mri.weights import PRETRAINED, Trained, pretrained
 
 _N_COILS = 8  # of the bundled scan
-_SAMPLING = CartesianRandom(4.0, 0.08)  # trained for, evaluated and drawn
+_WEIGHTS = "weights.safetensors"
+_SAMPLING = CartesianRandom(4.0, 0.08)  # evaluated and drawn, and trained for
 _SHOWN = (
     "brain_t1_axial",
     "neck_t2star_axial",
@@ -44,12 +45,12 @@ class DemoSettings:
     """The demo's few choices.
 
     Attributes:
-        seconds: of training [s].
+        seconds: of training a network of its own [s]; None takes the bundled weights.
         seed: of everything.
         size: rows and columns of the simulated slices.
     """
 
-    seconds: float = 211.0
+    seconds: float | None = None
     seed: int = 0
     size: int = 128
 
@@ -62,19 +63,19 @@ class DemoResult:
         evaluation: of all methods on the held-out slices.
         figure: PNG.
         results: JSON.
-        weights: safetensors.
+        weights: safetensors, or None if nothing was trained.
         seconds: all of it [s].
     """
 
     evaluation: Evaluation
     figure: Path
     results: Path
-    weights: Path
+    weights: Path | None
     seconds: float
 
 
 def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
-    """Simulate, train, evaluate, reconstruct, draw.
+    """Simulate, perhaps train, evaluate, reconstruct, draw.
 
     Args:
         out: folder for everything, made if need be.
@@ -94,20 +95,10 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
         out / "data", simulation, lambda done, n: report("simulating scans", done / n)
     )
     data = {role: SliceDataset(paths) for role, paths in files.items()}
-    training = TrainingSettings(
-        samplings=(_SAMPLING,),
-        seconds=settings.seconds,
-        crop=min(32, settings.size),
-        whole=0.1,
-        seed=settings.seed,
-    )
-    network = Network(light(_N_COILS), settings.seed)
-    weights = out / "weights.safetensors"
-    keeper = Keeper(weights, network, {"training": describe(training)}, report)
-    with keeper:
-        trained_for = train(network, network.controls(), data["train"], training, keeper)
-    keeper.finish(trained_for.control)
-    trained = Trained(network, trained_for.control, {})
+    if settings.seconds is None:
+        trained, about = pretrained(), {"weights": PRETRAINED}
+    else:
+        trained, about = _trained(out, data["train"], settings, settings.seconds, report)
 
     report("tuning the baselines", 0.0)
     swept = sweep_regularisation(data["validation"], _SAMPLING, settings.seed + 1)
@@ -130,9 +121,7 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
     results = out / "results.json"
     content = {
         "settings": asdict(settings) | {"simulation": describe(simulation)},
-        "training": describe(training)
-        | {"updates": len(trained_for.costs), "seconds_spent": trained_for.seconds},
-        "costs": trained_for.costs,
+        "training": about,
         "regularisation": {name: vars(one) for name, one in swept.items()},
         "evaluation": evaluation.as_json(),
         "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -140,7 +129,28 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
         "seconds": seconds,
     }
     write_json(results, content)
+    weights = None if settings.seconds is None else out / _WEIGHTS
     return DemoResult(evaluation, figure, results, weights, seconds)
+
+
+def _trained(
+    out: Path, slices: SliceDataset, settings: DemoSettings, seconds: float, report: Report
+) -> tuple[Trained, dict[str, object]]:
+    """A network trained from nothing, saved, and how it was trained."""
+    training = TrainingSettings(
+        samplings=(_SAMPLING,),
+        seconds=seconds,
+        crop=min(32, settings.size),
+        whole=0.1,
+        seed=settings.seed,
+    )
+    network = Network(light(_N_COILS), settings.seed)
+    keeper = Keeper(out / _WEIGHTS, network, {"training": describe(training)}, report)
+    with keeper:
+        found = train(network, network.controls(), slices, training, keeper)
+    keeper.finish(found.control)
+    spent = {"updates": len(found.costs), "seconds_spent": found.seconds, "costs": found.costs}
+    return Trained(network, found.control, {}), describe(training) | spent
 
 
 def swept_multipliers(trained: Trained, file: VolumeFile, index: int, mask: Tensor) -> list[Tensor]:
@@ -190,4 +200,5 @@ def _draw(
     title = (
         "Held-out slices, a real scan, and the multipliers of the training loss at the first slice"
     )
-    draw_reconstructions(path, panels, real, multipliers, title)
+    every = max(1, (len(multipliers) - 1) // 4)  # five of them
+    draw_reconstructions(path, panels, real, dict(list(enumerate(multipliers))[::every]), title)

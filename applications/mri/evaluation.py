@@ -20,6 +20,7 @@ from applications.mri.baselines import (
     sense,
     zero_filled,
 )
+from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.data import SliceDataset, fully_sampled
 from applications.mri.metrics import Convention, Scores, mean_scores, score
 from applications.mri.operators import centre_crop, ifft2c, rss
@@ -94,13 +95,18 @@ def network_methods(trained: Trained) -> dict[str, Method]:
     """The network, and what it starts from where that is more than zero filling.
 
     Args:
-        trained: network and weights.
+        trained: network and weights; scans of other coil counts get its own, see `coil_counts`.
 
     Returns:
         By the name that tables show.
     """
     network = trained.network
-    prepare = _of_the_last(lambda kspace, mask: network.prepare(kspace[None], mask))
+    count = network.architecture.n_coils
+    prepare = _of_the_last(
+        lambda kspace, mask: network.prepare(
+            with_coils(coil_matrix(kspace, count), kspace)[None], mask
+        )
+    )
 
     def ours(kspace: Tensor, mask: Tensor) -> Tensor:
         return network.reconstruct(prepare(kspace, mask), trained.control).image[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.data import Slice, SliceDataset, fully_sampled
 from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.reconstruction import Loss, Network, Scan
@@ -76,16 +77,25 @@ class FullExample(Example):
     rows: slice
 
     def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Tensor]:  # noqa: D102
-        scan = self.cropped(network.prepare(fft2c(self.target)[None], self.mask))
-        target, reference = self.target[None, :, self.rows], self.reference[None, self.rows]
-        return network.training_problem(scan, target, reference, loss)
+        scan, matrix = self.scan(network)
+        target = with_coils(matrix, self.target)[None, :, self.rows]
+        return network.training_problem(scan, target, self.reference[None, self.rows], loss)
 
-    def cropped(self, scan: Scan) -> Scan:
-        """Of a scan of the slice, the rows that are trained on."""
-        rows = self.rows
-        if rows == slice(0, self.target.shape[-2]):
-            return scan
-        return scan.crop_rows(rows.start, rows.stop - rows.start)
+    def scan(self, network: Network) -> tuple[Scan, Tensor]:
+        """What a network sees of it.
+
+        Args:
+            network: whose coil count the slice gets.
+
+        Returns:
+            The rows that are trained on, and the `coil_matrix` of the measured data.
+        """
+        kspace = fft2c(self.target) * self.mask
+        matrix = coil_matrix(kspace, network.architecture.n_coils)
+        scan, rows = network.prepare(with_coils(matrix, kspace)[None], self.mask), self.rows
+        if rows != slice(0, self.target.shape[-2]):
+            scan = scan.crop_rows(rows.start, rows.stop - rows.start)
+        return scan, matrix
 
 
 def draw_full(

@@ -32,7 +32,7 @@ class Panel:
 
 
 def draw_reconstructions(
-    path: Path, panels: Sequence[Panel], real: Panel, multipliers: Sequence[Tensor], title: str
+    path: Path, panels: Sequence[Panel], real: Panel, multipliers: Mapping[int, Tensor], title: str
 ) -> None:
     """Images and errors times 5, a real scan beside them, the multipliers |lambda_t| below.
 
@@ -40,7 +40,7 @@ def draw_reconstructions(
         path: PNG file, replaced if it exists.
         panels: slices with a reference, one or more, all with the same methods.
         real: a scan without reference.
-        multipliers: root sums of squares over the coils of lambda_0, ..., lambda_T of one slice.
+        multipliers: root sums of squares over the coils of lambda_t of one slice, by t.
         title: of the figure.
 
     Raises:
@@ -65,9 +65,9 @@ def draw_reconstructions(
             _show(errors[column], error, f"error x {_ERROR_GAIN}", peak)
     for row, (name, image) in enumerate(real.images.items()):
         _show(axes[row][len(methods) + 1], image, f"{real.title}\n{name}", _peak(image))
-    for t, multiplier in enumerate(multipliers):
-        label = rf"$|\lambda_{t}|$, max {float(multiplier.max()):.1e}"
-        _show(axes[-1][t], multiplier, label, _peak(multiplier), cmap="magma")
+    for column, (t, multiplier) in enumerate(multipliers.items()):
+        label = rf"$|\lambda_{{{t}}}|$, max {float(multiplier.max()):.1e}"
+        _show(axes[-1][column], multiplier, label, _peak(multiplier), cmap="magma")
     figure.suptitle(title, fontsize=10)
     save_figure(path, figure, dpi=110)
 

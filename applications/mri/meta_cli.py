@@ -24,7 +24,7 @@ from applications.mri.tasks import open_each, open_tasks
 from applications.mri.transfer import learned_correlation, measure_transfer, meta_models
 from applications.mri.transfer_figure import draw_transfer
 from applications.mri.transfer_results import Transfer, TransferSettings
-from applications.mri.weights import Trained, load_weights
+from applications.mri.weights import Trained, weights_named
 
 console = Console()
 
@@ -44,9 +44,11 @@ def meta_train(
     ablations: Annotated[
         str, typer.Option(help=f"Ways to weigh tasks: {','.join(Ablation)}.")
     ] = ",".join(Ablation),
-    preset: Annotated[str, typer.Option(help=f"Network: {' or '.join(PRESETS)}.")] = "light",
+    preset: Annotated[str, typer.Option(help=f"Network: {', '.join(PRESETS)}.")] = "light",
     coils: Annotated[int, typer.Option(help="Of the network.", min=1)] = 8,
-    init: Annotated[Path | None, typer.Option(help="Weights to begin with.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Weights to begin with, or pretrained: the bundled ones.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Of each training, at most.")] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Losses of a slice that each training evaluates, at most.")
@@ -90,7 +92,7 @@ def meta_train(
     )
     settings = ExperimentSettings(training, _ablations(ablations), seeds, adapt_steps, adapt_slices)
     listed = listed_tasks(tasks, task or [])
-    start = None if init is None else load_weights(init)
+    start = None if init is None else weights_named(init)
     architecture = preset_named(preset, coils) if start is None else start.network.architecture
     make_folder(out)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from applications.errors import InputError
+from applications.mri.coil_counts import CoilFit, coil_fits, coil_matrix, with_coils
 from applications.mri.data import Slice, VolumeFile, implied_mask, open_scan
 from applications.mri.images import image_writer
 from applications.mri.operators import centre_crop
@@ -24,11 +25,13 @@ class ScanImages:
         middle: the middle slice of the first volume, ``(rows, columns)``.
         acceleration: of the masks, in the mean over slices.
         oriented: whether the scan states where the images lie in the patient.
+        coils: what became of the coils of the scan on their way into the network.
     """
 
     middle: Tensor
     acceleration: float
     oriented: bool
+    coils: tuple[CoilFit, ...]
 
 
 def reconstruct_scan(
@@ -43,7 +46,7 @@ def reconstruct_scan(
 
     Args:
         scan: in any format of `applications.mri.formats`.
-        trained: network and weights.
+        trained: network and weights; the scan gets its coil count, see `coil_counts`.
         out: HDF5 or NIfTI, see `images.image_writer`.
         given: mask to use instead of the scan's; it must lie within what was measured.
         report: told of the share done.
@@ -79,7 +82,8 @@ def reconstruct_scan(
                     report(len(accelerations) / (len(volumes) * n_slices))
     geometry = first.facts.geometry
     oriented = geometry is not None and geometry.affine is not None
-    return ScanImages(middle, fmean(accelerations), oriented)
+    coils = coil_fits(volumes, trained.network.architecture.n_coils)
+    return ScanImages(middle, fmean(accelerations), oriented, coils)
 
 
 def _mask(one: Slice, volume: VolumeFile, given: Sampling | None) -> Tensor:
@@ -97,5 +101,7 @@ def _mask(one: Slice, volume: VolumeFile, given: Sampling | None) -> Tensor:
 
 
 def _image(trained: Trained, one: Slice, mask: Tensor) -> Tensor:
-    scan = trained.network.prepare(one.kspace[None], mask)
+    kspace = torch.where(mask, one.kspace, 0)
+    matrix = coil_matrix(kspace, trained.network.architecture.n_coils)
+    scan = trained.network.prepare(with_coils(matrix, kspace)[None], mask)
     return trained.network.reconstruct(scan, trained.control).image[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import bilevel as bl
 from applications.errors import InputError, check_positive
+from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.data import Slice, implied_mask
 from applications.mri.examples import Example
 from applications.mri.operators import fft2c, rss
@@ -117,8 +118,10 @@ class SplitExample(Example):
         Returns:
             What `bilevel.ControlSolver` takes from `build`.
         """
-        scan = network.prepare(self.kspace[None], self.given)
-        wanted = self.kspace * self.held / scan.scale
+        matrix = coil_matrix(self.kspace * self.given, network.architecture.n_coils)
+        kspace = with_coils(matrix, self.kspace)
+        scan = network.prepare(kspace[None], self.given)
+        wanted = kspace * self.held / scan.scale
         norms = [float(torch.linalg.vector_norm(wanted, p)) for p in (2, 1)]
 
         def misfit(state: Tensor) -> Tensor:

@@ -4,36 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from applications.mri.coil_counts import energy_kept
-from applications.mri.data import fully_sampled
+from applications.mri.coil_counts import CoilFit, coil_fits
 from applications.mri.tasks import Task
-
-
-@dataclass(frozen=True)
-class CoilFit:
-    """Volumes of one coil count.
-
-    Attributes:
-        came: coils of the scans.
-        needed: coils of the network.
-        volumes: how many there are.
-        energy_kept: least share that compression keeps of the energy of a middle slice.
-    """
-
-    came: int
-    needed: int
-    volumes: int
-    energy_kept: float
-
-    @property
-    def done(self) -> str:
-        """In words."""
-        if self.came > self.needed:
-            percent = 100 * self.energy_kept
-            return f"{self.came} coils compressed to {self.needed}, {percent:.1f} % of the energy"
-        if self.came < self.needed:
-            return f"{self.came} coils padded with zeros to {self.needed}"
-        return f"{self.came} coils"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,17 +59,10 @@ def facts_of(task: Task, n_coils: int) -> TaskFacts:
     Raises:
         InputError: if a slice cannot be read.
     """
+    files = [file for part in task.parts.values() for file in part.files]
     sizes: Counter[tuple[int, int]] = Counter()
-    volumes: Counter[int] = Counter()
-    kept: dict[int, float] = {}
-    for part in task.parts.values():
-        for file in part.files:
-            sizes[file.shape] += file.n_slices
-            volumes[file.n_coils] += 1
-            share = 1.0
-            if file.n_coils > n_coils:
-                share = energy_kept(fully_sampled(file.read_slice(file.n_slices // 2))[0], n_coils)
-            kept[file.n_coils] = min(share, kept.get(file.n_coils, 1.0))
-    fits = tuple(CoilFit(c, n_coils, n, kept[c]) for c, n in sorted(volumes.items()))
+    for file in files:
+        sizes[file.shape] += file.n_slices
     slices = {role: len(part) for role, part in task.parts.items()}
+    fits = coil_fits(files, n_coils)
     return TaskFacts(task.name, repr(task.sampling), slices, dict(sorted(sizes.items())), fits)

@@ -22,10 +22,11 @@ from applications.mri.choices import (
     Width,
     chosen_sampling,
 )
+from applications.mri.coil_counts import changes, coil_fits
 from applications.mri.data import SliceDataset, VolumeFile
 from applications.mri.examples import Source
 from applications.mri.keeping import Keeper, describe
-from applications.mri.network import preset_named
+from applications.mri.network import PRESETS, preset_named
 from applications.mri.precision import Precision
 from applications.mri.reconstruction import Network
 from applications.mri.resuming import StateFile
@@ -36,7 +37,7 @@ from applications.mri.tasks import Task, open_each
 from applications.mri.tensorboard import tensorboard
 from applications.mri.training import TrainingSettings, TrainingState, train
 from applications.mri.validation import Validation
-from applications.mri.weights import Trained, load_weights
+from applications.mri.weights import Trained, weights_named
 
 console = Console()
 _SCHEDULES: dict[str, Callable[[], Schedule]] = {
@@ -56,8 +57,13 @@ def train_command(
     task: Annotated[
         list[str] | None, typer.Option(help="One more task: name=...,anatomy=...,acceleration=...")
     ] = None,
-    preset: Annotated[str, typer.Option(help="Network: paper or light.")] = "light",
-    init: Annotated[Path | None, typer.Option(help="Weights to begin with.")] = None,
+    preset: Annotated[str, typer.Option(help=f"Network: {', '.join(PRESETS)}.")] = "light",
+    coils: Annotated[
+        int | None, typer.Option(help="Of the network; as many as the scans have.", min=1)
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Weights to begin with, or pretrained: the bundled ones.")
+    ] = None,
     mask: MaskOption = "random",
     acceleration: Acceleration = None,
     center: Centre = None,
@@ -153,7 +159,9 @@ def train_command(
             slices = _of_role(opened, "train")
             looked_at = _of_role(opened, "validation") if validate_every or patience else None
         make_place(out)
-        trained = _begin(preset, init, slices, seed)
+        trained = _begin(preset, coils, init, _files(slices), seed)
+        for change in changes(coil_fits(_files(slices), trained.network.architecture.n_coils)):
+            console.print(change)
         record = describe(settings)
         if listed:
             record["samplings"] = {one.name: repr(one.sampling) for one in listed}
@@ -243,9 +251,19 @@ def _contents(scans: SliceDataset | Sequence[Source] | None) -> list[tuple[str, 
 
 
 def _begin(
-    preset: str, init: Path | None, scans: SliceDataset | Sequence[Source], seed: int
+    preset: str, coils: int | None, init: str | None, files: Sequence[VolumeFile], seed: int
 ) -> Trained:
     if init is not None:
-        return load_weights(init)
-    network = Network(preset_named(preset, _files(scans)[0].n_coils), seed)
+        if coils is not None:
+            raise InputError(
+                "--init brings the coil count of its network, got --coils; leave one out."
+            )
+        return weights_named(init)
+    counts = sorted({file.n_coils for file in files})
+    if coils is None and len(counts) > 1:
+        raise InputError(
+            f"one coil count was needed, the scans have {', '.join(map(str, counts))}; choose one "
+            "by --coils, and the others are compressed or padded."
+        )
+    network = Network(preset_named(preset, coils or counts[0]), seed)
     return Trained(network, network.controls(), {})

@@ -83,7 +83,7 @@ def train(
     """Algorithm 2 over slices drawn at random.
 
     Args:
-        network: to train.
+        network: to train; scans of other coil counts get its own, see `coil_counts`.
         begin: weights to begin with, or a snapshot to go on from; with the settings and slices it
             was taken under, the training goes on as if it had not been interrupted.
         slices: fully sampled; undersampled for self-supervision. Sources come with samplings of
@@ -97,20 +97,13 @@ def train(
         The best or last weights and the history.
 
     Raises:
-        InputError: if a scan does not fit the training or the network, or patience has no slices
-            to look at.
+        InputError: if a scan does not fit the training, or patience has no slices to look at.
         DivergenceError: if the loss or its gradient is not finite.
     """
     pool, looked_at = (
         Pool([Source(one, settings.samplings)] if isinstance(one, SliceDataset) else one)
         for one in (slices, validation or ())
     )
-    for file in (*pool.files, *looked_at.files):
-        if file.n_coils != network.architecture.n_coils:
-            raise InputError(
-                f"{file.path}: the network was built for {network.architecture.n_coils} coils, the "
-                f"scan has {file.n_coils}; train a network for that count."
-            )
     if settings.validation.patience is not None and not looked_at:
         raise InputError(
             f"patience of {settings.validation.patience} looks needs validation slices, got none; "

@@ -14,8 +14,11 @@ from torch import Tensor
 import bilevel as bl
 from applications.errors import InputError
 from applications.files import write_whole
+from applications.mri.anatomy import bundled
 from applications.mri.network import Architecture
 from applications.mri.reconstruction import Network
+
+PRETRAINED = "pretrained"  # what the command line calls the bundled weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,31 @@ def save_weights(path: Path | str, trained: Trained) -> None:
         "record": json.dumps(trained.record),
     }
     write_whole(path, save(tensors, metadata))
+
+
+def pretrained() -> Trained:
+    """The weights that come with the package.
+
+    Returns:
+        The `light` network for 8 coils, trained on the bundled anatomies at Cartesian random and
+        Poisson disc masks; the record tells how.
+    """
+    return load_weights(bundled("pretrained.safetensors"))
+
+
+def weights_named(name: str) -> Trained:
+    """Weights as the command line names them.
+
+    Args:
+        name: `pretrained`, or a path.
+
+    Returns:
+        `pretrained` or `load_weights`.
+
+    Raises:
+        InputError: as `load_weights`.
+    """
+    return pretrained() if name == PRETRAINED else load_weights(name)
 
 
 def load_weights(path: Path | str) -> Trained:

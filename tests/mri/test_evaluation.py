@@ -137,9 +137,27 @@ def test_undersampled_scans_are_refused(tmp_path):
 
 
 def test_what_a_method_cannot_use_is_refused_with_the_name_of_the_file(scans):
-    methods = network_methods(trained(paper, n_coils=3))
-    with pytest.raises(InputError, match=r"a.h5: the network was built for 3 coils, kspace has 2"):
-        evaluate(methods, scans, SAMPLING, 0)
+    methods = network_methods(trained(light))
+    with pytest.raises(InputError, match=r"a.h5: a fully sampled centre of 5 x 5 positions was"):
+        evaluate(methods, scans, CartesianRandom(2, 0.1), 0)
+
+
+@pytest.mark.parametrize("n_coils", [1, 3])
+def test_scans_of_another_coil_count_get_that_of_the_network(scans, n_coils):
+    kspace, mask = scans[0].kspace, SAMPLING.mask((SIZE, SIZE), seeded())
+    network = trained(light, n_coils)
+    fitted = kspace * mask
+    if n_coils == 3:
+        fitted = torch.cat([fitted, torch.zeros_like(fitted[:1])])
+    else:
+        vectors = torch.linalg.svd(fitted.reshape(COILS, -1), full_matrices=False).U[:, :1]
+        # the phase of a singular vector is free; the network sees that it is fixed here
+        vectors = vectors * vectors[vectors.abs().argmax()].sgn().conj()
+        fitted = torch.einsum("cn,cyx->nyx", vectors.conj(), fitted)
+    found = network_methods(network)["ours"](kspace * mask, mask)
+    scan = network.network.prepare(fitted[None], mask)
+    expected = network.network.reconstruct(scan, network.control).image[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("preset", [paper, light])

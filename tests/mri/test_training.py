@@ -19,9 +19,10 @@ from training_cases import (
 import bilevel as bl
 from applications.errors import InputError
 from applications.mri.data import SliceDataset, Volume, write_volume
+from applications.mri.examples import draw_full
 from applications.mri.keeping import Keeper, describe
 from applications.mri.network import light, paper
-from applications.mri.operators import ifft2c, rss
+from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.reconstruction import Loss, Network
 from applications.mri.sampling import CartesianRandom, PoissonDisc, Sampling
 from applications.mri.schedules import Constant, Cosine, Step
@@ -344,12 +345,31 @@ def test_undersampled_scans_are_refused(tmp_path):
         trained(SliceDataset(tmp_path), BASE)
 
 
-def test_scans_of_another_coil_count_are_refused_before_anything_is_trained(scans, tmp_path):
-    kspace = torch.randn(1, 3, SIZE, SIZE, dtype=torch.complex64)
-    write_volume(tmp_path / "three.h5", Volume(kspace))
-    mixed = SliceDataset([*(file.path for file in scans.files), tmp_path / "three.h5"])
-    with pytest.raises(InputError, match=r"three.h5: .* for 2 coils, the scan has 3; train a"):
-        trained(mixed, BASE, after_step=lambda state: pytest.fail("trained"))
+def for_coils(n_coils):
+    sizes = {"n_phases": 2, "filters": 3, "features": 2, "feature_kernel": 3}
+    return Network(replace(paper(n_coils), **sizes), seed=1)
+
+
+def test_scans_of_fewer_coils_than_the_network_are_padded_with_zeros(scans, tmp_path):
+    for file in scans.files:
+        kspace = torch.stack([file.read_slice(k).kspace for k in range(file.n_slices)])
+        padded = torch.cat([kspace, torch.zeros_like(kspace[:, :1])], dim=1)
+        write_volume(tmp_path / file.path.name, Volume(padded, rss(ifft2c(kspace))))
+    net = for_coils(3)
+    assert same(trained(scans, BASE, net), trained(SliceDataset(tmp_path), BASE, net))
+
+
+def test_scans_of_more_coils_than_the_network_are_compressed(scans):
+    net, example = for_coils(1), draw_full(scans[0], seeded(), BASE.samplings)
+    measured = fft2c(example.target) * example.mask
+    strongest = torch.linalg.matrix_norm(measured.reshape(2, -1), 2)
+    scan, matrix = example.scan(net)
+    torch.testing.assert_close(torch.linalg.vector_norm(scan.kspace), strongest)
+    problem, start = example.problem(net, Loss(1.0, 0.0, 0.0))
+    state = bl.rollout(problem.dynamics, start, net.controls(), problem.horizon)
+    target = torch.einsum("nc,cyx->nyx", matrix, example.target)
+    expected = (state[0] - target).abs().square().mean()
+    torch.testing.assert_close(problem.terminal(state, net.controls()), expected)
 
 
 def test_a_training_that_diverges_names_the_iteration(scans):
