@@ -1,4 +1,4 @@
-"""Samplings as the command line names them."""
+"""Options that several commands have, and samplings as the command line names them."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -8,6 +8,7 @@ import typer
 
 from applications.errors import InputError
 from applications.mri.mask_files import SUFFIXES, FromFile
+from applications.mri.network import PRESETS
 from applications.mri.sampling import (
     CartesianEquispaced,
     CartesianMagic,
@@ -30,6 +31,14 @@ _NAMED: dict[str, type[Any]] = {
 }
 _FLAGS = {"center_fraction": "center"}
 
+Preset = Annotated[str | None, typer.Option(help=f"Network: {', '.join(PRESETS)}; light.")]
+Init = Annotated[
+    str | None, typer.Option(help="Weights to begin with; pretrained: the bundled ones.")
+]
+TaskFile = Annotated[Path | None, typer.Option(help="Task list, YAML.")]
+TaskTexts = Annotated[
+    list[str] | None, typer.Option(help="One more task: name=...,anatomy=...,acceleration=...")
+]
 MaskOption = Annotated[
     str, typer.Option(help=f"Sampling: {', '.join(_NAMED)}, or a file ({', '.join(SUFFIXES)}).")
 ]

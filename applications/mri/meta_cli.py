@@ -12,11 +12,11 @@ from applications.command_line import Seed, Threads, guarded, progress_bars, use
 from applications.errors import InputError
 from applications.files import make_folder, write_json
 from applications.methods import Method
+from applications.mri.choices import Init, Preset, TaskFile, TaskTexts
 from applications.mri.meta_experiment import run_meta
 from applications.mri.meta_figure import draw_meta
 from applications.mri.meta_results import Experiment, ExperimentSettings, with_spread
 from applications.mri.meta_settings import Ablation, MetaSettings, Rule
-from applications.mri.network import PRESETS, preset_named
 from applications.mri.reconstruction import Network
 from applications.mri.task_facts import facts_of
 from applications.mri.task_list import listed_tasks, read_task_list
@@ -24,10 +24,11 @@ from applications.mri.tasks import open_each, open_tasks
 from applications.mri.transfer import learned_correlation, measure_transfer, meta_models
 from applications.mri.transfer_figure import draw_transfer
 from applications.mri.transfer_results import Transfer, TransferSettings
-from applications.mri.weights import Trained, weights_named
+from applications.mri.weights import Trained, beginning
 
 console = Console()
 
+Coils = Annotated[int | None, typer.Option(help="Of the network; 8.", min=1)]
 KeepGraphs = Annotated[
     bool,
     typer.Option("--keep-graphs", help="Keep the graphs of all phases: faster, and more memory."),
@@ -37,18 +38,14 @@ KeepGraphs = Annotated[
 @guarded
 def meta_train(
     out: Annotated[Path, typer.Option(help="Folder for results, figure, weights and scans.")],
-    tasks: Annotated[Path | None, typer.Option(help="Task list, YAML.")] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="One more task: name=...,anatomy=...,acceleration=...")
-    ] = None,
+    tasks: TaskFile = None,
+    task: TaskTexts = None,
     ablations: Annotated[
         str, typer.Option(help=f"Ways to weigh tasks: {','.join(Ablation)}.")
     ] = ",".join(Ablation),
-    preset: Annotated[str, typer.Option(help=f"Network: {', '.join(PRESETS)}.")] = "light",
-    coils: Annotated[int, typer.Option(help="Of the network.", min=1)] = 8,
-    init: Annotated[
-        str | None, typer.Option(help="Weights to begin with, or pretrained: the bundled ones.")
-    ] = None,
+    preset: Preset = None,
+    coils: Coils = None,
+    init: Init = None,
     seconds: Annotated[float | None, typer.Option(help="Of each training, at most.")] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Losses of a slice that each training evaluates, at most.")
@@ -92,19 +89,12 @@ def meta_train(
     )
     settings = ExperimentSettings(training, _ablations(ablations), seeds, adapt_steps, adapt_slices)
     listed = listed_tasks(tasks, task or [])
-    start = None if init is None else weights_named(init)
-    architecture = preset_named(preset, coils) if start is None else start.network.architecture
+    begin = beginning(init, preset, coils)
+    n_coils = begin(seed).network.architecture.n_coils
     make_folder(out)
-
-    def begin(number: int) -> Trained:
-        if start is not None:
-            return start
-        network = Network(architecture, number)
-        return Trained(network, network.controls(), {})
-
     with progress_bars(console) as report:
         opened = open_tasks(listed, out / "scans", lambda k, n: report("opening tasks", k / n))
-        facts = tuple(facts_of(one, architecture.n_coils) for one in opened.every)
+        facts = tuple(facts_of(one, n_coils) for one in opened.every)
         for one in facts:
             console.print(one.summary)
         found = run_meta(opened, facts, begin, out, settings, report)
@@ -118,16 +108,16 @@ def meta_train(
 @guarded
 def transfer(
     out: Annotated[Path, typer.Option(help="Folder for results, figure and scans.")],
-    tasks: Annotated[Path | None, typer.Option(help="Task list of meta-train, YAML.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="One more task of it.")] = None,
+    tasks: TaskFile = None,
+    task: TaskTexts = None,
     unseen: Annotated[
         Path | None, typer.Option(help="Task list of others: train to adapt on, test to score.")
     ] = None,
     meta: Annotated[
         Path | None, typer.Option(help="Folder of meta-train: models and weights to compare.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="Network, without --meta.")] = "light",
-    coils: Annotated[int, typer.Option(help="Of the network, without --meta.", min=1)] = 8,
+    preset: Preset = None,
+    coils: Coils = None,
     seconds: Annotated[float | None, typer.Option(help="Of training on one task.")] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Losses of a slice that training on one task evaluates.")
@@ -157,19 +147,23 @@ def transfer(
     settings = TransferSettings(training, _numbers(steps), slices)
     listed = listed_tasks(tasks, task or [])
     others = [] if unseen is None else read_task_list(unseen)
-    if meta is None:
-        network, models, learned = Network(preset_named(preset, coils), seed), {}, None
-    else:
+    begun, models, learned = beginning(None, preset, coils)(seed), {}, None
+    if meta is not None:
+        if preset is not None or coils is not None:
+            raise InputError(
+                "--meta brings its network, got --preset or --coils too; leave them out."
+            )
         network, models = meta_models(meta)
         learned = learned_correlation(meta / "results.json")
         network = Network(network.architecture, seed)
+        begun = Trained(network, network.controls(), {})
+    n_coils = begun.network.architecture.n_coils
     make_folder(out)
-    begun = Trained(network, network.controls(), {})
     with progress_bars(console) as report:
         opened = open_tasks(listed, out / "scans", lambda k, n: report("opening tasks", k / n))
         more = open_each(others, out / "scans") if others else ()
         for one in (*opened.every, *more):
-            console.print(facts_of(one, network.architecture.n_coils).summary)
+            console.print(facts_of(one, n_coils).summary)
         found = measure_transfer(opened, more, begun, models, settings, report, learned)
     write_json(out / "results.json", found.as_json())
     draw_transfer(out / "figure.png", found)

@@ -17,8 +17,12 @@ from applications.mri.choices import (
     Acceleration,
     Calibration,
     Centre,
+    Init,
     MaskOption,
+    Preset,
     Spokes,
+    TaskFile,
+    TaskTexts,
     Width,
     chosen_sampling,
 )
@@ -26,9 +30,7 @@ from applications.mri.coil_counts import changes, coil_fits
 from applications.mri.data import SliceDataset, VolumeFile
 from applications.mri.examples import Source
 from applications.mri.keeping import Keeper, describe
-from applications.mri.network import PRESETS, preset_named
 from applications.mri.precision import Precision
-from applications.mri.reconstruction import Network
 from applications.mri.resuming import StateFile
 from applications.mri.schedules import Constant, Cosine, Schedule, Step
 from applications.mri.self_supervised import SelfSupervision
@@ -37,7 +39,7 @@ from applications.mri.tasks import Task, open_each
 from applications.mri.tensorboard import tensorboard
 from applications.mri.training import TrainingSettings, TrainingState, train
 from applications.mri.validation import Validation
-from applications.mri.weights import Trained, weights_named
+from applications.mri.weights import beginning
 
 console = Console()
 _SCHEDULES: dict[str, Callable[[], Schedule]] = {
@@ -49,21 +51,16 @@ _SCHEDULES: dict[str, Callable[[], Schedule]] = {
 
 def train_command(
     out: Annotated[Path, typer.Option(help="Weights to write, safetensors.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of .h5 scans, fully sampled.")] = None,
-    tasks: Annotated[
-        Path | None,
-        typer.Option(help="Task list, YAML, instead: scans and masks of several kinds."),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of .h5 scans, fully sampled; or give tasks.")
     ] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="One more task: name=...,anatomy=...,acceleration=...")
-    ] = None,
-    preset: Annotated[str, typer.Option(help=f"Network: {', '.join(PRESETS)}.")] = "light",
+    tasks: TaskFile = None,
+    task: TaskTexts = None,
+    preset: Preset = None,
     coils: Annotated[
         int | None, typer.Option(help="Of the network; as many as the scans have.", min=1)
     ] = None,
-    init: Annotated[
-        str | None, typer.Option(help="Weights to begin with, or pretrained: the bundled ones.")
-    ] = None,
+    init: Init = None,
     mask: MaskOption = "random",
     acceleration: Acceleration = None,
     center: Centre = None,
@@ -159,7 +156,9 @@ def train_command(
             slices = _of_role(opened, "train")
             looked_at = _of_role(opened, "validation") if validate_every or patience else None
         make_place(out)
-        trained = _begin(preset, coils, init, _files(slices), seed)
+        if coils is None and init is None:
+            coils = _coil_count(_files(slices))
+        trained = beginning(init, preset, coils)(seed)
         for change in changes(coil_fits(_files(slices), trained.network.architecture.n_coils)):
             console.print(change)
         record = describe(settings)
@@ -250,20 +249,11 @@ def _contents(scans: SliceDataset | Sequence[Source] | None) -> list[tuple[str, 
     return [(file.path.name, file.n_slices) for file in _files(scans or [])]
 
 
-def _begin(
-    preset: str, coils: int | None, init: str | None, files: Sequence[VolumeFile], seed: int
-) -> Trained:
-    if init is not None:
-        if coils is not None:
-            raise InputError(
-                "--init brings the coil count of its network, got --coils; leave one out."
-            )
-        return weights_named(init)
+def _coil_count(files: Sequence[VolumeFile]) -> int:
     counts = sorted({file.n_coils for file in files})
-    if coils is None and len(counts) > 1:
+    if len(counts) > 1:
         raise InputError(
             f"one coil count was needed, the scans have {', '.join(map(str, counts))}; choose one "
             "by --coils, and the others are compressed or padded."
         )
-    network = Network(preset_named(preset, coils or counts[0]), seed)
-    return Trained(network, network.controls(), {})
+    return counts[0]

@@ -1,8 +1,8 @@
 """Trained weights as safetensors files that know their architecture."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import bilevel as bl
 from applications.errors import InputError
 from applications.files import write_whole
 from applications.mri.anatomy import bundled
-from applications.mri.network import Architecture
+from applications.mri.network import Architecture, preset_named
 from applications.mri.reconstruction import Network
 
 PRETRAINED = "pretrained"  # what the command line calls the bundled weights
@@ -78,6 +78,44 @@ def weights_named(name: str) -> Trained:
         InputError: as `load_weights`.
     """
     return pretrained() if name == PRETRAINED else load_weights(name)
+
+
+def beginning(
+    init: str | None, preset: str | None, n_coils: int | None
+) -> Callable[[int], Trained]:
+    """The weights that trainings begin with.
+
+    Args:
+        init: stored ones, see `weights_named`; None: new ones.
+        preset: of new ones, `light` unless named; stored ones must be of it if it is named.
+        n_coils: of new ones, 8 unless stated; stored ones must be for it if it is stated.
+
+    Returns:
+        The weights for a seed.
+
+    Raises:
+        InputError: if the stored weights are of another architecture; the difference is listed.
+    """
+    if init is None:
+        architecture = preset_named(preset or "light", n_coils or 8)
+
+        def new(seed: int) -> Trained:
+            network = Network(architecture, seed)
+            return Trained(network, network.controls(), {})
+
+        return new
+    kept = weights_named(init)
+    found = kept.network.architecture
+    asked = found if preset is None else preset_named(preset, found.n_coils)
+    asked = replace(asked, n_coils=n_coils or found.n_coils)
+    if asked != found:
+        was, now = asdict(found), asdict(asked)
+        listed = "; ".join(f"{n} is {was[n]}, not {now[n]}" for n in now if was[n] != now[n])
+        raise InputError(
+            f"{init}: weights of the network that --preset and --coils name were needed, these are "
+            f"of another architecture: {listed}; leave those options out, or --init."
+        )
+    return lambda _seed: kept
 
 
 def load_weights(path: Path | str) -> Trained:

@@ -681,8 +681,23 @@ def test_a_network_for_scans_of_several_coil_counts_needs_one_named(data, tmp_pa
     options = ["--data", tmp_path, "--out", tmp_path / "w", *MASK]
     found = refused("train", *options)
     assert "one coil count was needed, the scans have 2, 3; choose one by --coils" in found
-    found = refused("train", *options, "--init", "pretrained", "--coils", 2)
-    assert "--init brings the coil count of its network, got --coils; leave one out" in found
+
+
+def test_weights_of_another_network_than_asked_for_are_refused_with_the_difference(
+    data, weights, tmp_path
+):
+    options = ["--data", data / "train", "--out", tmp_path / "w", *MASK, "--init", weights]
+    found = refused("train", *options, "--preset", "light")
+    assert f"{weights}: weights of the network that --preset and --coils name were needed" in found
+    assert "another architecture: n_phases is 2, not 8; filters is 3, not 16; features is" in found
+    found = refused("train", *options, "--coils", 5)
+    assert f"another architecture: n_coils is {COILS}, not 5; leave those options out" in found
+    task = f"name=a,scans={data}"
+    found = refused(
+        "meta-train", "--out", tmp_path / "m", "--task", task, *options[-2:], "--coils", 5
+    )
+    assert "n_coils is" in found
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupt_is_exit_code_130_and_one_line(data, tmp_path, monkeypatch):
