@@ -692,10 +692,8 @@ def test_weights_of_another_network_than_asked_for_are_refused_with_the_differen
     assert "another architecture: n_phases is 2, not 8; filters is 3, not 16; features is" in found
     found = refused("train", *options, "--coils", 5)
     assert f"another architecture: n_coils is {COILS}, not 5; leave those options out" in found
-    task = f"name=a,scans={data}"
-    found = refused(
-        "meta-train", "--out", tmp_path / "m", "--task", task, *options[-2:], "--coils", 5
-    )
+    options = [*options[-2:], "--coils", 5, "--seconds", 1, "--task", f"name=a,scans={data}"]
+    found = refused("meta-train", "--out", tmp_path / "m", *options)
     assert "n_coils is" in found
     assert list(tmp_path.iterdir()) == []
 
