@@ -10,7 +10,7 @@ DEMO_FLAGS ?=
 .PHONY: demo test lint docs bench bench-peers clean help
 
 help:
-	@echo "make demo   train and evaluate the MRI reconstruction on the bundled data; results in $(DEMO)/"
+	@echo "make demo   simulate, reconstruct and evaluate scans, all on bundled data; results in $(DEMO)/"
 	@echo "make test   run the test suite"
 	@echo "make lint   ruff and basedpyright"
 	@echo "make docs   build the Sphinx site into docs/_build/html"

@@ -69,13 +69,14 @@ def demo(
             help="Train a network of its own so long, instead of the bundled weights.", min=1.0
         ),
     ] = None,
+    size: Annotated[int, typer.Option(help="Rows and columns of the simulation.", min=32)] = 128,
     seed: Seed = 0,
     threads: Threads = 0,
 ) -> None:
     """Simulate, evaluate and reconstruct a real scan, all on bundled data."""
     use_threads(threads)
     with progress_bars(console) as report:
-        found = run_demo(out, DemoSettings(seconds, seed), report)
+        found = run_demo(out, DemoSettings(seconds, seed, size), report)
     _print(found.evaluation, "Held-out slices, Cartesian random 4 x, mean over anatomies")
     console.print(f"Figure   {found.figure}")
     console.print(f"Results  {found.results}")

@@ -159,7 +159,8 @@ def train_command(
         if coils is None and init is None:
             coils = _coil_count(_files(slices))
         trained = beginning(init, preset, coils)(seed)
-        for change in changes(coil_fits(_files(slices), trained.network.architecture.n_coils)):
+        every_file = _files(slices) + _files(looked_at or [])
+        for change in changes(coil_fits(every_file, trained.network.architecture.n_coils)):
             console.print(change)
         record = describe(settings)
         if listed:

@@ -19,7 +19,7 @@ from scan_files import as_bart, header, lines_of, write_cfl, write_ismrmrd
 
 from applications.mri.anatomy import bundled_scan_path, load_anatomies
 from applications.mri.data import SliceDataset, Volume, VolumeFile, implied_mask, write_volume
-from applications.mri.demo import DemoSettings, swept_multipliers
+from applications.mri.demo import swept_multipliers
 from applications.mri.evaluation import (
     classical_methods,
     evaluate,
@@ -41,7 +41,7 @@ from applications.mri.sampling import (
     acceleration_of,
 )
 from applications.mri.training import TrainingSettings, train
-from applications.mri.weights import Trained, load_weights, save_weights
+from applications.mri.weights import Trained, load_weights, pretrained, save_weights
 from bilevel import tree
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ SAMPLING_OPTIONS = [
 ]
 RESUMABLE = ["w.safetensors", "w.safetensors.state"]
 COMMANDS = {
-    "demo": ["--out", "--seconds", "--seed", "--threads"],
+    "demo": ["--out", "--seconds", "--size", "--seed", "--threads"],
     "simulate": [
         *("--out", "--size", "--coils", "--noise", "--repeats", "--anatomies", "--plane"),
         "--seed",
@@ -434,7 +434,8 @@ def test_scans_are_simulated_from_nifti(tmp_path):
     assert "a plane can be chosen for NIfTI only" in found
 
 
-def test_the_demo_leaves_figure_results_and_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_demo_leaves_figure_and_results_and_weights_of_its_own(tmp_path, monkeypatch, trains):
     few = {"brain_t1_axial": load_anatomies()["brain_t1_axial"][4:13]}
     monkeypatch.setattr("applications.mri.phantoms.load_anatomies", lambda path, plane: few)
     # The centre of the real scan, and one value of each regularisation, for the sake of time.
@@ -443,20 +444,23 @@ def test_the_demo_leaves_figure_results_and_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("applications.mri.demo.bundled_scan_path", lambda: tmp_path / "real.h5")
     values = {"CG-SENSE": (0.01,), "l1-wavelet": (0.01,)}
     monkeypatch.setattr("applications.mri.evaluation._LAMDAS", values)
-    monkeypatch.setattr(
-        "applications.mri.cli.DemoSettings", lambda seconds, seed: DemoSettings(seconds, seed, 64)
-    )
-    text = succeed("demo", "--out", tmp_path / "demo", "--seconds", 1, "--seed", 2)
+    training = ("--seconds", 1) if trains else ()
+    text = succeed("demo", "--out", tmp_path / "demo", "--size", 64, "--seed", 2, *training)
     names = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert names == {"data", "figure.png", "results.json", "weights.safetensors"}
+    left = {"data", "figure.png", "results.json"}
+    assert names == (left | {"weights.safetensors"} if trains else left)
     assert all(name in text.replace("\n", "") for name in ("figure.png", "results.json"))
     assert (tmp_path / "demo" / "figure.png").read_bytes().startswith(b"\x89PNG\r\n")
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert results["settings"]["size"] == 64
     assert results["settings"]["seed"] == 2
-    assert results["training"]["updates"] == len(results["training"]["costs"]) >= 1
-    trained = load_weights(tmp_path / "demo" / "weights.safetensors")
-    assert trained.network.architecture == light(8)
+    if trains:
+        assert results["training"]["updates"] == len(results["training"]["costs"]) >= 1
+        trained = load_weights(tmp_path / "demo" / "weights.safetensors")
+        assert trained.network.architecture == light(8)
+    else:
+        assert results["training"] == {"weights": "pretrained"}
+        trained = pretrained()
     test = SliceDataset(tmp_path / "demo" / "data" / "test")
     sampling = CartesianRandom(4.0, 0.08)
     expected = evaluate(network_methods(trained), test, sampling, 2 + 2).mean

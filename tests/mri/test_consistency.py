@@ -41,8 +41,9 @@ def everything(rows=SIZE, columns=SIZE):
 
 def kernels_of(matrices):
     """The k-space weights of K by Fourier series: offset (a, b) at (rows // 2 + a, ...)."""
+    images = matrices.permute(2, 3, 0, 1).to(torch.complex128)
     # ifft2c is orthonormal, but a weight of 1 at offset 0 is the constant 1 in the image.
-    return ifft2c(matrices.to(torch.complex128)) / matrices[0, 0].numel() ** 0.5
+    return ifft2c(images) / images[0, 0].numel() ** 0.5
 
 
 def by_least_squares(kspace, kernel, regularisation):
@@ -112,22 +113,21 @@ def test_a_coil_without_neighbours_in_kspace_is_predicted_by_the_other_coil():
     kspace = random_complex(1, SIZE, SIZE)
     pair = torch.cat([kspace, 2j * kspace])
     matrices = calibrate(pair, everything(), regularisation=1e-9).to(torch.complex128)
-    expected = torch.zeros(2, 2, SIZE, SIZE, dtype=torch.complex128)
-    expected[0, 1], expected[1, 0] = -0.5j, 2j
+    expected = torch.tensor([[0, -0.5j], [2j, 0]], dtype=torch.complex128)
+    expected = expected.expand(SIZE, SIZE, 2, 2)
     torch.testing.assert_close(matrices, expected, rtol=0, atol=1e-6)
 
 
 def test_a_product_and_that_of_the_conjugate_transpose_pass_the_dot_product_test():
-    matrices = random_complex(3, 3, 6, 5)
+    matrices = random_complex(6, 5, 3, 3)
     u, v = random_complex(3, 6, 5, seed=1), random_complex(3, 6, 5, seed=2)
-    adjoint = matrices.transpose(0, 1).conj()
-    left, right = (times(matrices, u).conj() * v).sum(), (u.conj() * times(adjoint, v)).sum()
+    left, right = (times(matrices, u).conj() * v).sum(), (u.conj() * times(matrices.mH, v)).sum()
     torch.testing.assert_close(left, right, rtol=1e-12, atol=0)
-    torch.testing.assert_close(times(matrices, u), torch.einsum("oiyx,iyx->oyx", matrices, u))
+    torch.testing.assert_close(times(matrices, u), torch.einsum("yxoi,iyx->oyx", matrices, u))
 
 
 def test_the_normal_matrices_are_those_of_the_inconsistency():
-    matrices = random_complex(3, 3, 6, 5)
+    matrices = random_complex(6, 5, 3, 3)
     normal = inconsistency_normal(matrices)
     u, v = random_complex(3, 6, 5, seed=1), random_complex(3, 6, 5, seed=2)
     defects = [times(matrices, w) - w for w in (u, v)]
@@ -141,14 +141,14 @@ def test_the_normal_matrices_are_those_of_the_inconsistency():
 
 @pytest.mark.parametrize("shape", [(4, 5), (5, 3)])
 def test_consistent_images_solve_the_normal_equations(shape):
-    matrices = random_complex(2, 2, *shape)
+    matrices = random_complex(*shape, 2, 2)
     normal = inconsistency_normal(matrices)
     mask = torch.rand(shape, generator=seeded(3)) < 0.5
     kspace = random_complex(2, *shape, seed=4) * mask
     n = 2 * shape[0] * shape[1]
     columns = []
     for unit in torch.eye(n, dtype=torch.complex128).reshape(n, 2, *shape):
-        defect = times(matrices.transpose(0, 1).conj(), times(matrices, unit) - unit)
+        defect = times(matrices.mH, times(matrices, unit) - unit)
         defect -= times(matrices, unit) - unit
         columns.append((sample_adjoint(sample(unit, mask), mask) + defect).reshape(-1))
     right = sample_adjoint(kspace, mask).reshape(-1)
@@ -159,7 +159,7 @@ def test_consistent_images_solve_the_normal_equations(shape):
 
 def test_consistent_images_of_consistent_data_are_left_alone():
     kspace = random_complex(2, 6, 6)
-    zero = torch.zeros(2, 2, 6, 6, dtype=torch.complex128)
+    zero = torch.zeros(6, 6, 2, 2, dtype=torch.complex128)
     found = consistent_image(kspace, everything(6, 6), zero, iterations=5)
     torch.testing.assert_close(found, ifft2c(kspace), rtol=1e-12, atol=1e-12)
 

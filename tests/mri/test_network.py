@@ -156,7 +156,7 @@ def test_a_phase_is_the_formula(architecture, threshold):
     phases = turns / turns.abs() if architecture.demodulate else None
     normal = None
     if architecture.self_consistency:
-        normal = random_complex(2, COILS, COILS, *SHAPE, seed=6)
+        normal = random_complex(2, *SHAPE, COILS, COILS, seed=6)
         params["consistency_step"] = torch.tensor(0.2, dtype=torch.float64)
     found = torch.func.functional_call(phase, params, (u, f, mask, normal, phases))
 

@@ -155,7 +155,7 @@ def test_other_conditions_are_listed_and_refused(scans, tmp_path):
         state_file(path, net, other).load()
     with pytest.raises(InputError, match=r"data was \[\['a.h5', 2\]\], is \[\['b.h5', 9\]\]"):
         state_file(path, net, SETTINGS, data=[("b.h5", 9)]).load()
-    with pytest.raises(InputError, match=r"same architecture only: .*filters was 3, is 32"):
+    with pytest.raises(InputError, match=r"same architecture only: .*filters was 3, is 16"):
         state_file(path, type(net)(light(2)), SETTINGS).load()
 
 

@@ -162,6 +162,7 @@ def test_gains_curves_and_rank_correlation_are_their_formulas():
         ([], "a training needs a budget"),
         (["--meta", "{}/nowhere", *BUDGET], "weights of meta-train were needed"),
         (["--meta", "{}/half", *BUDGET], "the results of meta-train were needed"),
+        (["--meta", "{}/meta", "--coils", "2", *BUDGET], "--meta brings its network, got --preset"),
         (["--unseen", "{}/tasks.yaml", *BUDGET], "'head' came twice"),
     ],
 )
@@ -171,7 +172,9 @@ def test_a_mistake_is_one_line(folder, tmp_path, options, message):
     source = folder / "meta" / "weights" / "vector-0-all.safetensors"
     (half / source.name).write_bytes(source.read_bytes())
     options = [str(option).format(folder) for option in options]
-    lists = ["--tasks", folder / "tasks.yaml", "--out", tmp_path / "out", "--coils", 2]
+    lists = ["--tasks", folder / "tasks.yaml", "--out", tmp_path / "out"]
+    if "--meta" not in options:
+        lists += ["--coils", 2]
     assert message in refused("transfer", *lists, *options)
 
 

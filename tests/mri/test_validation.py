@@ -135,17 +135,12 @@ def test_settings_out_of_range_and_patience_without_slices_are_refused(scans):
 
 
 def test_validation_scans_that_do_not_fit_are_refused_before_anything_is_trained(scans, tmp_path):
-    kspace = scans[0].kspace[None]
     mask = SAMPLING.mask((SIZE, SIZE), seeded())[0]
-    for name, volume, message in (
-        ("part", Volume(kspace * mask, mask=mask), "part.h5: fully sampled k-space was needed"),
-        ("coils", Volume(kspace[:, :1]), "coils.h5: .* for 2 coils, the scan has 1"),
-    ):
-        write_volume(tmp_path / f"{name}.h5", volume)
-        with pytest.raises(InputError, match=message):
-            trained(
-                scans,
-                BASE,
-                after_step=lambda state: pytest.fail("trained"),
-                validation=SliceDataset([tmp_path / f"{name}.h5"]),
-            )
+    write_volume(tmp_path / "part.h5", Volume(scans[0].kspace[None] * mask, mask=mask))
+    with pytest.raises(InputError, match=r"part.h5: fully sampled k-space was needed"):
+        trained(
+            scans,
+            BASE,
+            after_step=lambda state: pytest.fail("trained"),
+            validation=SliceDataset([tmp_path / "part.h5"]),
+        )

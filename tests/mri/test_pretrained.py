@@ -1,0 +1,66 @@
+"""The weights that come with the package: what they are, and that they do what they are for."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from command_lines import succeed
+
+from applications.mri.anatomy import bundled, bundled_scan_path, load_anatomies, resize, split
+from applications.mri.data import VolumeFile, implied_mask
+from applications.mri.evaluation import network_methods
+from applications.mri.metrics import score
+from applications.mri.network import light
+from applications.mri.operators import fft2c
+from applications.mri.sampling import CartesianRandom, PoissonDisc
+from applications.mri.simulate import simulate
+from applications.mri.task_list import read_task_list
+from applications.mri.weights import pretrained
+
+SIZE = 128
+
+
+def test_they_are_small_and_tell_how_they_were_made():
+    trained = pretrained()
+    assert trained.network.architecture == light(8)
+    files = list(bundled("anatomy.h5").parent.iterdir())
+    assert bundled("pretrained.safetensors").stat().st_size < 2e6
+    assert sum(file.stat().st_size for file in files) < 8e6
+    listed = read_task_list(bundled("pretrained.yaml"))
+    assert list(trained.record["samplings"]) == [one.name for one in listed]
+    assert {one.anatomy for one in listed} == set(load_anatomies())
+    assert not any("test" in one.roles for one in listed)
+    log = np.genfromtxt(bundled("pretrained.csv"), delimiter=",", names=True)
+    assert log["seconds"][-1] <= trained.record["seconds"] == 3600
+    assert log["mean_loss"][-1] < 0.5 * log["mean_loss"][0]
+
+
+@pytest.mark.parametrize("anatomy", ["brain_t2", "head_neck_t1_sagittal"])
+@pytest.mark.parametrize("sampling", [PoissonDisc(8, 16), CartesianRandom(4, 0.08)], ids=repr)
+def test_a_held_out_slice_gains_much_over_what_they_start_from(anatomy, sampling):
+    images = load_anatomies()[anatomy]
+    held_out = images[split(len(images)).test[0]]
+    full = simulate(resize(held_out, SIZE), 8, torch.Generator().manual_seed(1))
+    mask = sampling.mask((SIZE, SIZE), torch.Generator().manual_seed(2))
+    methods = network_methods(pretrained())
+    with torch.no_grad():
+        found = {name: method(full.kspace * mask, mask) for name, method in methods.items()}
+    psnr = {name: score(full.reference[None], image[None]).psnr for name, image in found.items()}
+    assert psnr["ours"] > psnr["self-consistent start"] + 2
+
+
+def test_the_real_scan_is_reconstructed_without_naming_weights_and_keeps_its_data(tmp_path):
+    path = bundled_scan_path()
+    text = succeed("reconstruct", "--scan", path, "--out", tmp_path / "image.h5")
+    assert "Coils" not in text
+    scan = VolumeFile(path).read_slice(0)
+    mask = implied_mask(scan.kspace)
+    trained = pretrained()
+    with torch.no_grad():
+        prepared = trained.network.prepare(scan.kspace[None], mask)
+        found = trained.network.reconstruct(prepared, trained.control)
+    with h5py.File(tmp_path / "image.h5") as file:
+        torch.testing.assert_close(torch.from_numpy(file["reconstruction"][()]), found.image)
+    measured = scan.kspace[:, mask]
+    defect = fft2c(found.coil_images[0])[:, mask] - measured
+    assert defect.norm() < 0.1 * measured.norm()
