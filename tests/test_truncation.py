@@ -1,5 +1,7 @@
 """Sweeps that stop early: bounds that hold, estimates that say so, what cannot be judged."""
 
+import math
+
 import pytest
 import torch
 from bilevel_cases import ridge
@@ -47,6 +49,18 @@ def test_with_constants_what_is_left_out_is_within_the_tolerance(tolerance, step
     assert found.truncation.rigorous
     assert 0 < found.truncation.steps < steps
     assert apart <= found.truncation.error <= tolerance
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0, 1.5])
+def test_the_bound_is_the_geometric_series(rate):
+    expected = 2 * 3 * sum(rate**k for k in range(7))
+    assert bl.Bounds(rate, 2.0).left_out(3.0, 7) == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_bound_beyond_every_number_is_infinite_unless_nothing_is_left_out():
+    assert bl.Bounds(2.0, 1.0).left_out(1.0, 5000) == math.inf
+    assert bl.Bounds(2.0, 0.0).left_out(1.0, 5000) == 0
+    assert bl.Bounds(2.0, 1.0).left_out(0.0, 5000) == 0
 
 
 def test_a_loose_tolerance_reverses_fewer_steps():

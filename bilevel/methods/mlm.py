@@ -63,12 +63,15 @@ class Bounds:
             steps: j.
 
         Returns:
-            The bound.
+            The bound; infinite if it is beyond every number.
         """
-        terms = float(steps)
-        if self.rate != 1:
-            terms = (1 - self.rate**steps) / (1 - self.rate)
-        return self.coupling * multiplier * terms
+        size = self.coupling * multiplier
+        if size == 0 or self.rate == 1:
+            return size * steps
+        try:
+            return size * (1 - self.rate**steps) / (1 - self.rate)
+        except OverflowError:
+            return math.inf
 
 
 @final
