@@ -6,14 +6,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 import bilevel as bl
 from applications.command_line import Report
 from applications.files import make_folder
 from applications.mri.baselines import zero_filled
 from applications.mri.batches import Batches, Bucket, TaskLosses
-from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.evaluation import Method as Reconstructing
 from applications.mri.evaluation import evaluate, network_methods
 from applications.mri.keeping import describe
@@ -91,7 +88,7 @@ def _run(
     masks = settings.training.seed  # the same for all seeds, so that spreads are those of training
 
     def score(control: bl.PerStep, task: Task) -> Scores:
-        return score_on(task, any_coils(replace(begun, control=control)), masks)
+        return score_on(task, network_methods(replace(begun, control=control))["ours"], masks)
 
     scores = {
         model: {task.name: score(control, task) for task in tasks.of("test")}
@@ -170,24 +167,6 @@ def adapted(
     solver = meta_solver(losses, bl.TaskWeights(1), training, training.learning_rate)
     loss = partial(losses.of_task, examples=examples)
     return bl.adapt(solver, model, loss, steps, weight=weight)
-
-
-def any_coils(trained: Trained) -> Reconstructing:
-    """The network as a method for scans of any coil count.
-
-    Args:
-        trained: network and weights.
-
-    Returns:
-        What `evaluation.evaluate` takes.
-    """
-    ours = network_methods(trained)["ours"]
-    n_coils = trained.network.architecture.n_coils
-
-    def fitted(kspace: Tensor, mask: Tensor) -> Tensor:
-        return ours(with_coils(coil_matrix(kspace, n_coils), kspace), mask)
-
-    return fitted
 
 
 def score_on(task: Task, method: Reconstructing, seed: int) -> Scores:

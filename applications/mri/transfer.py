@@ -11,8 +11,9 @@ import bilevel as bl
 from applications.command_line import Report
 from applications.errors import InputError
 from applications.mri.batches import Batches
+from applications.mri.evaluation import network_methods
 from applications.mri.meta import learn
-from applications.mri.meta_experiment import adapted, any_coils, score_on
+from applications.mri.meta_experiment import adapted, score_on
 from applications.mri.meta_results import Table
 from applications.mri.meta_settings import Ablation
 from applications.mri.metrics import Scores
@@ -83,7 +84,7 @@ def measure_transfer(
 
 
 def _scored(task: Task, begun: Trained, model: bl.PerStep, settings: TransferSettings) -> Scores:
-    method = any_coils(Trained(begun.network, model, {}))
+    method = network_methods(Trained(begun.network, model, {}))["ours"]
     return score_on(task, method, settings.training.seed)
 
 

@@ -9,8 +9,9 @@ from applications.methods import Method
 from applications.mri.batches import Batches, Bucket, TaskLosses
 from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.data import SliceDataset, Volume, fully_sampled, write_volume
+from applications.mri.evaluation import network_methods
 from applications.mri.meta import column, learn
-from applications.mri.meta_experiment import adapt_models, any_coils
+from applications.mri.meta_experiment import adapt_models
 from applications.mri.meta_results import ExperimentSettings
 from applications.mri.meta_settings import Ablation, MetaSettings, Rule
 from applications.mri.meta_solvers import meta_solver, penalty_solver
@@ -399,7 +400,7 @@ def test_scans_of_any_coil_count_are_reconstructed():
         kspace = torch.randn(n_coils, SIZE, SIZE, dtype=torch.complex64, generator=seeded(1)) * mask
         fitted = with_coils(coil_matrix(kspace, 3), kspace)
         expected = net.reconstruct(net.prepare(fitted[None], mask), trained.control).image[0]
-        assert torch.equal(any_coils(trained)(kspace, mask), expected)
+        assert torch.equal(network_methods(trained)["ours"](kspace, mask), expected)
 
 
 @pytest.mark.parametrize(

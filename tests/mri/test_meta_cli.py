@@ -8,9 +8,8 @@ from command_lines import refused, succeed
 import bilevel as bl
 from applications.methods import Method
 from applications.mri.baselines import zero_filled
-from applications.mri.evaluation import evaluate
+from applications.mri.evaluation import evaluate, network_methods
 from applications.mri.meta import learn
-from applications.mri.meta_experiment import any_coils
 from applications.mri.meta_settings import Ablation, MetaSettings
 from applications.mri.network import paper
 from applications.mri.reconstruction import Network
@@ -97,7 +96,10 @@ def test_results_are_those_of_the_training(run, files):
         assert torch.equal(x, y)
     assert kept.record["sigma"] == one["sigma"]
     for task in tasks.of("test"):
-        methods = {"ours": any_coils(kept), "zero-filled": lambda kspace, _: zero_filled(kspace)}
+        methods = {
+            "ours": network_methods(kept)["ours"],
+            "zero-filled": lambda kspace, _: zero_filled(kspace),
+        }
         scores = evaluate(methods, task.parts["test"], task.sampling, 2).mean
         assert one["scores"]["head"][task.name]["psnr"] == pytest.approx(scores["ours"].psnr)
         assert one["scores"]["head"][task.name]["ssim"] == pytest.approx(scores["ours"].ssim)

@@ -7,9 +7,9 @@ from command_lines import refused, succeed
 
 from applications.errors import InputError
 from applications.mri.batches import Batches, TaskLosses
-from applications.mri.evaluation import evaluate
+from applications.mri.evaluation import evaluate, network_methods
 from applications.mri.meta import learn
-from applications.mri.meta_experiment import adapted, any_coils
+from applications.mri.meta_experiment import adapted
 from applications.mri.meta_settings import Ablation, MetaSettings, Rule
 from applications.mri.metrics import Convention, Scores
 from applications.mri.network import light
@@ -83,7 +83,7 @@ def test_the_task_matrix_is_that_of_models_trained_alone_and_of_those_given(fold
     rows = {"head": alone.models["all"], "meta, vector": models["meta, vector"]}
     for name, control in rows.items():
         for task in (head, *others):
-            method = any_coils(Trained(fresh, control, {}))
+            method = network_methods(Trained(fresh, control, {}))["ours"]
             scores = evaluate({"ours": method}, task.parts["test"], task.sampling, 2).mean["ours"]
             assert found["scores"][name][task.name]["psnr"] == pytest.approx(scores.psnr)
 
@@ -100,7 +100,7 @@ def test_curves_are_those_of_adapted_models(folder, run):
     network, models = meta_models(folder / "meta")
     examples = Batches(network, (neck,), "train", 1).task_batch(0, 0)
     moved = adapted(network, models["meta, vector"], examples, TRAINING, 2)
-    method = any_coils(Trained(network, moved, {}))
+    method = network_methods(Trained(network, moved, {}))["ours"]
     scores = evaluate({"ours": method}, neck.parts["test"], neck.sampling, 2).mean["ours"]
     assert found["curves"]["meta, vector"]["neck"]["2"]["psnr"] == pytest.approx(scores.psnr)
 
