@@ -7,7 +7,7 @@ import torch
 from command_lines import succeed
 
 from applications.mri.anatomy import bundled, bundled_scan_path, load_anatomies, resize, split
-from applications.mri.data import VolumeFile, implied_mask
+from applications.mri.data import Volume, VolumeFile, implied_mask, write_volume
 from applications.mri.evaluation import network_methods
 from applications.mri.metrics import score
 from applications.mri.network import light
@@ -49,18 +49,26 @@ def test_a_held_out_slice_gains_much_over_what_they_start_from(anatomy, sampling
     assert psnr["ours"] > psnr["self-consistent start"] + 2
 
 
-def test_the_real_scan_is_reconstructed_without_naming_weights_and_keeps_its_data(tmp_path):
-    path = bundled_scan_path()
-    text = succeed("reconstruct", "--scan", path, "--out", tmp_path / "image.h5")
-    assert "Coils" not in text
-    scan = VolumeFile(path).read_slice(0)
-    mask = implied_mask(scan.kspace)
-    trained = pretrained()
+def reconstruct(kspace):
+    mask, trained = implied_mask(kspace), pretrained()
     with torch.no_grad():
-        prepared = trained.network.prepare(scan.kspace[None], mask)
-        found = trained.network.reconstruct(prepared, trained.control)
-    with h5py.File(tmp_path / "image.h5") as file:
-        torch.testing.assert_close(torch.from_numpy(file["reconstruction"][()]), found.image)
+        scan = trained.network.prepare(kspace[None], mask)
+        return trained.network.reconstruct(scan, trained.control), mask
+
+
+def test_the_real_scan_keeps_its_data():
+    scan = VolumeFile(bundled_scan_path()).read_slice(0)
+    found, mask = reconstruct(scan.kspace)
     measured = scan.kspace[:, mask]
     defect = fft2c(found.coil_images[0])[:, mask] - measured
     assert defect.norm() < 0.1 * measured.norm()
+
+
+def test_they_are_what_reconstruct_takes_unless_told_otherwise(tmp_path):
+    kspace = VolumeFile(bundled_scan_path()).read_slice(0).kspace[:, 83:147, 58:122]
+    write_volume(tmp_path / "scan.h5", Volume(kspace[None]))
+    text = succeed("reconstruct", "--scan", tmp_path / "scan.h5", "--out", tmp_path / "image.h5")
+    assert "Coils" not in text
+    with h5py.File(tmp_path / "image.h5") as file:
+        found = torch.from_numpy(file["reconstruction"][()])
+    torch.testing.assert_close(found, reconstruct(kspace)[0].image)
