@@ -204,6 +204,12 @@ def reconstruct(
     console.print(f"Acceleration {found.acceleration:.2f} in the mean over slices")
     for change in changes(found.coils):
         console.print(change)
+    doubtful = [str(i) for i, residual in enumerate(found.data_residuals) if residual > 1]
+    if doubtful:
+        console.print(
+            f"Look at slice {', '.join(doubtful)} before use: farther from what was measured than "
+            "an empty image, so mostly noise, or not like anything the weights were trained on."
+        )
     if is_nifti(out) and not found.oriented:
         console.print("The scan states no orientation; the images have none.")
     console.print(f"Images   {out}")

@@ -123,6 +123,25 @@ def inconsistency_normal(matrices: Tensor) -> Tensor:
     return defect.mH @ defect
 
 
+def bounded(normal: Tensor, largest: float = 2.0) -> Tensor:
+    """N, scaled down where a gradient step of size 1 would not contract.
+
+    Kernels that were fitted to a centre with little but noise can have eigenvalues of 10 and more,
+    on which steps of a size that other scans are reconstructed by diverge.
+
+    Args:
+        normal: N of `inconsistency_normal`.
+        largest: eigenvalue that is allowed. Eigenvalues are taken at 64 to 127 positions an axis;
+            N is a polynomial of few waves, so that they miss the largest by some thousandths.
+
+    Returns:
+        N itself, or N over the same number everywhere.
+    """
+    rows, columns = (max(1, n // 64) for n in normal.shape[:2])
+    found = float(torch.linalg.eigvalsh(normal[::rows, ::columns])[..., -1].max())
+    return normal if found <= largest else normal * (largest / found)
+
+
 def times(matrices: Tensor, state: Tensor) -> Tensor:
     """One matrix-vector product a pixel.
 

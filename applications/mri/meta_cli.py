@@ -118,6 +118,7 @@ def transfer(
     ] = None,
     preset: Preset = None,
     coils: Coils = None,
+    init: Init = None,
     seconds: Annotated[float | None, typer.Option(help="Of training on one task.")] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Losses of a slice that training on one task evaluates.")
@@ -147,11 +148,12 @@ def transfer(
     settings = TransferSettings(training, _numbers(steps), slices)
     listed = listed_tasks(tasks, task or [])
     others = [] if unseen is None else read_task_list(unseen)
-    begun, models, learned = beginning(None, preset, coils)(seed), {}, None
+    begun, learned = beginning(init, preset, coils)(seed), None
+    models = {} if init is None else {"before": begun.control}
     if meta is not None:
-        if preset is not None or coils is not None:
+        if any(option is not None for option in (preset, coils, init)):
             raise InputError(
-                "--meta brings its network, got --preset or --coils too; leave them out."
+                "--meta brings its network, got --preset, --coils or --init too; leave them out."
             )
         network, models = meta_models(meta)
         learned = learned_correlation(meta / "results.json")

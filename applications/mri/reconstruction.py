@@ -9,6 +9,7 @@ from torch import Tensor
 import bilevel as bl
 from applications.errors import InputError
 from applications.mri.consistency import (
+    bounded,
     calibrate,
     consistent_image,
     inconsistency_normal,
@@ -16,7 +17,7 @@ from applications.mri.consistency import (
 )
 from applications.mri.layers import to_complex, to_planes
 from applications.mri.network import Architecture, InitialNet, Phase
-from applications.mri.operators import fft2c, ifft2c, rss
+from applications.mri.operators import fft2c, ifft2c, rss, sample
 from applications.mri.sampling import check_mask, samples_columns
 
 
@@ -78,10 +79,13 @@ class Reconstruction:
     Attributes:
         image: |J u(T)|, or what the option `rss_skip` makes of it, ``(batch, rows, columns)``.
         coil_images: u(T), ``(batch, coils, rows, columns)``.
+        data_residual: |P F u(T) - f| / |f|, ``(batch,)``; above 1 nothing at all would be nearer to
+            what was measured.
     """
 
     image: Tensor
     coil_images: Tensor
+    data_residual: Tensor
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,7 @@ class Network:
                 for x, m, k in zip(f, masks, normal, strict=True)
             ]
             start = fft2c(torch.stack(filled))
+            normal = torch.stack([bounded(one) for one in normal])
         phases = None
         if a.demodulate:
             found = [low_resolution_phase(x, m) for x, m in zip(f, masks, strict=True)]
@@ -263,4 +268,6 @@ class Network:
             horizon = self.architecture.n_phases
             state = bl.rollout(self.dynamics(scan), scan.start, control, horizon)
             image = self.image(scan, state, control)
-        return Reconstruction(image * scan.scale[:, 0], state * scan.scale)
+            defect = (sample(state, scan.mask) - scan.kspace).flatten(1).norm(dim=1)
+            residual = defect / scan.kspace.flatten(1).norm(dim=1).clamp_min(1e-30)
+        return Reconstruction(image * scan.scale[:, 0], state * scan.scale, residual)

@@ -13,6 +13,7 @@ from applications.mri.coil_counts import CoilFit, coil_fits, coil_matrix, with_c
 from applications.mri.data import Slice, VolumeFile, implied_mask, open_scan
 from applications.mri.images import image_writer
 from applications.mri.operators import centre_crop
+from applications.mri.reconstruction import Reconstruction
 from applications.mri.sampling import Sampling, acceleration_of
 from applications.mri.weights import Trained
 
@@ -26,12 +27,14 @@ class ScanImages:
         acceleration: of the masks, in the mean over slices.
         oriented: whether the scan states where the images lie in the patient.
         coils: what became of the coils of the scan on their way into the network.
+        data_residuals: of `Reconstruction`, slice by slice of one volume after the other.
     """
 
     middle: Tensor
     acceleration: float
     oriented: bool
     coils: tuple[CoilFit, ...]
+    data_residuals: tuple[float, ...]
 
 
 def reconstruct_scan(
@@ -62,6 +65,7 @@ def reconstruct_scan(
     first = volumes[0]
     n_slices, shape = first.n_slices, first.image_shape
     accelerations: list[float] = []
+    residuals: list[float] = []
     middle = torch.zeros(shape)
     layout = (len(volumes), n_slices, *shape)
     with image_writer(out, layout, first.facts.geometry, record or {}) as add:
@@ -70,10 +74,11 @@ def reconstruct_scan(
                 one = volume.read_slice(index)
                 try:
                     mask = _mask(one, volume, given)
-                    image = _image(trained, one, mask)
+                    found = _reconstructed(trained, one, mask)
                 except InputError as error:
                     raise InputError(f"{one.path}: {error}") from error
-                image = centre_crop(image, shape)
+                image = centre_crop(found.image[0], shape)
+                residuals.append(float(found.data_residual))
                 add(image)
                 accelerations.append(acceleration_of(mask))
                 if volume is first and index == n_slices // 2:
@@ -83,7 +88,7 @@ def reconstruct_scan(
     geometry = first.facts.geometry
     oriented = geometry is not None and geometry.affine is not None
     coils = coil_fits(volumes, trained.network.architecture.n_coils)
-    return ScanImages(middle, fmean(accelerations), oriented, coils)
+    return ScanImages(middle, fmean(accelerations), oriented, coils, tuple(residuals))
 
 
 def _mask(one: Slice, volume: VolumeFile, given: Sampling | None) -> Tensor:
@@ -100,8 +105,8 @@ def _mask(one: Slice, volume: VolumeFile, given: Sampling | None) -> Tensor:
     return mask
 
 
-def _image(trained: Trained, one: Slice, mask: Tensor) -> Tensor:
+def _reconstructed(trained: Trained, one: Slice, mask: Tensor) -> Reconstruction:
     kspace = torch.where(mask, one.kspace, 0)
     matrix = coil_matrix(kspace, trained.network.architecture.n_coils)
     scan = trained.network.prepare(with_coils(matrix, kspace)[None], mask)
-    return trained.network.reconstruct(scan, trained.control).image[0]
+    return trained.network.reconstruct(scan, trained.control)

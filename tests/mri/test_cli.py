@@ -87,7 +87,15 @@ COMMANDS = {
     ],
     "transfer": [
         *("--tasks", "--task", "--unseen", "--meta", "--out", "--preset", "--coils", "--seconds"),
-        *("--evaluations", "--optimizer", "--learning-rate", "--batch", "--crop", "--steps"),
+        *(
+            "--init",
+            "--evaluations",
+            "--optimizer",
+            "--learning-rate",
+            "--batch",
+            "--crop",
+            "--steps",
+        ),
         *("--slices", "--seed", "--threads", "--keep-graphs"),
     ],
     "reconstruct": ["--scan", "--weights", "--out", "--png", "--mask", "--threads"],

@@ -6,6 +6,7 @@ import torch
 from applications.errors import InputError
 from applications.mri.anatomy import load_anatomies, resize
 from applications.mri.consistency import (
+    bounded,
     calibrate,
     consistent_image,
     fully_sampled_centre,
@@ -137,6 +138,27 @@ def test_the_normal_matrices_are_those_of_the_inconsistency():
     w = u.clone().requires_grad_()
     (gradient,) = torch.autograd.grad((times(matrices, w) - w).abs().square().sum(), w)
     torch.testing.assert_close(2 * times(normal, u), gradient)
+
+
+def test_normal_matrices_are_scaled_down_to_the_eigenvalue_allowed_and_no_others():
+    noise = torch.zeros(4, SIZE, SIZE, dtype=torch.complex64)
+    noise[:, 10:22, 10:22] = random_complex(4, 12, 12).to(noise.dtype)
+    centre = crafted(SIZE, SIZE, (10, 22, 10, 22))
+    normal = inconsistency_normal(calibrate(noise, centre, regularisation=1e-6))
+    found = bounded(normal)
+    assert float(torch.linalg.eigvalsh(normal)[..., -1].max()) > 5
+    assert float(torch.linalg.eigvalsh(found)[..., -1].max()) == pytest.approx(2, rel=1e-5)
+    torch.testing.assert_close(found / found[0, 0, 0, 0], normal / normal[0, 0, 0, 0])
+    half = found / 2
+    assert bounded(half) is half
+
+
+def test_few_positions_are_enough_for_the_largest_eigenvalue():
+    noise = torch.zeros(3, 256, 192, dtype=torch.complex64)
+    noise[:, 120:136, 88:104] = random_complex(3, 16, 16).to(noise.dtype)
+    centre = crafted(256, 192, (120, 136, 88, 104))
+    found = bounded(inconsistency_normal(calibrate(noise, centre, regularisation=1e-6)))
+    assert float(torch.linalg.eigvalsh(found)[..., -1].max()) == pytest.approx(2, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (5, 3)])

@@ -11,13 +11,17 @@ from applications.mri.data import Volume, VolumeFile, implied_mask, write_volume
 from applications.mri.evaluation import network_methods
 from applications.mri.metrics import score
 from applications.mri.network import light
-from applications.mri.operators import fft2c
+from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.sampling import CartesianRandom, PoissonDisc
 from applications.mri.simulate import simulate
 from applications.mri.task_list import read_task_list
 from applications.mri.weights import pretrained
 
 SIZE = 128
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def test_they_are_small_and_tell_how_they_were_made():
@@ -40,8 +44,8 @@ def test_they_are_small_and_tell_how_they_were_made():
 def test_a_held_out_slice_gains_much_over_what_they_start_from(anatomy, sampling):
     images = load_anatomies()[anatomy]
     held_out = images[split(len(images)).test[0]]
-    full = simulate(resize(held_out, SIZE), 8, torch.Generator().manual_seed(1))
-    mask = sampling.mask((SIZE, SIZE), torch.Generator().manual_seed(2))
+    full = simulate(resize(held_out, SIZE), 8, seeded(1))
+    mask = sampling.mask((SIZE, SIZE), seeded(2))
     methods = network_methods(pretrained())
     with torch.no_grad():
         found = {name: method(full.kspace * mask, mask) for name, method in methods.items()}
@@ -64,11 +68,22 @@ def test_the_real_scan_keeps_its_data():
     assert defect.norm() < 0.1 * measured.norm()
 
 
+def test_noise_does_not_make_the_phases_diverge_and_is_told(tmp_path):
+    noise = torch.randn(8, SIZE, SIZE, dtype=torch.complex64, generator=seeded(0))
+    mask = PoissonDisc(8, 16).mask((SIZE, SIZE), seeded(1))
+    write_volume(tmp_path / "scan.h5", Volume((noise * mask)[None], mask=mask))
+    text = succeed("reconstruct", "--scan", tmp_path / "scan.h5", "--out", tmp_path / "image.h5")
+    assert "Look at slice 0 before use" in text
+    with h5py.File(tmp_path / "image.h5") as file:
+        assert float(file["reconstruction"][()].max()) < 2 * float(rss(ifft2c(noise * mask)).max())
+
+
 def test_they_are_what_reconstruct_takes_unless_told_otherwise(tmp_path):
     kspace = VolumeFile(bundled_scan_path()).read_slice(0).kspace[:, 83:147, 58:122]
     write_volume(tmp_path / "scan.h5", Volume(kspace[None]))
     text = succeed("reconstruct", "--scan", tmp_path / "scan.h5", "--out", tmp_path / "image.h5")
     assert "Coils" not in text
+    assert "Look at" not in text
     with h5py.File(tmp_path / "image.h5") as file:
         found = torch.from_numpy(file["reconstruction"][()])
     torch.testing.assert_close(found, reconstruct(kspace)[0].image)

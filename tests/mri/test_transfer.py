@@ -105,6 +105,19 @@ def test_curves_are_those_of_adapted_models(folder, run):
     assert found["curves"]["meta, vector"]["neck"]["2"]["psnr"] == pytest.approx(scores.psnr)
 
 
+def test_weights_to_begin_with_are_a_model_of_their_own(folder, tmp_path):
+    start = folder / "w.safetensors"
+    options = ["--tasks", folder / "tasks.yaml", "--out", tmp_path, "--init", start, "--steps", 0]
+    succeed("transfer", *options, *BUDGET)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found["scores"]) == ["head", "bad", "before"]
+    (head, _) = open_tasks(read_task_list(folder / "tasks.yaml"), tmp_path / "scans").every
+    method = network_methods(load_weights(start))["ours"]
+    scores = evaluate({"ours": method}, head.parts["test"], head.sampling, 2).mean["ours"]
+    assert found["scores"]["before"]["head"]["psnr"] == pytest.approx(scores.psnr)
+    assert found["scores"]["head"]["head"]["psnr"] != pytest.approx(scores.psnr)
+
+
 def test_adaptation_goes_down_the_loss_of_its_slices(folder, run):
     _, out, _ = run
     neck, _ = open_each(read_task_list(folder / "unseen.yaml"), out / "scans")
