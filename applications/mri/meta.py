@@ -37,7 +37,7 @@ class Learned:
         weights: sigma; its correlation takes `alpha`.
         alpha: of the task weights; zeros where they are equal.
         values: the outer objective before each update.
-        updates: of alpha; for equal weights, rounds of k inner steps.
+        updates: rounds of k inner steps; after each of the first ones alpha moved, see `values`.
         inner_steps: of the network.
         evaluations: spent.
         seconds: spent [s].
@@ -167,11 +167,19 @@ class _Training:
     def uniform(self) -> Learned:
         """Equal weights: the inner steps alone."""
         weights = bl.TaskWeights(self.n_tasks)
-        solver, alpha, warm = self.solver(weights), weights.initial(), None
-        while warm is None or not self.advanced(warm.steps):
-            warm = solver.advance(self.control, alpha, bl.ByStep(self.train.draw), warm)
+        solver, alpha = self.solver(weights), weights.initial()
+        warm = self.stepped(solver, self.control, alpha, None)
         model = solver.optimizer.params(warm.state)
         return self.learned({"all": model}, weights, alpha, [], warm.steps)
+
+    def stepped(
+        self, solver: bl.BilevelSolver, start: bl.PerStep, alpha: Tensor, warm: bl.Warm | None
+    ) -> bl.Warm:
+        """Inner steps at these task weights until all is spent."""
+        while warm is None or self.share() < 1:
+            warm = solver.advance(start, alpha, bl.ByStep(self.train.draw), warm)
+            self.advanced(warm.steps)
+        return warm
 
     def weighted(self, *, matrix: bool) -> Learned:
         """Learned weights, for one model or for one model a validation task."""
@@ -182,22 +190,29 @@ class _Training:
             entropy=settings.entropy,
             floor=settings.floor,
         )
-        solution = self.solver(weights).solve(
-            weights.stacked(self.control),
+        solver, start = self.solver(weights), weights.stacked(self.control)
+
+        def after(progress: bl.Progress) -> bool:
+            self.advanced(k * progress.step)
+            return self.share() >= settings.learn_share
+
+        solution = solver.solve(
+            start,
             weights.initial(),
             lambda leaves: torch.optim.Adam(leaves, settings.outer_rate),
             steps=10**9,
             batches=self.pairs(),
-            callback=lambda progress: self.advanced(k * progress.step),
+            callback=after,
         )
-        params = solution.params
+        assert solution.hypergradient is not None  # a budget allows one update at least
+        warm = self.stepped(solver, start, solution.control, solution.hypergradient.warm)
+        params = solver.optimizer.params(warm.state)
         models = (
             {name: column(params, j) for j, name in enumerate(self.names)}
             if matrix
             else {"all": params}
         )
-        steps = k * solution.steps
-        return self.learned(models, weights, solution.control, solution.values, steps)
+        return self.learned(models, weights, solution.control, solution.values, warm.steps)
 
     def penalised(self) -> Learned:
         """Network and task weights descend together on `penalty_problem`."""

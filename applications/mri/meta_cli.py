@@ -55,6 +55,9 @@ def meta_train(
     inner_steps: Annotated[int, typer.Option(help="Of the network an update.", min=1)] = 5,
     learning_rate: Annotated[float, typer.Option(help="Of the network at its peak.")] = 3e-3,
     outer_rate: Annotated[float, typer.Option(help="Of Adam on the task weights.")] = 0.1,
+    learn_share: Annotated[
+        float, typer.Option(help="Of the budget, in which task weights move.")
+    ] = 1.0,
     batch: Annotated[int, typer.Option(help="Slices a task in a minibatch.", min=1)] = 1,
     crop: Annotated[int, typer.Option(help="Rows of a training crop, 0: none.", min=0)] = 32,
     entropy: Annotated[float, typer.Option(help="Reward of spread weights.", min=0)] = 0.0,
@@ -79,6 +82,7 @@ def meta_train(
         inner_steps,
         learning_rate,
         outer_rate=outer_rate,
+        learn_share=learn_share,
         batch=batch,
         crop=crop,
         entropy=entropy,

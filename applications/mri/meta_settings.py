@@ -51,6 +51,8 @@ class MetaSettings:
             cosine of the share of the budget that is spent.
         warmup: inner steps.
         outer_rate: of Adam on alpha.
+        learn_share: share of the budget in which alpha moves; in the rest the network is trained
+            with the task weights as they are, which costs half as much a step.
         batch: slices a task in a minibatch.
         crop: image rows of a training slice [pixels], 0: all.
         entropy: of `bilevel.TaskWeights`.
@@ -72,6 +74,7 @@ class MetaSettings:
     learning_rate: float = 3e-3
     warmup: int = 20
     outer_rate: float = 0.1
+    learn_share: float = 1.0
     batch: int = 1
     crop: int = 0
     entropy: float = 0.0
@@ -88,5 +91,7 @@ class MetaSettings:
         given = [x for x in ("seconds", "evaluations") if getattr(self, x) is not None]
         check_positive(self, *given, "learning_rate", "outer_rate", "penalty")
         check_counts(self, "inner_steps", "batch")
+        if not 0 < self.learn_share <= 1:
+            raise InputError(f"learn_share must be > 0 and <= 1, got {self.learn_share}.")
         if self.crop < 0 or self.warmup < 0:
             raise InputError(f"crop and warmup must be >= 0, got {self.crop} and {self.warmup}.")
