@@ -82,7 +82,15 @@ COMMANDS = {
         *("--tasks", "--task", "--out", "--ablations", "--preset", "--coils", "--init"),
         *("--seconds", "--evaluations", "--method", "--optimizer", "--inner-steps"),
         *("--learning-rate", "--outer-rate", "--batch", "--crop", "--entropy", "--floor"),
-        *("--penalty", "--adapt-steps", "--adapt-slices", "--seeds", "--seed", "--threads"),
+        *(
+            "--learn-share",
+            "--penalty",
+            "--adapt-steps",
+            "--adapt-slices",
+            "--seeds",
+            "--seed",
+            "--threads",
+        ),
         "--keep-graphs",
     ],
     "transfer": [

@@ -19,6 +19,7 @@ from applications.mri.network import light, paper
 from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.reconstruction import Loss, Network
 from applications.mri.sampling import CartesianRandom
+from applications.mri.schedules import Cosine
 from applications.mri.simulate import simulate
 from applications.mri.task_list import TaskSettings
 from applications.mri.tasks import open_tasks
@@ -363,6 +364,36 @@ def test_a_setting_matters(tasks, vector, change):
     assert not torch.equal(alpha_of(tasks, replace(SETTINGS, **change)), vector)
 
 
+def test_task_weights_stay_where_they_are_after_their_share_of_the_budget(tasks):
+    net = network(n_phases=1)
+    settings = replace(SETTINGS, optimizer=Rule.SGD, learn_share=1e-6)
+    once = learn(Ablation.VECTOR, net, net.controls(), tasks, replace(settings, evaluations=1))
+    found = learn(Ablation.VECTOR, net, net.controls(), tasks, replace(settings, evaluations=9))
+    assert len(once.values) == len(found.values) == once.updates == 1
+    assert (found.updates, found.inner_steps, found.evaluations) == (2, 4, 12)
+    assert torch.equal(once.alpha, found.alpha)
+    # The second round is of the weighted sum with these weights, at the rate of its share.
+    losses, batches = TaskLosses(net, LOSS, GRAPHS), Batches(net, tasks.of("train"), "train")
+    model, rate = once.models["all"], 0.01 * Cosine().factor(8 / 9)
+    leaves, structure = tree.flatten(model)
+    for t in (3, 4):
+        points = [None if x is None else x.detach().requires_grad_() for x in leaves]
+        batch = batches.draw(t)
+        (found.sigma * losses(tree.unflatten(structure, points), batch)).sum().backward()
+        leaves = [None if x is None else x.detach() - rate * x.grad for x in points]
+    model = tree.unflatten(structure, leaves)
+    for new, old in zip(named(found.models["all"]).values(), named(model).values(), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-6)
+
+
+def test_each_column_of_a_matrix_settles_too(tasks):
+    net = network(n_phases=1)
+    settings = replace(SETTINGS, learn_share=0.3, evaluations=60)
+    found = learn(Ablation.MATRIX, net, net.controls(), tasks, settings)
+    assert 1 <= len(found.values) < found.updates
+    assert len(found.models) == found.sigma.shape[1]
+
+
 def test_training_is_deterministic_by_its_seed_and_the_penalty_matters(tasks, vector):
     assert torch.equal(alpha_of(tasks, SETTINGS), vector)
     found = [
@@ -412,6 +443,7 @@ def test_scans_of_any_coil_count_are_reconstructed():
         ({"inner_steps": 0}, "inner_steps must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate must be > 0"),
         ({"penalty": -1.0}, "penalty must be > 0"),
+        ({"learn_share": 0.0}, "learn_share must be > 0 and <= 1, got 0"),
         ({"crop": -1}, "crop and warmup must be >= 0"),
     ],
 )
