@@ -52,7 +52,8 @@ class MetaSettings:
         warmup: inner steps.
         outer_rate: of Adam on alpha.
         learn_share: share of the budget in which alpha moves; in the rest the network is trained
-            with the task weights as they are, which costs half as much a step.
+            with the task weights as they are, which costs half as much a step. The penalty method
+            moves both to the end.
         batch: slices a task in a minibatch.
         crop: image rows of a training slice [pixels], 0: all.
         entropy: of `bilevel.TaskWeights`.

@@ -82,6 +82,15 @@ def test_the_last_update_is_looked_at_too(scans):
     assert [k.step for k in trained(scans, settings, validation=scans).looks] == [3, 4]
 
 
+def test_validation_scans_of_another_coil_count_are_fitted_to_the_network(scans, tmp_path):
+    write_volume(tmp_path / "one.h5", Volume(scans[0].kspace[None, :1]))
+    one = SliceDataset([tmp_path / "one.h5"])
+    settings = replace(BASE, steps=1, validation=Validation(every=1))
+    (look,) = trained(scans, settings, validation=one).looks
+    (other,) = trained(scans, settings, validation=scans).looks
+    assert 0 < look.cost != other.cost
+
+
 def test_patience_ends_a_training_that_does_not_improve(scans):
     """The looks of the whole training say where patience must end it."""
     settings = replace(BASE, steps=16, learning_rate=0.1, validation=Validation(every=2))
