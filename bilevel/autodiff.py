@@ -97,10 +97,9 @@ def check_scalar(value: Any, name: str) -> Tensor:
         StructureError: if it is anything else.
     """
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
-        came = (
-            f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        raise StructureError(
+            f"{name} must return a real scalar tensor of shape (), got {tree.kind(value)}."
         )
-        raise StructureError(f"{name} must return a real scalar tensor of shape (), got {came}.")
     return value
 
 

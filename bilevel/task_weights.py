@@ -113,13 +113,8 @@ class TaskWeights:
             or alpha.shape != self.shape
             or not alpha.is_floating_point()
         ):
-            came = (
-                f"{alpha.dtype} of shape {tuple(alpha.shape)}"
-                if isinstance(alpha, Tensor)
-                else type(alpha).__name__
-            )
             raise StructureError(
-                f"alpha must be a real tensor of shape {self.shape}, got {came}; "
+                f"alpha must be a real tensor of shape {self.shape}, got {tree.kind(alpha)}; "
                 "TaskWeights.initial() makes one."
             )
         sigma = self.normalise(alpha)

@@ -156,7 +156,8 @@ def _leaves_alike(a: Any, b: Any) -> bool:
     return alike(a, b) if both else type(a) is type(b)
 
 
-def _kind(leaf: Any) -> str:
+def kind(leaf: Any) -> str:
+    """What a leaf is, for an error: dtype, shape and device of a tensor, else its type."""
     if not isinstance(leaf, Tensor):
         return type(leaf).__name__
     dtype = str(leaf.dtype).removeprefix("torch.")
@@ -183,4 +184,4 @@ def check_like(found: Tree, expected: Tree, name: str, source: str) -> None:
         raise StructureError(f"{source}: {name} must be {structure}, got {found_structure}.")
     i = [*map(_leaves_alike, found_leaves, leaves)].index(False)
     path, old, new = leaf_names(expected, name)[i], leaves[i], found_leaves[i]
-    raise StructureError(f"{source}: {path} must be {_kind(old)}, got {_kind(new)}.")
+    raise StructureError(f"{source}: {path} must be {kind(old)}, got {kind(new)}.")

@@ -18,13 +18,14 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import autodiff, tree
 from bilevel.errors import ArgumentError, DivergenceError, StructureError, UnsupportedError
 from bilevel.problem import BilevelProblem
 from bilevel.task_weights import TaskWeights
 from bilevel.tree import Tree
 
 Losses = Callable[[Tree, Any], Tensor]  # (params, batch) -> one loss a task, shape (n,)
+Loss = Callable[[Tree, Any], Tensor]  # (params, batch) -> the loss of one task, real scalar
 
 
 class Columns(ABC):
@@ -108,14 +109,18 @@ class Looped(Columns):
 
     def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:
         """See `Columns`."""
-        variables, joined = _split(params, columns)
-        rows = zip(*(x.unbind(0) for x in variables), strict=True)
-        return torch.stack([losses(joined(own), batch) for own in rows])
+        return torch.stack([losses(own, batch) for own in _each(params, columns)])
+
+
+def _each(params: Tree, columns: int) -> list[Tree]:
+    """The params of each column."""
+    variables, joined = _split(params, columns)
+    return [joined(own) for own in zip(*(x.unbind(0) for x in variables), strict=True)]
 
 
 def weighted_problem(
     train_losses: Losses,
-    validation_losses: Losses,
+    validation_losses: Losses | Sequence[Loss],
     weights: TaskWeights,
     columns: Columns | None = None,
 ) -> BilevelProblem:
@@ -126,7 +131,9 @@ def weighted_problem(
 
     Args:
         train_losses: `(params, batch) -> losses`, shape ``(N,)``.
-        validation_losses: `(params, batch) -> losses`, shape ``(M,)``; any number for a vector.
+        validation_losses: `(params, batch) -> losses`, shape ``(M,)``; any number for a vector. Or
+            M functions `(params, batch) -> loss`, a real scalar each: a column then evaluates its
+            own alone, instead of all M of which one counts.
         weights: sigma.
         columns: how the columns of a matrix are evaluated; None is `Vmapped()`.
 
@@ -157,8 +164,7 @@ def weighted_problem(
     def train(params: Tree, batch: Any) -> Tensor:
         return _checked(train_losses(params, batch), n, "train_losses")
 
-    def validation(params: Tree, batch: Any) -> Tensor:
-        return _checked(validation_losses(params, batch), m, "validation_losses")
+    judge = _judge(validation_losses, m, each)
 
     def inner(params: Tree, alpha: Tensor, batch: Any) -> Tensor:
         sigma = weights.sigma(alpha)
@@ -172,11 +178,7 @@ def weighted_problem(
         return value
 
     def outer(params: Tree, alpha: Tensor, batch: Any) -> Tensor:
-        losses = (
-            validation(params, batch)
-            if m is None
-            else each.losses(validation, params, batch, m).diagonal()
-        )
+        losses = judge(params, batch)
         value = losses.sum()
         _check_finite(value, losses, "validation_losses")
         if weights.entropy:
@@ -184,6 +186,35 @@ def weighted_problem(
         return value
 
     return BilevelProblem(inner, outer, columns=m)
+
+
+def _judge(given: Losses | Sequence[Loss], m: int | None, columns: Columns) -> Losses:
+    """The validation losses, shape ``(M,)``, of params or of each column its own."""
+    if callable(given):
+
+        def together(params: Tree, batch: Any) -> Tensor:
+            return _checked(given(params, batch), m, "validation_losses")
+
+        if m is None:
+            return together
+        return lambda params, batch: columns.losses(together, params, batch, m).diagonal()
+    alone = list(given) if isinstance(given, Sequence) else []
+    if not alone or not all(callable(loss) for loss in alone) or m not in (None, len(alone)):
+        raise ArgumentError(
+            f"validation_losses must be a function, or {m or 'some'} functions, one a validation "
+            f"task, got {f'{len(alone)} items' if alone else repr(given)}."
+        )
+
+    def apart(params: Tree, batch: Any) -> Tensor:
+        each = [params] * len(alone) if m is None else _each(params, m)
+        return torch.stack(
+            [
+                autodiff.check_scalar(loss(own, batch), f"validation_losses[{j}]")
+                for j, (loss, own) in enumerate(zip(alone, each, strict=True))
+            ]
+        )
+
+    return apart
 
 
 def _checked(losses: Any, n: int | None, name: str) -> Tensor:
@@ -195,15 +226,10 @@ def _checked(losses: Any, n: int | None, name: str) -> Tensor:
         and (losses.numel() > 0 if n is None else losses.shape[0] == n)
     ):
         return losses
-    came = (
-        f"{losses.dtype} of shape {tuple(losses.shape)}"
-        if isinstance(losses, Tensor)
-        else type(losses).__name__
-    )
     needed = "(M,)" if n is None else f"({n},)"
     raise StructureError(
-        f"{name} must return a real tensor of shape {needed}, one loss a task, got {came}; "
-        "torch.stack puts scalars together."
+        f"{name} must return a real tensor of shape {needed}, one loss a task, got "
+        f"{tree.kind(losses)}; torch.stack puts scalars together."
     )
 
 

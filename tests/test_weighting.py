@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -83,6 +84,45 @@ def test_a_matrix_is_one_problem_a_column(method, columns):
         )
         torch.testing.assert_close(found.params[j], column.params, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(found.gradient[:, j], column.gradient, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [bl.Vmapped(), bl.Looped()], ids=repr)
+@pytest.mark.parametrize("m", [None, 2])
+def test_validation_losses_may_come_one_by_one_and_a_column_evaluates_its_own_alone(m, columns):
+    calls = []
+
+    def alone(w, batch, j):
+        calls.append(j)
+        return validation_losses(w, batch)[j]
+
+    weights = bl.TaskWeights(3, m, entropy=0.2)
+    params = weights.stacked(torch.zeros(2, dtype=torch.float64))
+    alpha = real(6, *weights.shape)
+    separate = [partial(alone, j=j) for j in range(2)]
+    found, expected = (
+        solver(bl.weighted_problem(train_losses, losses, weights, columns)).hypergradient(
+            params, alpha
+        )
+        for losses in (separate, validation_losses)
+    )
+    assert calls == [0, 1]
+    torch.testing.assert_close(found.value, expected.value, rtol=1e-14, atol=0)
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-12, atol=1e-14)
+
+
+def test_validation_losses_one_by_one_must_be_as_many_as_columns_and_scalars():
+    def build(losses, m=2):
+        return bl.weighted_problem(train_losses, losses, bl.TaskWeights(3, m))
+
+    for losses, m in (([validation_losses], 2), ([], None), (3, None)):
+        with pytest.raises(bl.ArgumentError, match="validation_losses must be a function, or"):
+            build(losses, m)
+    with pytest.raises(
+        bl.StructureError, match=r"validation_losses\[0\] must return a real scalar"
+    ):
+        solver(build([validation_losses], None)).hypergradient(
+            torch.zeros(2, dtype=torch.float64), real(6, 3)
+        )
 
 
 def network(params, x):
@@ -235,10 +275,10 @@ def test_settings_out_of_range_are_refused(make, message):
     [
         (
             torch.zeros(2),
-            r"alpha must be a real tensor of shape \(3,\), got torch.float32 of shape",
+            r"alpha must be a real tensor of shape \(3,\), got float32\[2\]",
         ),
-        (torch.zeros(3, 1), r"shape \(3,\), got torch.float32 of shape \(3, 1\)"),
-        (torch.zeros(3, dtype=torch.complex64), "got torch.complex64"),
+        (torch.zeros(3, 1), r"shape \(3,\), got float32\[3, 1\]"),
+        (torch.zeros(3, dtype=torch.complex64), "got complex64"),
         ({"a": torch.zeros(3)}, "got dict"),
     ],
 )
@@ -254,12 +294,12 @@ def test_alpha_of_the_wrong_kind_is_refused(alpha, message):
         (lambda w, b: train_losses(w, b)[:2], validation_losses, r"train_losses .* shape \(3,\)"),
         (lambda w, b: train_losses(w, b).sum(), validation_losses, "train_losses must return"),
         (lambda w, b: list(train_losses(w, b)), validation_losses, "got list; torch.stack"),
-        (lambda w, b: train_losses(w, b) * 1j, validation_losses, "got torch.complex128"),
+        (lambda w, b: train_losses(w, b) * 1j, validation_losses, "got complex128"),
         (train_losses, lambda w, b: CENTRES * w, r"validation_losses .* shape \(M,\)"),
         (
             train_losses,
             lambda w, b: validation_losses(w, b)[:0],
-            r"validation_losses .* one loss a task, got torch.float64 of shape \(0,\)",
+            r"validation_losses .* one loss a task, got float64\[0\]",
         ),
     ],
 )

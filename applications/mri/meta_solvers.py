@@ -1,5 +1,7 @@
 """The bilevel problems of meta-training: Algorithm 3, and the penalty method to compare with."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -25,14 +27,21 @@ def meta_solver(
     Returns:
         The solver; with a matrix of weights the params are stacked.
     """
+    m = weights.n_validations
+    # The model of a column is judged on its own task alone, and evaluated on no other.
+    judges = losses if m is None else [partial(_own, losses, j) for j in range(m)]
     return bl.BilevelSolver(
-        bl.weighted_problem(losses, losses, weights, bl.Looped()),
+        bl.weighted_problem(losses, judges, weights, bl.Looped()),
         settings.optimizer.at(rate),
         settings.inner_steps,
         settings.method.chosen,
         certificate=None,
         on_failure="ignore",
     )
+
+
+def _own(losses: TaskLosses, j: int, control: bl.PerStep, batch: Batch) -> Tensor:
+    return losses.of_task(control, batch[j])
 
 
 def penalty_solver(losses: TaskLosses, weights: bl.TaskWeights, penalty: float) -> bl.BilevelSolver:
