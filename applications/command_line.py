@@ -15,6 +15,7 @@ from bilevel.errors import BilevelError
 
 Report = Callable[[str, float], None]  # (stage, share of it done)
 Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
+Device = Annotated[str, typer.Option(help="Where to train, cpu or cuda.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")]
 
 

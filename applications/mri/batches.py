@@ -11,7 +11,7 @@ from torch import Tensor
 import bilevel as bl
 from applications.errors import InputError
 from applications.mri.coil_counts import with_coils
-from applications.mri.examples import draw_full
+from applications.mri.examples import draw_full, moved
 from applications.mri.operators import rss
 from applications.mri.reconstruction import Loss, Network, Scan
 from applications.mri.tasks import Task
@@ -48,6 +48,7 @@ class Batches:
             whole columns, as in `TrainingSettings`.
         seed: of slices, flips, masks and crops.
         kept: minibatches remembered, since sweeps ask for a step again.
+        device: where they are wanted, as torch names it.
 
     Raises:
         InputError: if `size` is not positive or `crop` negative.
@@ -60,6 +61,7 @@ class Batches:
     crop: int = 0
     seed: int = 0
     kept: int = 1
+    device: str = "cpu"
     draw: Callable[[int], Batch] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +89,10 @@ class Batches:
         part = self.tasks[task].parts[self.role]
         generator = _generator(self.seed, _ROLE_NUMBERS[self.role], task, step)
         chosen = torch.randperm(len(part), generator=generator)[: self.size]
-        return bucketed([self._example(task, int(i), generator) for i in chosen])
+        buckets = bucketed([self._example(task, int(i), generator) for i in chosen])
+        return tuple(
+            replace(moved(one, self.device), scan=moved(one.scan, self.device)) for one in buckets
+        )
 
     def _example(self, task: int, index: int, generator: torch.Generator) -> Bucket:
         """One slice, with a mask of its own, perhaps flipped and cropped."""

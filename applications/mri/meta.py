@@ -20,11 +20,13 @@ from torch import Tensor
 
 import bilevel as bl
 from applications.mri.batches import Batch, Batches, TaskLosses
+from applications.mri.clipped_descent import ClippedDescent
 from applications.mri.meta_settings import Ablation, MetaSettings
 from applications.mri.meta_solvers import meta_solver, penalty_solver
 from applications.mri.reconstruction import Network
 from applications.mri.schedules import Cosine
 from applications.mri.tasks import Tasks
+from applications.mri.weights import on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +106,19 @@ class _Training:
         settings: MetaSettings,
         report: Callable[[float], None],
     ) -> None:
-        self.control, self.settings, self.report = control, settings, report
+        self.control = on_device(control, settings.device)
+        self.settings, self.report = settings, report
         self.losses = TaskLosses(network, settings.loss, settings.checkpointing)
-        draws = partial(Batches, network, size=settings.batch, seed=settings.seed)
-        k = settings.inner_steps
-        self.train = draws(tasks.of("train"), role="train", crop=settings.crop, kept=k)
-        self.validation = draws(tasks.of("validation"), role="validation", crop=settings.crop)
+        draws = partial(
+            Batches,
+            network,
+            size=settings.batch,
+            crop=settings.crop,
+            seed=settings.seed,
+            device=settings.device,
+        )
+        self.train = draws(tasks.of("train"), role="train", kept=settings.inner_steps)
+        self.validation = draws(tasks.of("validation"), role="validation")
         self.names = [task.name for task in tasks.of("validation")]
         self.began = time.monotonic()
         self.rates = [self.rate(0)]  # of the network, an update
@@ -162,12 +171,14 @@ class _Training:
     ) -> Learned:
         spent = time.monotonic() - self.began
         updates, evaluations = len(self.rates) - 1, self.losses.evaluations
+        models = {name: on_device(model, "cpu") for name, model in models.items()}
+        alpha = alpha.cpu()
         return Learned(models, weights, alpha, values, updates, steps, evaluations, spent)
 
     def uniform(self) -> Learned:
         """Equal weights: the inner steps alone."""
         weights = bl.TaskWeights(self.n_tasks)
-        solver, alpha = self.solver(weights), weights.initial()
+        solver, alpha = self.solver(weights), weights.initial(device=self.settings.device)
         warm = self.stepped(solver, self.control, alpha, None)
         model = solver.optimizer.params(warm.state)
         return self.learned({"all": model}, weights, alpha, [], warm.steps)
@@ -198,8 +209,8 @@ class _Training:
 
         solution = solver.solve(
             start,
-            weights.initial(),
-            lambda leaves: torch.optim.Adam(leaves, settings.outer_rate),
+            weights.initial(device=self.settings.device),
+            lambda leaves: ClippedDescent(leaves, settings.outer_rate, settings.outer_clip),
             steps=10**9,
             batches=self.pairs(),
             callback=after,
@@ -235,7 +246,7 @@ class _Training:
         batches = ((self.train.draw(p), self.validation.draw(p)) for p in count(1))
         solution = solver.solve(
             self.control,
-            {"alpha": weights.initial(), "theta": self.control},
+            {"alpha": weights.initial(device=self.settings.device), "theta": self.control},
             adam,
             steps=10**9,
             batches=batches,

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bilevel as bl
-from applications.command_line import Seed, Threads, guarded, progress_bars, use_threads
+from applications.command_line import Device, Seed, Threads, guarded, progress_bars, use_threads
 from applications.errors import InputError
 from applications.files import make_folder, write_json
 from applications.methods import Method
@@ -54,7 +54,12 @@ def meta_train(
     optimizer: Annotated[Rule, typer.Option(help="Of the network.")] = Rule.ADAM,
     inner_steps: Annotated[int, typer.Option(help="Of the network an update.", min=1)] = 5,
     learning_rate: Annotated[float, typer.Option(help="Of the network at its peak.")] = 3e-3,
-    outer_rate: Annotated[float, typer.Option(help="Of Adam on the task weights.")] = 0.1,
+    outer_rate: Annotated[
+        float, typer.Option(help="Length of a step of the task weights at most.")
+    ] = 0.5,
+    outer_clip: Annotated[
+        float, typer.Option(help="Relative hypergradient whose step has that length.")
+    ] = 0.1,
     learn_share: Annotated[
         float, typer.Option(help="Of the budget, in which task weights move.")
     ] = 1.0,
@@ -70,6 +75,7 @@ def meta_train(
     keep_graphs: KeepGraphs = False,
     seeds: Annotated[int, typer.Option(help="Runs.", min=1)] = 1,
     seed: Seed = 0,
+    device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
     """Train on heterogeneous scans and learn the weights of tasks, by Algorithm 3."""
@@ -82,6 +88,7 @@ def meta_train(
         inner_steps,
         learning_rate,
         outer_rate=outer_rate,
+        outer_clip=outer_clip,
         learn_share=learn_share,
         batch=batch,
         crop=crop,
@@ -90,6 +97,7 @@ def meta_train(
         penalty=penalty,
         checkpointing=_checkpointing(keep_graphs),
         seed=seed,
+        device=device,
     )
     settings = ExperimentSettings(training, _ablations(ablations), seeds, adapt_steps, adapt_slices)
     listed = listed_tasks(tasks, task or [])
@@ -102,7 +110,6 @@ def meta_train(
         for one in facts:
             console.print(one.summary)
         found = run_meta(opened, facts, begin, out, settings, report)
-    write_json(out / "results.json", found.as_json())
     draw_meta(out / "figure.png", found)
     _print(found)
     for name in ("results.json", "figure.png", "weights"):
@@ -135,6 +142,7 @@ def transfer(
     slices: Annotated[int, typer.Option(help="That models adapt on.", min=1)] = 2,
     keep_graphs: KeepGraphs = False,
     seed: Seed = 0,
+    device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
     """Measure what training on one task is worth on others, and how fast models adapt."""
@@ -148,6 +156,7 @@ def transfer(
         crop=crop,
         checkpointing=_checkpointing(keep_graphs),
         seed=seed,
+        device=device,
     )
     settings = TransferSettings(training, _numbers(steps), slices)
     listed = listed_tasks(tasks, task or [])

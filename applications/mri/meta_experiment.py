@@ -8,7 +8,7 @@ from pathlib import Path
 
 import bilevel as bl
 from applications.command_line import Report
-from applications.files import make_folder
+from applications.files import make_folder, write_json
 from applications.mri.baselines import zero_filled
 from applications.mri.batches import Batches, Bucket, TaskLosses
 from applications.mri.evaluation import Method as Reconstructing
@@ -22,7 +22,7 @@ from applications.mri.metrics import Scores
 from applications.mri.reconstruction import Network
 from applications.mri.task_facts import TaskFacts
 from applications.mri.tasks import Task, Tasks
-from applications.mri.weights import Trained, save_weights
+from applications.mri.weights import Trained, on_device, save_weights
 
 
 def run_meta(
@@ -33,7 +33,9 @@ def run_meta(
     settings: ExperimentSettings,
     report: Report,
 ) -> Experiment:
-    """Trains in every way, scores, and writes the weights to ``out/weights``.
+    """Trains in every way and scores.
+
+    After each training its weights are in ``out/weights`` and its scores in ``out/results.json``.
 
     Args:
         tasks: to train, validate and test on.
@@ -56,14 +58,8 @@ def run_meta(
     tested = tasks.of("test")
     zero: Reconstructing = lambda kspace, _mask: zero_filled(kspace)  # noqa: E731
     without = {task.name: score_on(task, zero, first) for task in tested}
-    runs: list[Run] = []
-    for ablation in settings.ablations:
-        for seed in range(first, first + settings.seeds):
-            begun, stage = begin(seed), partial(report, f"{ablation}, seed {seed}")
-            runs.append(_run(ablation, seed, begun, tasks, settings, stage))
-            _save(folder, runs[-1], begun, settings)
     validated = tuple(task.name for task in tasks.of("validation"))
-    return Experiment(
+    found = Experiment(
         settings,
         asdict(trained.network.architecture),
         facts,
@@ -71,8 +67,16 @@ def run_meta(
         validated,
         tuple(task.name for task in tested if task.name in validated),
         without,
-        tuple(runs),
+        (),
     )
+    for ablation in settings.ablations:
+        for seed in range(first, first + settings.seeds):
+            begun, stage = begin(seed), partial(report, f"{ablation}, seed {seed}")
+            run = _run(ablation, seed, begun, tasks, settings, stage)
+            _save(folder, run, begun, settings)
+            found = replace(found, runs=(*found.runs, run))
+            write_json(out / "results.json", found.as_json())
+    return found
 
 
 def _run(
@@ -127,7 +131,12 @@ def adapt_models(
     """
     validated = [task.name for task in tasks.of("validation")]
     batches = Batches(
-        begun.network, tasks.of("train"), "train", settings.adapt_slices, seed=training.seed
+        begun.network,
+        tasks.of("train"),
+        "train",
+        settings.adapt_slices,
+        seed=training.seed,
+        device=training.device,
     )
     found: dict[str, bl.PerStep] = {}
     for i, task in enumerate(batches.tasks):
@@ -155,18 +164,19 @@ def adapted(
     Args:
         network: its dynamics.
         model: to begin with.
-        examples: the slices, all of them in every step.
+        examples: the slices, all of them in every step, on the device of the training.
         training: rule, rate and loss of the steps.
         steps: how many.
         weight: times the rate.
 
     Returns:
-        The weights of the adapted model.
+        The weights of the adapted model, on the CPU.
     """
     losses = TaskLosses(network, training.loss, training.checkpointing)
     solver = meta_solver(losses, bl.TaskWeights(1), training, training.learning_rate)
     loss = partial(losses.of_task, examples=examples)
-    return bl.adapt(solver, model, loss, steps, weight=weight)
+    begun = on_device(model, training.device)
+    return on_device(bl.adapt(solver, begun, loss, steps, weight=weight), "cpu")
 
 
 def score_on(task: Task, method: Reconstructing, seed: int) -> Scores:

@@ -96,7 +96,7 @@ class Experiment:
         validated: names of the M validation tasks.
         tested: names of the validation tasks with test slices, over which means are taken.
         zero_filled: scores without a network, by test task.
-        runs: by ablation, then seed.
+        runs: by ablation, then seed; those made so far.
     """
 
     settings: ExperimentSettings
@@ -131,7 +131,7 @@ class Experiment:
                 for values in [[getattr(one, measure) for one in self.means(ablation)]]
             }
             for ablation in self.settings.ablations
-            if self.tested
+            if self.tested and self.of(ablation)
         }
         settings = describe(self.settings.training) | {
             name: value for name, value in vars(self.settings).items() if name != "training"

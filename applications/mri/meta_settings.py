@@ -6,6 +6,7 @@ from enum import StrEnum
 import bilevel as bl
 from applications.errors import InputError, check_counts, check_positive
 from applications.methods import Method
+from applications.mri.precision import check_device
 from applications.mri.reconstruction import Loss
 
 
@@ -50,7 +51,10 @@ class MetaSettings:
         learning_rate: of the network at its peak; it rises over `warmup` steps, and falls as a
             cosine of the share of the budget that is spent.
         warmup: inner steps.
-        outer_rate: of Adam on alpha.
+        outer_rate: length of a step of alpha at most, see `clipped_descent`; the penalty method
+            takes it as the learning rate of Adam.
+        outer_clip: norm of a hypergradient, relative to the outer objective, from which on a step
+            has that length; of shorter ones it is in proportion.
         learn_share: share of the budget in which alpha moves; in the rest the network is trained
             with the task weights as they are, which costs half as much a step. The penalty method
             moves both to the end.
@@ -60,8 +64,9 @@ class MetaSettings:
         floor: likewise, the least weight of a task.
         penalty: lambda of the penalty method.
         loss: weights of the terms of a training loss.
-        checkpointing: of the sweeps through the phases.
+        checkpointing: of the sweeps through the phases, and of MLM through the inner steps.
         seed: of minibatches.
+        device: where to train, as torch names it: `"cpu"`, `"cuda"`, `"cuda:1"`.
 
     Raises:
         InputError: if nothing limits the training, or a setting is out of range.
@@ -74,7 +79,8 @@ class MetaSettings:
     inner_steps: int = 5
     learning_rate: float = 3e-3
     warmup: int = 20
-    outer_rate: float = 0.1
+    outer_rate: float = 0.5
+    outer_clip: float = 0.1
     learn_share: float = 1.0
     batch: int = 1
     crop: int = 0
@@ -84,13 +90,15 @@ class MetaSettings:
     loss: Loss = field(default_factory=Loss)
     checkpointing: bl.Checkpointing = field(default_factory=bl.Checkpointing)
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Check the fields."""
         if self.seconds is None and self.evaluations is None:
             raise InputError("a training needs a budget, seconds or evaluations, got neither.")
+        check_device(self.device)
         given = [x for x in ("seconds", "evaluations") if getattr(self, x) is not None]
-        check_positive(self, *given, "learning_rate", "outer_rate", "penalty")
+        check_positive(self, *given, "learning_rate", "outer_rate", "outer_clip", "penalty")
         check_counts(self, "inner_steps", "batch")
         if not 0 < self.learn_share <= 1:
             raise InputError(f"learn_share must be > 0 and <= 1, got {self.learn_share}.")

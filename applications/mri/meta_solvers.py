@@ -1,5 +1,6 @@
 """The bilevel problems of meta-training: Algorithm 3, and the penalty method to compare with."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -27,6 +28,9 @@ def meta_solver(
     Returns:
         The solver; with a matrix of weights the params are stacked.
     """
+    method = settings.method.chosen
+    if isinstance(method, bl.MLM):
+        method = replace(method, checkpointing=settings.checkpointing)
     m = weights.n_validations
     # The model of a column is judged on its own task alone, and evaluated on no other.
     judges = losses if m is None else [partial(_own, losses, j) for j in range(m)]
@@ -34,7 +38,7 @@ def meta_solver(
         bl.weighted_problem(losses, judges, weights, bl.Looped()),
         settings.optimizer.at(rate),
         settings.inner_steps,
-        settings.method.chosen,
+        method,
         certificate=None,
         on_failure="ignore",
     )

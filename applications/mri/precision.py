@@ -48,7 +48,7 @@ class Autocast(bl.Dynamics):
         return self.inner.readout(state)
 
 
-def check_device(device: str, precision: Precision) -> None:
+def check_device(device: str, precision: Precision = Precision.FLOAT32) -> None:
     """Refuse a device that is not there, and a precision that it does not gain from.
 
     Args:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 import bilevel as bl
-from applications.command_line import Seed, Threads, progress_bars, use_threads
+from applications.command_line import Device, Seed, Threads, progress_bars, use_threads
 from applications.errors import InputError
 from applications.files import make_place
 from applications.mri.choices import (
@@ -99,7 +99,7 @@ def train_command(
     budget: Annotated[
         str | None, typer.Option(help="Memory of a sweep, such as '500 MiB'.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     precision: Annotated[
         Precision, typer.Option(help="Of the convolutions; bfloat16 needs a GPU.")
     ] = Precision.FLOAT32,

@@ -92,7 +92,14 @@ def _curve(
     task: Task, begun: Trained, model: bl.PerStep, settings: TransferSettings
 ) -> dict[int, Scores]:
     training = settings.training
-    batches = Batches(begun.network, (task,), "train", settings.slices, seed=training.seed)
+    batches = Batches(
+        begun.network,
+        (task,),
+        "train",
+        settings.slices,
+        seed=training.seed,
+        device=training.device,
+    )
     examples = batches.task_batch(0, 0)
     found = {}
     for steps in settings.steps:

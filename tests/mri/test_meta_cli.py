@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from command_lines import refused, succeed
+from command_lines import call, refused, succeed
 
 import bilevel as bl
 from applications.methods import Method
@@ -123,7 +123,8 @@ def test_options_reach_the_settings(files, tmp_path, monkeypatch):
         *("--tasks", files / "tasks.yaml", "--task", task, "--out", tmp_path / "out"),
         *("--init", files / "w.safetensors", "--ablations", "vector", "--seconds", 2),
         *("--evaluations", 7, "--method", "one-step", "--optimizer", "sgd", "--inner-steps", 1),
-        *("--learning-rate", 0.1, "--outer-rate", 0.2, "--batch", 2, "--crop", 8),
+        *("--learning-rate", 0.1, "--outer-rate", 0.2, "--outer-clip", 0.3),
+        *("--learn-share", 0.9, "--batch", 2, "--crop", 8, "--device", "cpu"),
         *("--entropy", 0.3, "--floor", 0.04, "--penalty", 0.5, "--seed", 6, "--keep-graphs"),
     ]
     succeed("meta-train", *options)
@@ -138,6 +139,8 @@ def test_options_reach_the_settings(files, tmp_path, monkeypatch):
         inner_steps=1,
         learning_rate=0.1,
         outer_rate=0.2,
+        outer_clip=0.3,
+        learn_share=0.9,
         batch=2,
         crop=8,
         entropy=0.3,
@@ -159,6 +162,8 @@ def test_options_reach_the_settings(files, tmp_path, monkeypatch):
         (["--task", "name=a,anatomy=x", *BUDGET, "--ablations", "vector,best"], "got 'best'"),
         (["--task", "name=a,anatomy=x", *BUDGET, "--ablations", ""], "got none"),
         (["--task", "name=a,anatomy=x", *BUDGET, "--preset", "large"], "preset must be one of"),
+        (["--task", "name=a,anatomy=x", *BUDGET, "--device", "cuda:9"], "'cuda:9' needs a GPU"),
+        (["--task", "name=a,anatomy=x", *BUDGET, "--outer-clip", "0"], "outer_clip must be > 0"),
         (
             ["--task", "name=a,anatomy=brain_t1_axial,size=24,coils=2,roles=train", *BUDGET],
             "M = 0 of 1 tasks",
@@ -167,3 +172,22 @@ def test_options_reach_the_settings(files, tmp_path, monkeypatch):
 )
 def test_a_mistake_is_one_line(tmp_path, options, message):
     assert message in refused("meta-train", "--out", tmp_path / "out", *options)
+
+
+def test_an_interrupted_run_keeps_the_scores_of_the_trainings_that_ended(
+    files, run, tmp_path, monkeypatch
+):
+    def ends(ablation, *rest):
+        if ablation == Ablation.VECTOR:
+            raise KeyboardInterrupt
+        return learn(ablation, *rest)
+
+    monkeypatch.setattr("applications.mri.meta_experiment.learn", ends)
+    options = ["--tasks", files / "tasks.yaml", "--init", files / "w.safetensors"]
+    ways = ("--ablations", "uniform,vector")
+    found = call("meta-train", *options, "--out", tmp_path / "out", *BUDGET, *ways)
+    assert found.exit_code == 130
+    kept = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [one["ablation"] for one in kept["runs"]] == list(kept["summary"]) == ["uniform"]
+    (whole,) = [x for x in run[2]["runs"] if (x["ablation"], x["seed"]) == ("uniform", 0)]
+    assert kept["runs"][0]["scores"] == whole["scores"]
