@@ -233,7 +233,10 @@ class _Training:
 
         def adam(leaves: list[Tensor]) -> torch.optim.Optimizer:
             groups = [
-                {"params": leaves[:1], "lr": settings.outer_rate},  # alpha comes first by its name
+                {
+                    "params": leaves[:1],
+                    "lr": settings.penalty_rate,
+                },  # alpha comes first by its name
                 {"params": leaves[1:], "lr": self.rates[0], "betas": (0.9, 0.99)},
             ]
             return torch.optim.Adam(groups)

@@ -68,6 +68,7 @@ def meta_train(
     entropy: Annotated[float, typer.Option(help="Reward of spread weights.", min=0)] = 0.0,
     floor: Annotated[float, typer.Option(help="Least weight of a task.", min=0)] = 0.0,
     penalty: Annotated[float, typer.Option(help="lambda of the penalty method.")] = 1.0,
+    penalty_rate: Annotated[float, typer.Option(help="Of Adam on its task weights.")] = 0.1,
     adapt_steps: Annotated[
         int, typer.Option(help="Of the model towards each training task; 0: none.", min=0)
     ] = 0,
@@ -95,6 +96,7 @@ def meta_train(
         entropy=entropy,
         floor=floor,
         penalty=penalty,
+        penalty_rate=penalty_rate,
         checkpointing=_checkpointing(keep_graphs),
         seed=seed,
         device=device,

@@ -51,8 +51,7 @@ class MetaSettings:
         learning_rate: of the network at its peak; it rises over `warmup` steps, and falls as a
             cosine of the share of the budget that is spent.
         warmup: inner steps.
-        outer_rate: length of a step of alpha at most, see `clipped_descent`; the penalty method
-            takes it as the learning rate of Adam.
+        outer_rate: length of a step of alpha at most, see `clipped_descent`.
         outer_clip: norm of a hypergradient, relative to the outer objective, from which on a step
             has that length; of shorter ones it is in proportion.
         learn_share: share of the budget in which alpha moves; in the rest the network is trained
@@ -63,6 +62,7 @@ class MetaSettings:
         entropy: of `bilevel.TaskWeights`.
         floor: likewise, the least weight of a task.
         penalty: lambda of the penalty method.
+        penalty_rate: of Adam on alpha, in the penalty method.
         loss: weights of the terms of a training loss.
         checkpointing: of the sweeps through the phases, and of MLM through the inner steps.
         seed: of minibatches.
@@ -87,6 +87,7 @@ class MetaSettings:
     entropy: float = 0.0
     floor: float = 0.0
     penalty: float = 1.0
+    penalty_rate: float = 0.1
     loss: Loss = field(default_factory=Loss)
     checkpointing: bl.Checkpointing = field(default_factory=bl.Checkpointing)
     seed: int = 0
@@ -98,7 +99,9 @@ class MetaSettings:
             raise InputError("a training needs a budget, seconds or evaluations, got neither.")
         check_device(self.device)
         given = [x for x in ("seconds", "evaluations") if getattr(self, x) is not None]
-        check_positive(self, *given, "learning_rate", "outer_rate", "outer_clip", "penalty")
+        check_positive(
+            self, *given, "learning_rate", "outer_rate", "outer_clip", "penalty", "penalty_rate"
+        )
         check_counts(self, "inner_steps", "batch")
         if not 0 < self.learn_share <= 1:
             raise InputError(f"learn_share must be > 0 and <= 1, got {self.learn_share}.")

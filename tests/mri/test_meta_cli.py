@@ -125,7 +125,19 @@ def test_options_reach_the_settings(files, tmp_path, monkeypatch):
         *("--evaluations", 7, "--method", "one-step", "--optimizer", "sgd", "--inner-steps", 1),
         *("--learning-rate", 0.1, "--outer-rate", 0.2, "--outer-clip", 0.3),
         *("--learn-share", 0.9, "--batch", 2, "--crop", 8, "--device", "cpu"),
-        *("--entropy", 0.3, "--floor", 0.04, "--penalty", 0.5, "--seed", 6, "--keep-graphs"),
+        *(
+            "--entropy",
+            0.3,
+            "--floor",
+            0.04,
+            "--penalty",
+            0.5,
+            "--penalty-rate",
+            0.7,
+            "--seed",
+            6,
+            "--keep-graphs",
+        ),
     ]
     succeed("meta-train", *options)
     ((ablation, architecture, settings, n_tasks),) = seen
@@ -146,6 +158,7 @@ def test_options_reach_the_settings(files, tmp_path, monkeypatch):
         entropy=0.3,
         floor=0.04,
         penalty=0.5,
+        penalty_rate=0.7,
         checkpointing=bl.Checkpointing(block=None),
         seed=6,
     )
