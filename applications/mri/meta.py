@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.mri.agreeing_descent import AgreeingDescent
 from applications.mri.batches import Batch, Batches, TaskLosses
-from applications.mri.clipped_descent import ClippedDescent
 from applications.mri.meta_settings import Ablation, MetaSettings
 from applications.mri.meta_solvers import meta_solver, penalty_solver
 from applications.mri.reconstruction import Network
@@ -210,7 +210,7 @@ class _Training:
         solution = solver.solve(
             start,
             weights.initial(device=self.settings.device),
-            lambda leaves: ClippedDescent(leaves, settings.outer_rate, settings.outer_clip),
+            lambda leaves: AgreeingDescent(leaves, settings.outer_rate, settings.outer_clip),
             steps=10**9,
             batches=self.pairs(),
             callback=after,

@@ -56,13 +56,13 @@ def meta_train(
     learning_rate: Annotated[float, typer.Option(help="Of the network at its peak.")] = 3e-3,
     outer_rate: Annotated[
         float, typer.Option(help="Length of a step of the task weights at most.")
-    ] = 0.5,
+    ] = 0.7,
     outer_clip: Annotated[
         float, typer.Option(help="Relative hypergradient whose step has that length.")
     ] = 0.1,
     learn_share: Annotated[
         float, typer.Option(help="Of the budget, in which task weights move.")
-    ] = 1.0,
+    ] = 0.2,
     batch: Annotated[int, typer.Option(help="Slices a task in a minibatch.", min=1)] = 1,
     crop: Annotated[int, typer.Option(help="Rows of a training crop, 0: none.", min=0)] = 32,
     entropy: Annotated[float, typer.Option(help="Reward of spread weights.", min=0)] = 0.0,

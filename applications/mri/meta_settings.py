@@ -51,7 +51,7 @@ class MetaSettings:
         learning_rate: of the network at its peak; it rises over `warmup` steps, and falls as a
             cosine of the share of the budget that is spent.
         warmup: inner steps.
-        outer_rate: length of a step of alpha at most, see `clipped_descent`.
+        outer_rate: length of a step of alpha at most, see `agreeing_descent`.
         outer_clip: norm of a hypergradient, relative to the outer objective, from which on a step
             has that length; of shorter ones it is in proportion.
         learn_share: share of the budget in which alpha moves; in the rest the network is trained
@@ -79,9 +79,9 @@ class MetaSettings:
     inner_steps: int = 5
     learning_rate: float = 3e-3
     warmup: int = 20
-    outer_rate: float = 0.5
+    outer_rate: float = 0.7
     outer_clip: float = 0.1
-    learn_share: float = 1.0
+    learn_share: float = 0.2
     batch: int = 1
     crop: int = 0
     entropy: float = 0.0

@@ -30,7 +30,13 @@ COILS, SIZE = 2, 16
 GRAPHS = bl.Checkpointing(block=None)  # tiny networks: keep what sweeps would compute again
 LOSS = Loss(1.0, 0.7, 0.1)
 SETTINGS = MetaSettings(
-    evaluations=16, inner_steps=2, learning_rate=0.01, warmup=0, loss=LOSS, checkpointing=GRAPHS
+    evaluations=16,
+    inner_steps=2,
+    learning_rate=0.01,
+    warmup=0,
+    learn_share=1.0,
+    loss=LOSS,
+    checkpointing=GRAPHS,
 )
 every_ablation = pytest.mark.parametrize("ablation", list(Ablation))
 
