@@ -83,12 +83,12 @@ COMMANDS = {
         *("--seconds", "--evaluations", "--method", "--optimizer", "--inner-steps"),
         *("--learning-rate", "--outer-rate", "--batch", "--crop", "--entropy", "--floor"),
         *("--learn-share", "--penalty", "--adapt-steps", "--adapt-slices", "--seeds", "--seed"),
-        *("--threads", "--keep-graphs"),
+        *("--outer-clip", "--penalty-rate", "--device", "--threads", "--keep-graphs"),
     ],
     "transfer": [
         *("--tasks", "--task", "--unseen", "--meta", "--out", "--preset", "--coils", "--seconds"),
         *("--init", "--evaluations", "--optimizer", "--learning-rate", "--batch", "--crop"),
-        *("--steps", "--slices", "--seed", "--threads", "--keep-graphs"),
+        *("--steps", "--slices", "--seed", "--device", "--threads", "--keep-graphs"),
     ],
     "reconstruct": ["--scan", "--weights", "--out", "--png", "--mask", "--threads"],
 }
