@@ -90,9 +90,7 @@ class Batches:
         generator = _generator(self.seed, _ROLE_NUMBERS[self.role], task, step)
         chosen = torch.randperm(len(part), generator=generator)[: self.size]
         buckets = bucketed([self._example(task, int(i), generator) for i in chosen])
-        return tuple(
-            replace(moved(one, self.device), scan=moved(one.scan, self.device)) for one in buckets
-        )
+        return tuple(moved(one, self.device) for one in buckets)
 
     def _example(self, task: int, index: int, generator: torch.Generator) -> Bucket:
         """One slice, with a mask of its own, perhaps flipped and cropped."""

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -182,7 +182,7 @@ def moved(example: Any, device: str) -> Any:
     """An example with its tensors on a device.
 
     Args:
-        example: any record of tensors and other things.
+        example: any record of tensors, such records, and other things.
         device: as torch names it.
 
     Returns:
@@ -190,4 +190,5 @@ def moved(example: Any, device: str) -> Any:
     """
     values = {field.name: getattr(example, field.name) for field in fields(example)}
     there = {n: v.to(device) for n, v in values.items() if isinstance(v, Tensor)}
-    return replace(example, **there)
+    within = {n: moved(v, device) for n, v in values.items() if is_dataclass(v)}
+    return replace(example, **there, **within)

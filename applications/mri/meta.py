@@ -232,11 +232,8 @@ class _Training:
         solver = penalty_solver(self.losses, weights, settings.penalty)
 
         def adam(leaves: list[Tensor]) -> torch.optim.Optimizer:
-            groups = [
-                {
-                    "params": leaves[:1],
-                    "lr": settings.penalty_rate,
-                },  # alpha comes first by its name
+            groups = [  # alpha comes first by its name
+                {"params": leaves[:1], "lr": settings.penalty_rate},
                 {"params": leaves[1:], "lr": self.rates[0], "betas": (0.9, 0.99)},
             ]
             return torch.optim.Adam(groups)
