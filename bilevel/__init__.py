@@ -1,14 +1,24 @@
 """Bilevel optimisation and discrete optimal control by the Method of Lagrangian Multipliers."""
 
-from bilevel.adaptation import adapt
-from bilevel.certificate import Certificate, Certifier, Constants, Iterate, Minimiser, Target
-from bilevel.checkpointing import Budget, Checkpointing, plan
-from bilevel.compiled import Compiled
-from bilevel.control import ControlProblem
-from bilevel.control_solver import ControlSolution, ControlSolver
-from bilevel.correlation import Correlation
-from bilevel.descent import Progress
-from bilevel.dynamics import Dynamics, Map, PerStep
+from bilevel.certificates.against_minimiser import Newton
+from bilevel.certificates.certificate import (
+    Certificate,
+    Certifier,
+    Constants,
+    Iterate,
+    Minimiser,
+    Target,
+)
+from bilevel.control.kkt import KKT, kkt
+from bilevel.control.lagrangian import Adjoint, Swept, adjoint, lagrangian
+from bilevel.control.newton_cg import NewtonCG
+from bilevel.control.rollout import rollout, total_cost
+from bilevel.control.solver import ControlSolution, ControlSolver
+from bilevel.control.tangent import HessianProduct, hvp
+from bilevel.dynamics.compiled import Compiled
+from bilevel.dynamics.dynamics import Dynamics, Map, PerStep
+from bilevel.dynamics.modules import Phases, functional
+from bilevel.dynamics.problem import ControlProblem
 from bilevel.errors import (
     ArgumentError,
     BilevelError,
@@ -21,33 +31,31 @@ from bilevel.errors import (
     StructureError,
     UnsupportedError,
 )
-from bilevel.estimate import Newton
-from bilevel.gmres import GMRES
-from bilevel.inverses import Dense, Nystrom
-from bilevel.kkt import KKT, kkt
-from bilevel.krylov import CG
-from bilevel.lagrangian import Adjoint, Swept, adjoint, lagrangian
-from bilevel.linear import LinearResult, LinearSolver, Operator
+from bilevel.inner.problem import BilevelProblem, ByStep
+from bilevel.linear.cg import CG
+from bilevel.linear.direct import Dense, Nystrom
+from bilevel.linear.gmres import GMRES
+from bilevel.linear.neumann import Neumann
+from bilevel.linear.normal_cg import NormalCG
+from bilevel.linear.operator import LinearResult, LinearSolver, Operator
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Truncation, Warm
 from bilevel.methods.implicit import Implicit
 from bilevel.methods.mlm import MLM, Bounds
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
-from bilevel.modules import Phases, functional
-from bilevel.neumann import Neumann
-from bilevel.newton import NewtonCG
-from bilevel.normal_cg import NormalCG
-from bilevel.normalisers import NormalisedSigmoid, Normaliser, Softmax, Sparsemax
-from bilevel.optimizers import Adam, GradientDescent, HeavyBall, InnerOptimizer, ProximalGradient
-from bilevel.problem import BilevelProblem, ByStep
-from bilevel.prox import L1, L2, Box, Prox
-from bilevel.rollout import rollout, total_cost
-from bilevel.second_order import HessianProduct, hvp
+from bilevel.optim.rules import Adam, GradientDescent, HeavyBall, InnerOptimizer, ProximalGradient
+from bilevel.outer.descent import Progress
+from bilevel.prox.operators import L1, L2, Box, Prox
 from bilevel.solution import Hypergradient, Solution
 from bilevel.solver import BilevelSolver
-from bilevel.storage import InMemory, OnDisk, OnHost
-from bilevel.sweep import Measurement, measure
-from bilevel.task_weights import TaskWeights
+from bilevel.sweeps.checkpointing import Budget, Checkpointing, plan
+from bilevel.sweeps.storage import InMemory, OnDisk, OnHost
+from bilevel.sweeps.sweep import Measurement, measure
+from bilevel.tasks.adaptation import adapt
+from bilevel.tasks.correlation import Correlation
+from bilevel.tasks.normalisers import NormalisedSigmoid, Normaliser, Softmax, Sparsemax
+from bilevel.tasks.problem import Columns, Looped, Vmapped, weighted_problem
+from bilevel.tasks.weights import TaskWeights
 from bilevel.testing import (
     DotProductTest,
     HypergradientCheck,
@@ -57,7 +65,6 @@ from bilevel.testing import (
     dot_product_test,
     taylor_test,
 )
-from bilevel.weighting import Columns, Looped, Vmapped, weighted_problem
 
 __version__ = "0.1.0"
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.certificate import Certificate
+from bilevel.certificates.certificate import Certificate
 from bilevel.drawing import new_figure
-from bilevel.linear import LinearResult
+from bilevel.linear.operator import LinearResult
 from bilevel.methods.base import Truncation, Warm
 from bilevel.tree import Tree
 

@@ -10,8 +10,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import tree
-from bilevel.certificate import Certificate, Certifier, Minimiser, Target
-from bilevel.descent import (
+from bilevel.certificates.against_minimiser import Newton
+from bilevel.certificates.certificate import Certificate, Certifier, Minimiser, Target
+from bilevel.checks import is_whole
+from bilevel.dynamics.dynamics import PerStep
+from bilevel.errors import ArgumentError, DivergenceError
+from bilevel.inner.problem import BilevelProblem
+from bilevel.methods.base import HypergradientMethod, Instance, Warm
+from bilevel.methods.mlm import MLM
+from bilevel.optim.rules import InnerOptimizer
+from bilevel.outer.descent import (
     MakeOptimizer,
     OnFailure,
     Progress,
@@ -21,16 +29,8 @@ from bilevel.descent import (
     descend,
     report,
 )
-from bilevel.dynamics import PerStep
-from bilevel.errors import ArgumentError, DivergenceError
-from bilevel.estimate import Newton
-from bilevel.methods.base import HypergradientMethod, Instance, Warm
-from bilevel.methods.mlm import MLM
-from bilevel.optimizers import InnerOptimizer
-from bilevel.problem import BilevelProblem
 from bilevel.solution import Hypergradient, Solution
 from bilevel.tree import Tree
-from bilevel.whole import is_whole
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import ArgumentError, BilevelError
-from bilevel.gmres import GMRES
+from bilevel.linear.gmres import GMRES
 from bilevel.methods.base import HypergradientMethod
 from bilevel.methods.implicit import Implicit
 from bilevel.methods.mlm import MLM
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
-from bilevel.optimizers import descend
+from bilevel.optim.rules import descend
 from bilevel.solver import BilevelSolver
 from bilevel.tree import Tree
 

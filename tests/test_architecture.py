@@ -11,65 +11,36 @@ import bilevel
 import bilevel.errors
 
 ROOT = Path(__file__).parent.parent
-# The import order; files that do not exist yet are listed where they will stand.
+# The rooms of the library, and the files of each, in the order of reading: a file imports only from
+# what stands above it. The files beside the rooms are the ground they stand on, and their roof.
+ROOMS = {
+    "": ["errors", "checks", "drawing", "tree", "autodiff"],
+    "dynamics": ["dynamics", "compiled", "modules", "problem"],
+    "linear": [
+        *("operator", "flat", "system", "ritz", "cg", "normal_cg", "gmres", "neumann", "direct"),
+    ],
+    "sweeps": [
+        *("schedule", "checkpointing", "storage", "randomness", "live", "trajectory", "sweep"),
+        "planning",
+    ],
+    "outer": ["progress", "descent"],
+    "control": [
+        *("lagrangian", "kkt", "tangent", "rollout", "newton_cg", "accumulation", "solver"),
+    ],
+    "prox": ["operators"],
+    "inner": ["problem"],
+    "optim": ["rules"],
+    "methods": ["base", "unrolled", "mlm", "implicit", "one_step"],
+    "certificates": ["certificate", "correction", "against_minimiser"],
+    "roof": ["solution", "solver"],
+    "tasks": ["normalisers", "correlation", "weights", "problem", "adaptation"],
+    "checks of a problem": ["testing"],
+}
+BESIDE = {"", "roof", "checks of a problem"}  # no folders
 LAYERS = [
-    "errors",
-    "whole",
-    "drawing",
-    "tree",
-    "distributed",
-    "autodiff",
-    "flat",
-    "linear",
-    "ritz",
-    "system",
-    "krylov",
-    "normal_cg",
-    "gmres",
-    "neumann",
-    "inverses",
-    "schedule",
-    "checkpointing",
-    "storage",
-    "randomness",
-    "dynamics",
-    "compiled",
-    "modules",
-    "control",
-    "live",
-    "trajectory",
-    "sweep",
-    "planning",
-    "lagrangian",
-    "kkt",
-    "second_order",
-    "rollout",
-    "progress",
-    "descent",
-    "accumulation",
-    "newton",
-    "control_solver",
-    "problem",
-    "prox",
-    "optimizers",
-    "normalisers",
-    "correlation",
-    "task_weights",
-    "weighting",
-    "methods.base",
-    "methods.unrolled",
-    "methods.mlm",
-    "methods.implicit",
-    "methods.one_step",
-    "methods",
-    "certificate",
-    "correction",
-    "estimate",
-    "solution",
-    "solver",
-    "adaptation",
-    "testing",
+    name if room in BESIDE else f"{room}.{name}" for room, names in ROOMS.items() for name in names
 ]
+MOST_FILES = 15  # in a folder, its __init__.py among them
 
 
 def module_name(path: Path) -> str:
@@ -79,7 +50,8 @@ def module_name(path: Path) -> str:
 
 SOURCES = {module_name(p): p for p in sorted((ROOT / "bilevel").rglob("*.py"))}
 APPLICATIONS = sorted((ROOT / "applications").rglob("*.py"))
-every_file = pytest.mark.parametrize("name", [name for name in SOURCES if name])
+FACES = {name for name, path in SOURCES.items() if path.name == "__init__.py"}
+every_file = pytest.mark.parametrize("name", [name for name in SOURCES if name not in FACES])
 
 
 def parsed(path: Path) -> ast.Module:
@@ -111,14 +83,27 @@ def own_imports(node: ast.AST) -> set[str]:
     return found
 
 
-def test_every_file_has_its_place_in_the_list():
-    assert {name for name in SOURCES if name} <= set(LAYERS)
+def test_the_list_holds_every_file_and_no_other():
+    assert sorted({*SOURCES} - FACES) == sorted(LAYERS)
 
 
 @every_file
 def test_a_file_imports_only_from_files_above_it(name):
     above = LAYERS[: LAYERS.index(name)]
     assert own_imports(parsed(SOURCES[name])) <= set(above)
+
+
+@pytest.mark.parametrize("room", sorted(FACES - {""}))
+def test_a_room_hands_on_what_stands_in_it_and_says_what_it_is_for(room):
+    body = parsed(SOURCES[room]).body
+    assert isinstance(body[0], ast.Expr)  # the docstring
+    assert {type(node) for node in body[1:]} <= {ast.ImportFrom, ast.Assign}
+    assert own_imports(parsed(SOURCES[room])) <= {f"{room}.{name}" for name in ROOMS[room]}
+
+
+def test_no_folder_is_longer_than_its_list_of_names_can_be_read_at_once():
+    folders = {path.parent for path in SOURCES.values()}
+    assert {f.name: n for f in folders if (n := len([*f.glob("*.py")])) > MOST_FILES} == {}
 
 
 @pytest.mark.parametrize("path", SOURCES.values(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -189,7 +174,10 @@ def differentiating(path: Path) -> set[str]:
     return found
 
 
-ALLOWED = {"modules": {"torch.func.functional_call"}, "weighting": {"torch.func.vmap"}}
+ALLOWED = {
+    "dynamics.modules": {"torch.func.functional_call"},
+    "tasks.problem": {"torch.func.vmap"},
+}
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "autodiff"])

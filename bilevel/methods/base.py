@@ -10,11 +10,11 @@ from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.autodiff import Linearisation
-from bilevel.control import ControlProblem
+from bilevel.dynamics.problem import ControlProblem
 from bilevel.errors import DivergenceError
-from bilevel.linear import LinearResult
-from bilevel.optimizers import InnerIteration, InnerOptimizer
-from bilevel.problem import BilevelProblem
+from bilevel.inner.problem import BilevelProblem
+from bilevel.linear.operator import LinearResult
+from bilevel.optim.rules import InnerIteration, InnerOptimizer
 from bilevel.tree import Tree
 
 

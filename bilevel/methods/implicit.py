@@ -16,10 +16,10 @@ from typing import final
 
 from bilevel import tree
 from bilevel.autodiff import Linearisation
-from bilevel.dynamics import GradientSum
+from bilevel.dynamics.dynamics import GradientSum
 from bilevel.errors import LostGradientError
-from bilevel.krylov import CG
-from bilevel.linear import LinearSolver, Operator, check_solver
+from bilevel.linear.cg import CG
+from bilevel.linear.operator import LinearSolver, Operator, check_solver
 from bilevel.methods.base import Found, HypergradientMethod, Instance
 from bilevel.tree import Tree
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import final
 
 from bilevel import tree
-from bilevel.checkpointing import Budget, Checkpointing
+from bilevel.checks import is_whole
+from bilevel.control.lagrangian import Swept, adjoint
 from bilevel.errors import ArgumentError
-from bilevel.lagrangian import Swept, adjoint
+from bilevel.inner.problem import ByStep
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Truncation
-from bilevel.optimizers import GradientDescent, ProximalGradient
-from bilevel.problem import ByStep
-from bilevel.whole import is_whole
+from bilevel.optim.rules import GradientDescent, ProximalGradient
+from bilevel.sweeps.checkpointing import Budget, Checkpointing
 
 
 @final

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import final
 
 from bilevel import autodiff, tree
-from bilevel.dynamics import GradientSum
+from bilevel.dynamics.dynamics import GradientSum
 from bilevel.methods.base import Found, HypergradientMethod, Instance
 
 

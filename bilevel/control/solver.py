@@ -1,0 +1,258 @@
+"""Algorithm 2: forward sweep, multiplier sweep, one step of a torch optimiser with equation (8)."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from bilevel import tree
+from bilevel.control.accumulation import check_accumulation, grouped, mean_of
+from bilevel.control.kkt import KKT, kkt
+from bilevel.control.lagrangian import Adjoint, adjoint
+from bilevel.control.newton_cg import NewtonCG, NewtonRun
+from bilevel.dynamics.dynamics import initial_control, step_control
+from bilevel.dynamics.problem import ControlProblem
+from bilevel.errors import ArgumentError
+from bilevel.outer.descent import (
+    MakeOptimizer,
+    OnFailure,
+    Progress,
+    above_tolerance,
+    adam,
+    check_finite,
+    check_on_failure,
+    descend,
+    report,
+)
+from bilevel.sweeps.checkpointing import Budget, Checkpointing
+from bilevel.sweeps.planning import Plans
+from bilevel.sweeps.randomness import RandomState, devices_of
+from bilevel.tree import Tree
+
+Build = Callable[[Any], tuple[ControlProblem, Tree]]  # batch -> (problem, observation)
+
+
+@dataclass(frozen=True, eq=False)
+class ControlSolution:
+    """The control found, and how.
+
+    Attributes:
+        control: the last control, detached.
+        cost: J at the last control; with batches, as last evaluated, NaN if never.
+        gradient_norm: of (8), likewise.
+        costs: J before each update.
+        gradient_norms: of (8), before each update.
+        steps: updates made.
+        converged: whether the gradient norm came down to the tolerance.
+        adjoint: states, multipliers and gradient at the last control; None with batches.
+        kkt: residuals of the optimality conditions (5a-c) there; None with batches.
+    """
+
+    control: Tree
+    cost: float
+    gradient_norm: float
+    costs: list[float]
+    gradient_norms: list[float]
+    steps: int
+    converged: bool
+    adjoint: Adjoint | None
+    kkt: KKT | None
+
+
+@dataclass(frozen=True)
+class ControlSolver:
+    """Solver of control problems by first-order methods or Newton-CG.
+
+    Attributes:
+        problem: a `ControlProblem`, or `build(batch) -> (ControlProblem, observation)` for data
+            that comes in batches.
+        optimizer: makes a `torch.optim` optimiser from a list of tensors; called once a solve.
+            `step(closure)` is used always, so that LBFGS works. Or a `NewtonCG`.
+        checkpointing: of the sweeps; None is `Checkpointing()`. A `Budget` is planned once in a
+            solve for all batches whose observations agree in structure, shape, dtype and device.
+        on_failure: what to do when a tolerance was asked for and not reached.
+
+    Raises:
+        ArgumentError: if a field is not what it should be.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.ControlProblem(
+        ...     bl.Map(lambda state, control, t: state + control),
+        ...     terminal=lambda state, control: state**2 / 2,
+        ...     running=lambda state, control, t: control**2 / 2,
+        ...     horizon=3,
+        ... )
+        >>> solver = ControlSolver(problem, lambda p: torch.optim.SGD(p, 0.1))
+        >>> found = solver.solve(torch.tensor(0.0), torch.tensor(4.0), steps=100)
+        >>> round(float(found.control), 5)  # theta* = -x0 / (T + 1)
+        -1.0
+    """
+
+    problem: ControlProblem | Build
+    optimizer: MakeOptimizer | NewtonCG = adam
+    checkpointing: Checkpointing | Budget | None = None
+    on_failure: OnFailure = "warn"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if not (isinstance(self.problem, ControlProblem) or callable(self.problem)):
+            raise ArgumentError(
+                "problem must be a ControlProblem or a function build(batch) -> (ControlProblem, "
+                f"observation), got {type(self.problem).__name__}."
+            )
+        check_on_failure(self.on_failure)
+
+    def solve(
+        self,
+        control: Tree,
+        observation: Tree = None,
+        *,
+        steps: int = 100,
+        batches: Iterable[Any] | None = None,
+        accumulate: int = 1,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        project: Callable[[Tree], Tree] | None = None,
+        tolerance: float = 0.0,
+        callback: Callable[[Progress], bool | None] | None = None,
+        progress: bool = False,
+    ) -> ControlSolution:
+        """Minimise J over the control, from `control`.
+
+        Args:
+            control: Theta to begin with; it is copied, not changed.
+            observation: f, if the solver holds one problem.
+            steps: updates at most.
+            batches: what `build` gets; begun again when it ends.
+            accumulate: batches an update, which goes by the mean of their costs and gradients; one
+                is swept at a time.
+            scheduler: makes a learning-rate scheduler, stepped once an update.
+            project: maps the control into its feasible set after each update.
+            tolerance: stop when the norm of (8) is at most this.
+            callback: called after each update; True stops the iteration.
+            progress: show a bar, by rich or tqdm.
+
+        Returns:
+            The last control and the history.
+
+        Raises:
+            ArgumentError: if batches are missing, empty, or given without `build`, `steps` or
+                `tolerance` is negative, or there is nothing to accumulate.
+            ConvergenceError: if the tolerance was not reached and `on_failure` is "raise".
+            DivergenceError: if cost or gradient are not finite; it names where that began.
+        """
+        if isinstance(self.problem, ControlProblem) == (batches is not None):
+            raise ArgumentError(
+                "batches go with a solver that holds build(batch); a solver that holds one "
+                "ControlProblem takes an observation instead."
+            )
+        second_order = isinstance(self.optimizer, NewtonCG)
+        check_accumulation(accumulate, possible=batches is not None and not second_order)
+        plans = Plans(self.checkpointing)
+        if accumulate > 1 and batches is not None:
+            batches = grouped(batches, accumulate)
+        evaluate = partial(self._evaluate, plans, observation, accumulate)
+        make = self.optimizer
+        random = RandomState.capture(devices_of((observation, control)))
+        if isinstance(make, NewtonCG):
+            given = partial(self._given, observation)
+            swept = partial(self._adjoint, plans)
+            run = NewtonRun(make, given, swept, self.checkpointing, random)
+            evaluate, make = run.evaluate, run.optimizer
+        done = descend(
+            evaluate,
+            control,
+            optimizer=make,
+            steps=steps,
+            batches=batches,
+            scheduler=scheduler,
+            project=project,
+            tolerance=tolerance,
+            callback=callback,
+            progress=progress,
+        )
+        cost, norm, _ = done.last or (math.nan, math.nan, None)
+        final, residuals, converged, n_steps = None, None, done.converged, len(done.costs)
+        if isinstance(self.problem, ControlProblem):
+            if not isinstance(self.optimizer, NewtonCG):
+                random = RandomState.capture(devices_of((observation, control)))
+            random.restore()
+            final = self._adjoint(
+                plans, self.problem, observation, done.control, n_steps, keep=True
+            )
+            cost, norm = float(final.cost), tree.norm(final.gradient)
+            random.restore()  # so that steps which draw at random draw what they drew
+            residuals = kkt(
+                self.problem, observation, done.control, final.states or [], final.multipliers or []
+            )
+            converged = norm <= tolerance if tolerance > 0 else converged
+        if tolerance > 0 and not converged:
+            message = above_tolerance(norm, tolerance, n_steps, standstill=done.standstill)
+            report(message, self.on_failure)
+        return ControlSolution(
+            done.control,
+            cost,
+            norm,
+            done.costs,
+            done.gradient_norms,
+            n_steps,
+            converged,
+            final,
+            residuals,
+        )
+
+    def _given(self, observation: Tree, batch: Any) -> tuple[ControlProblem, Tree]:
+        if isinstance(self.problem, ControlProblem):
+            return self.problem, observation
+        return self.problem(batch)
+
+    def _evaluate(
+        self,
+        plans: Plans,
+        observation: Tree,
+        accumulate: int,
+        control: Tree,
+        batch: Any,
+        step: int,
+    ) -> tuple[float, Adjoint]:
+        batches = [batch] if accumulate == 1 else batch
+        each = (self._adjoint(plans, *self._given(observation, b), control, step) for b in batches)
+        found = next(each) if accumulate == 1 else mean_of(each)
+        return float(found.cost), found
+
+    def _adjoint(
+        self,
+        plans: Plans,
+        problem: ControlProblem,
+        observation: Tree,
+        control: Tree,
+        step: int,
+        keep: bool = False,
+    ) -> Adjoint:
+        found = adjoint(
+            problem,
+            observation,
+            control,
+            checkpointing=plans.of(problem, observation, control),
+            keep_states=keep,
+            keep_multipliers=keep,
+        )
+        norm = tree.norm(found.gradient)
+        check_finite(float(found.cost), norm, step, lambda: _where(problem, observation, control))
+        return found
+
+
+def _where(problem: ControlProblem, observation: Tree, control: Tree) -> str:
+    """Which state is the first that is not finite."""
+    observation, control = tree.detach((observation, control))
+    state = problem.dynamics.init(observation, initial_control(control))
+    for t in range(problem.horizon + 1):
+        if t:
+            state = problem.dynamics.step(state, step_control(control, t), t)
+        if not math.isfinite(tree.norm(state)):
+            return f"u({t}) is the first state that is not finite"
+    return "every state is finite, so a cost or a derivative is not"

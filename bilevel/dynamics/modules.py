@@ -1,0 +1,128 @@
+"""`torch.nn.Module`s as dynamics and as plain functions of their parameters."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilevel import tree
+from bilevel.dynamics.dynamics import Dynamics, PerStep, check_control
+from bilevel.errors import ArgumentError
+from bilevel.tree import Tree
+
+Params = dict[str, Tensor]
+
+
+def functional(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
+    """`model` as a plain function of its parameters.
+
+    Frozen parameters (`requires_grad` False) and buffers are constants; buffers are cloned for each
+    call, so that a BatchNorm layer cannot change them in silence.
+
+    Args:
+        model: any module; it is not modified.
+
+    Returns:
+        `(params, call)`: the trainable parameters by name, detached copies, and
+        `call(params, *inputs)`.
+
+    Example:
+        >>> params, call = functional(nn.Linear(2, 1, bias=False))
+        >>> call({"weight": torch.ones(1, 2)}, torch.tensor([3.0, 4.0]))
+        tensor([7.])
+    """
+
+    def call(params: Params, *inputs: Any) -> Any:
+        return _call(model, params, *inputs)
+
+    return _trainable(model), call
+
+
+def _call(model: nn.Module, params: Params, *inputs: Any) -> Any:
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    return torch.func.functional_call(model, {**buffers, **params}, inputs)
+
+
+def _trainable(model: nn.Module) -> Params:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@dataclass(frozen=True)
+class Phases(Dynamics):
+    """Modules as a dynamics: step t is `modules[t-1](state, *context)`, with unshared parameters.
+
+    Attributes:
+        modules: one per step.
+        initial: u(0) = `initial(observation)`; None makes the observation u(0).
+        context: further inputs of every step, constant for the sample.
+
+    Raises:
+        ArgumentError: if two steps, or a step and `initial`, hold the same parameter, which
+            `controls` could not keep equal.
+
+    Example:
+        >>> net = Phases([nn.Linear(2, 2), nn.Linear(2, 2)])
+        >>> len(net.controls().steps)
+        2
+    """
+
+    modules: Sequence[nn.Module]
+    initial: nn.Module | None = None
+    context: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that no parameter is shared between steps."""
+        object.__setattr__(self, "modules", tuple(self.modules))
+        owner: dict[int, str] = {}
+        named = [(f"step {t}", module) for t, module in enumerate(self.modules, start=1)]
+        for holder, module in named + ([] if self.initial is None else [("initial", self.initial)]):
+            for name, parameter in module.named_parameters():
+                if not parameter.requires_grad:
+                    continue
+                first = owner.setdefault(id(parameter), holder)
+                if first != holder:
+                    raise ArgumentError(
+                        f"{first} and {holder} share the parameter {name!r}, but Phases gives "
+                        "each its own: for one network at every step use bilevel.functional "
+                        "and bilevel.Map with a shared control."
+                    )
+
+    def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
+        return _call(self.modules[t - 1], control, state, *self.context)
+
+    def init(self, observation: Tree, control: Tree) -> Tree:  # noqa: D102
+        if self.initial is None:
+            return observation
+        return _call(self.initial, control, observation)
+
+    def controls(self) -> PerStep:
+        """Detached copies of the trainable parameters, as a control."""
+        return PerStep(
+            [_trainable(module) for module in self.modules],
+            initial=None if self.initial is None else _trainable(self.initial),
+        )
+
+    def load(self, control: PerStep) -> None:
+        """Copy a control into the modules' parameters.
+
+        Args:
+            control: as `controls` returns it.
+
+        Raises:
+            StructureError: if names, shapes or dtypes differ from the modules'; then nothing is
+                copied.
+        """
+        check_control(control, len(self.modules))
+        tree.check_like(
+            control, self.controls(), "control", "load takes a control as controls() makes it"
+        )
+        pairs = [*zip(self.modules, control.steps, strict=True)]
+        if self.initial is not None:
+            pairs.append((self.initial, control.initial))
+        for module, values in pairs:
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    if name in values:
+                        parameter.copy_(values[name])

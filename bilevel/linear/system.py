@@ -1,0 +1,235 @@
+"""One linear system as solvers see it: flat, scaled, its products counted and checked."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilevel import autodiff
+from bilevel.errors import DivergenceError
+from bilevel.linear.flat import Flat
+from bilevel.linear.operator import LinearResult, Operator
+from bilevel.tree import Tree
+
+
+class System:
+    """`(A + damping I) x = b` on flat vectors, with `b` scaled where it is large or small.
+
+    The largest entry is then near 1. The scale is a power of two, so no digit changes; without it
+    the square of a small residual would be lost to underflow, and zero would pass for the solution.
+    Each column has its own, which a block diagonal operator does not notice. Lists have an entry a
+    column, one where there are none.
+
+    Attributes:
+        flat: the layout of the trees.
+        columns: of the operator.
+        rhs: `b`, scaled; not to be written to.
+        rhs_norms: of the scaled `b`.
+        start_norms: of the scaled first iterate.
+        eps: of the dtype of both.
+        unit: half of it: no residual is known better than this times the terms it is made of.
+        products: made so far.
+    """
+
+    def __init__(
+        self, operator: Operator, rhs: Tree, start: Tree | None, damping: float = 0.0
+    ) -> None:
+        """Lay out the system.
+
+        Args:
+            operator: `A`.
+            rhs: `b`.
+            start: first iterate.
+            damping: added to the diagonal.
+
+        Raises:
+            DivergenceError: if `rhs` or `start` is not finite.
+        """
+        self.columns = operator.columns
+        self._scale: float | Tensor | None
+        self.flat = Flat(rhs, "rhs", self.columns)
+        self.products = 0
+        self._operator, self._damping = operator, damping
+        self._unchecked = {"operator.apply", "operator.adjoint"}
+        b = self.flat.vector(rhs).detach()
+        limits = torch.finfo(b.dtype)
+        self.eps, self.unit = limits.eps, 0.5 * limits.eps
+        small = limits.tiny ** (1 / 3)
+        if self.columns is None and small < (square := dot(b, b)) < 1 / small:
+            self._scale, self.rhs, self.rhs_norms = None, b, [math.sqrt(square)]
+        else:
+            self._scale = self._power_of_two(b)
+            self.rhs = b / self._scale
+            self.rhs_norms = self.norms(self.rhs, 0)
+        self._start: Tensor | None = None
+        self.start_norms = [0.0] * len(self.rhs_norms)
+        if start is not None:
+            self.flat.check(start, "start", "start must match rhs")
+            x = self.flat.vector(start).detach() / (1.0 if self._scale is None else self._scale)
+            if not torch.isfinite(x).all():
+                raise DivergenceError("start is not finite: pass None to start at zero.")
+            if self.columns is not None:
+                # Where the right-hand side is zero, so is the solution.
+                x[torch.tensor([not norm for norm in self.rhs_norms])] = 0
+            self._start, self.start_norms = x, self.norms(x, 0)
+
+    def _power_of_two(self, b: Tensor) -> float | Tensor:
+        """The scale of each column."""
+        if self.columns is None:
+            return _below(b.abs().max().item() if self.flat.width else 0.0)
+        largest = b.abs().amax(1).tolist() if self.flat.width else [0.0] * self.columns
+        return self.factors([_below(x) for x in largest])
+
+    def factors(self, values: list[float]) -> float | Tensor:
+        """What flat vectors are multiplied by, one value a column."""
+        if self.columns is None:
+            return values[0]
+        return torch.tensor(values, dtype=self.flat.dtype, device=self.flat.device)[:, None]
+
+    def dots(self, a: Tensor, b: Tensor, step: int) -> list[float]:
+        """Dot product of each column; `step` is for the error if one is not finite."""
+        if self.columns is None:
+            return [finite(dot(a, b), step)]
+        return _finite_columns((a * b).sum(1), step)
+
+    def norms(self, v: Tensor, step: int) -> list[float]:
+        """Norm of each column, likewise."""
+        return [math.sqrt(square) for square in self.dots(v, v, step)]
+
+    def begin(self) -> tuple[Tensor, Tensor, list[float]]:
+        """The first iterate, its residual and the norms of that; 0 or 1 product."""
+        if self._start is None:
+            return self.flat.zeros(), self.rhs.clone(), self.rhs_norms
+        r = self.rhs - self.apply(self._start)
+        return self._start, r, self.norms(r, 0)
+
+    def apply(self, v: Tensor) -> Tensor:
+        """`(A + damping I) v`; not to be written to."""
+        return self._product(self._operator.apply, "operator.apply", v)
+
+    def adjoint(self, v: Tensor) -> Tensor:
+        """`(A^* + damping I) v`; not to be written to."""
+        if self._operator.adjoint is None:
+            return self.apply(v)
+        return self._product(self._operator.adjoint, "operator.adjoint", v)
+
+    def _product(self, apply: Callable[[Tree], Tree], name: str, v: Tensor) -> Tensor:
+        self.products += 1
+        found = apply(self.flat.tree(v))
+        if name in self._unchecked:
+            self.flat.check(found, "product", f"{name} must return a vector like rhs")
+            self._unchecked.discard(name)
+        product = self.flat.vector(found)
+        return product.add(v, alpha=self._damping) if self._damping else product
+
+    def floors(self, sizes: list[float], x: Tensor) -> list[float]:
+        """Least norms of the residual of `x` that rounding allows, by size of the operator."""
+        return [
+            self.unit * (norm + size * length)
+            for norm, size, length in zip(self.rhs_norms, sizes, self.norms(x, 0), strict=True)
+        ]
+
+    def result(
+        self,
+        x: Tensor,
+        norms: list[float],
+        steps: list[int],
+        *,
+        rtol: float,
+        floors: list[float],
+        indefinite: list[bool] | None = None,
+        find_ritz: Callable[[], float | None] | None = None,
+    ) -> LinearResult:
+        """The record of an iterate.
+
+        Args:
+            x: the iterate.
+            norms: of its residual, as the method tracks it.
+            steps: made.
+            rtol: that was asked for.
+            floors: norms of residuals that count as reached if `rtol` asks for less. Not where they
+                are large: an iterate so long that its residual is all rounding solves nothing.
+            indefinite: for the record.
+            find_ritz: for the record.
+
+        Returns:
+            The record, its numbers scaled back.
+        """
+        residuals, converged = [], []
+        for norm, floor, size in zip(norms, floors, self.rhs_norms, strict=True):
+            residual = max(norm / size, self.unit) if size else 0.0
+            reached = max(rtol, min(floor / size, math.sqrt(self.eps))) if size else 0.0
+            residuals.append(residual)
+            converged.append(residual <= reached)
+        single = self.columns is None
+        return LinearResult(
+            # Views of one storage would be a trap for who trains on them.
+            self.flat.copied(x if self._scale is None else x * self._scale),
+            max(residuals),
+            max(steps),
+            self.products,
+            all(converged),
+            None if indefinite is None else any(indefinite),
+            None if single else tuple(residuals),
+            None if single else tuple(steps),
+            None if single else tuple(converged),
+            None if single or indefinite is None else tuple(indefinite),
+            find_ritz,
+        )
+
+
+def solve_flat(
+    method: Callable[[System], LinearResult],
+    operator: Operator,
+    rhs: Tree,
+    start: Tree | None,
+    damping: float = 0.0,
+) -> LinearResult:
+    """`method` of the flat system, without a graph; zero if `rhs` is zero."""
+    with autodiff.paused():
+        system = System(operator, rhs, start, damping)
+        if any(system.rhs_norms):
+            return method(system)
+        norms = system.rhs_norms
+        return system.result(system.flat.zeros(), norms, [0] * len(norms), rtol=0.0, floors=norms)
+
+
+def _below(largest: float) -> float:
+    """The largest power of two that is not above a positive number."""
+    if not math.isfinite(largest):
+        raise DivergenceError("rhs is not finite: look at what computed it.")
+    return 2.0 ** (math.frexp(largest)[1] - 1)
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Dot product of flat vectors."""
+    return torch.dot(a, b).item()
+
+
+def finite(value: float, step: int, place: str = "") -> float:
+    """`value`, if it is finite.
+
+    Args:
+        value: a scalar that the iteration goes on with.
+        step: iterations begun, from 1.
+        place: where in the system.
+
+    Returns:
+        `value`.
+
+    Raises:
+        DivergenceError: naming the step.
+    """
+    if not math.isfinite(value):
+        raise DivergenceError(
+            f"the linear solve met {value} at step {step}{place}: the operator returned a value "
+            "that is not finite, or the iteration grew without bound. Check the operator at the "
+            "present point."
+        )
+    return value
+
+
+def _finite_columns(values: Tensor, step: int) -> list[float]:
+    """`finite`, of one value a column."""
+    return [finite(x, step, f" in column {k}") for k, x in enumerate(values.tolist())]

@@ -1,0 +1,229 @@
+"""What a sweep keeps of the forward trajectory, and how that is chosen: integers, no tensors."""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from bilevel.checks import is_whole
+from bilevel.errors import ArgumentError
+from bilevel.sweeps.schedule import Schedule
+
+Tree = Any
+
+
+class Snapshots(ABC):
+    """States put away under the number of their block; opened by a `Storage`, used by one sweep."""
+
+    @abstractmethod
+    def put(self, block: int, state: Tree) -> None:
+        """Put away the detached `state` at the start of `block`."""
+
+    @abstractmethod
+    def get(self, block: int) -> Tree:
+        """The state at the start of `block`; it stays."""
+
+    @abstractmethod
+    def drop(self, block: int) -> None:
+        """Forget the state at the start of `block`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Forget every state and leave nothing behind; may be called twice."""
+
+
+class Storage(ABC):
+    """Where snapshots wait; the choices are in `bilevel.storage`."""
+
+    @abstractmethod
+    def open(self) -> Snapshots:
+        """An empty place for the snapshots of one sweep."""
+
+    @abstractmethod
+    def resident(self, snapshots: int) -> int:
+        """How many states, of so many snapshots, lie in the memory that a budget bounds."""
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """How many states a sweep keeps, and how many steps are taped at a time.
+
+    The multiplier sweep walks backwards over blocks of steps. It tapes one block (runs it again
+    from the state at its start, recording the graph), reverses it, and frees it. A block whose
+    start was not kept is reached from the nearest snapshot before it, by the schedule with the
+    fewest evaluations (`bilevel.schedule`).
+
+    Attributes:
+        snapshots: states kept at most; None keeps the state at the start of every block.
+        block: steps in a block; None makes the whole horizon one block, so that the graphs of
+            the forward sweep are kept and nothing is computed twice.
+        storage: where snapshots are kept; None is `InMemory()`.
+        forward_steps: steps that `adjoint` evaluates, as predicted by `plan`; None if made by hand.
+        peak_bytes: live bytes beyond the gradient, as predicted by `plan`; None if made by hand.
+
+    Raises:
+        ArgumentError: if `snapshots` or `block` is less than 1, or something is to be kept where
+            graphs are kept.
+    """
+
+    snapshots: int | None = None
+    block: int | None = 1
+    storage: Storage | None = None
+    forward_steps: int | None = field(default=None, compare=False, kw_only=True)
+    peak_bytes: int | None = field(default=None, compare=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for name in ("snapshots", "block"):
+            value = getattr(self, name)
+            if value is not None and not is_whole(value, 1):
+                raise ArgumentError(f"{name} must be at least 1, or None, got {value}.")
+        if not isinstance(self.storage, Storage | None):
+            raise ArgumentError(
+                "storage must be InMemory(), OnHost() or OnDisk(folder), got "
+                f"{type(self.storage).__name__}."
+            )
+        if self.block is None and not (self.snapshots is None and self.storage is None):
+            raise ArgumentError(
+                "block=None keeps every graph, so that there are no snapshots to count or to store:"
+                f" leave out snapshots and storage, or give a block, got {self}."
+            )
+
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether the forward sweep records the graph that the multiplier sweep reverses."""
+        return self.block is None
+
+    def schedule(self, horizon: int) -> Schedule:
+        """When `horizon` steps are kept, advanced and taped.
+
+        Args:
+            horizon: number of steps, T.
+
+        Returns:
+            The schedule.
+
+        Example:
+            >>> Checkpointing(snapshots=10, block=32).schedule(1000).forward_steps
+            2616
+        """
+        block = max(horizon, 1) if self.block is None else self.block
+        every = max(-(-horizon // block) - 1, 1)  # the last block is taped at once
+        return Schedule(horizon, block, min(self.snapshots or every, every))
+
+
+def plan(
+    horizon: int,
+    budget_bytes: int,
+    state_bytes: int,
+    graph_bytes: int,
+    storage: Storage | None = None,
+    *,
+    working_bytes: int | None = None,
+) -> Checkpointing:
+    """The checkpointing with the fewest evaluations whose live bytes stay within a budget.
+
+    At its peak a sweep holds its snapshots, the graph of one block, and what it works with: the
+    final state, the multiplier, and what is passing through a step.
+
+    Args:
+        horizon: number of steps, T.
+        budget_bytes: bytes allowed beyond the gradient itself.
+        state_bytes: of one state.
+        graph_bytes: of the graph of one step.
+        storage: where snapshots are kept; None is `InMemory()`.
+        working_bytes: needed whatever is kept; None takes three states and one step's graph.
+
+    Returns:
+        The checkpointing, with its predictions `forward_steps` and `peak_bytes`.
+
+    Raises:
+        ArgumentError: if the budget is too small; the message states the least that works.
+
+    Example:
+        >>> plan(1000, 64_000, state_bytes=1000, graph_bytes=1000)
+        Checkpointing(snapshots=29, block=31, storage=None, forward_steps=2039, peak_bytes=64000)
+    """
+    sizes = {"horizon": horizon, "state_bytes": state_bytes, "graph_bytes": graph_bytes}
+    for name, value in sizes.items():
+        if not is_whole(value):
+            raise ArgumentError(f"{name} must be an integer >= 0, got {value!r}.")
+    working = 3 * state_bytes + graph_bytes if working_bytes is None else working_bytes
+    resident = (lambda n: n) if storage is None else storage.resident
+    least = working + resident(1) * state_bytes + min(horizon, 1) * graph_bytes
+    if budget_bytes < least:
+        raise ArgumentError(
+            f"a budget of {budget_bytes} bytes is too small: one state ({state_bytes} bytes), the "
+            f"graph of one step ({graph_bytes}) and what the sweep works with ({working}) need at "
+            f"least {least} bytes. Raise the budget to that, or make the state smaller."
+        )
+    whole = working + state_bytes + horizon * graph_bytes
+    if whole <= budget_bytes:
+        return Checkpointing(block=None, forward_steps=horizon, peak_bytes=whole)
+    best = (math.inf, math.inf, 1, 1)
+    largest = (budget_bytes - working - resident(1) * state_bytes) // max(graph_bytes, 1)
+    for block in range(min(largest, horizon) if graph_bytes else horizon, 0, -1):
+        # Several blocks advance every step but those of the last: from here on nothing is better.
+        if 2 * horizon - block > best[0]:
+            break
+        room = budget_bytes - working - block * graph_bytes
+        snapshots = max(-(-horizon // block) - 1, 1)
+        if resident(snapshots) * state_bytes > room:
+            snapshots = room // state_bytes
+        peak = budget_bytes - room + resident(snapshots) * state_bytes
+        forward = Schedule(horizon, block, snapshots).forward_steps
+        best = min(best, (forward, peak, snapshots, block))
+    forward, peak, snapshots, block = best
+    return Checkpointing(
+        snapshots, block, storage, forward_steps=int(forward), peak_bytes=int(peak)
+    )
+
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)},
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes a sweep may use beyond the gradient; accepted wherever `checkpointing` is.
+
+    One step is measured on the problem at hand, then `plan` chooses. Where snapshots are kept
+    elsewhere, the budget bounds the memory that the states live in.
+
+    Attributes:
+        size: bytes as an integer, or text such as "500 MiB" or "2 GB".
+        storage: where snapshots are kept; None is `InMemory()`.
+
+    Raises:
+        ArgumentError: if the size cannot be read.
+
+    Example:
+        >>> Budget("1.5 KiB").bytes
+        1536
+    """
+
+    size: int | str
+    storage: Storage | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if self.bytes < 1:
+            raise ArgumentError(f"a budget must be at least one byte, got {self.size!r}.")
+
+    @property
+    def bytes(self) -> int:
+        """The size as a number."""
+        if is_whole(self.size, -math.inf):
+            return int(self.size)
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(self.size))
+        if found is None or found[2] not in _UNITS:
+            raise ArgumentError(
+                "a budget is a number of bytes, or text with one of the units "
+                f"{', '.join(u for u in _UNITS if u)}, such as '500 MiB', got {self.size!r}."
+            )
+        return int(float(found[1]) * _UNITS[found[2]])

@@ -1,0 +1,160 @@
+"""Weights of training tasks as a function of the outer variable."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.checks import is_whole
+from bilevel.errors import ArgumentError, StructureError
+from bilevel.tasks.correlation import Correlation
+from bilevel.tasks.normalisers import Normaliser, Softmax
+from bilevel.tree import Tree
+
+
+@final
+@dataclass(frozen=True)
+class TaskWeights:
+    r"""sigma(alpha): from unconstrained numbers to weights of training tasks.
+
+    .. math:: \sigma = \mathrm{floor} + (1 - N\, \mathrm{floor})\, \sigma_0(\alpha)
+
+    Attributes:
+        n_tasks: number N of training tasks.
+        n_validations: number M of validation tasks that get a column of weights each; None makes
+            alpha a vector.
+        normalise: sigma_0.
+        floor: least weight of a task, in [0, 1/N]; above 0 no task leaves the training.
+        entropy: the outer loss is lowered by this times the entropy of the weights, against
+            collapse to one task.
+
+    Raises:
+        ArgumentError: if a setting is out of range.
+
+    Example:
+        >>> weights = TaskWeights(n_tasks=2, floor=0.1)
+        >>> weights.sigma(torch.tensor([100.0, 0.0]))
+        tensor([0.9000, 0.1000])
+    """
+
+    n_tasks: int
+    n_validations: int | None = None
+    normalise: Normaliser = field(default_factory=Softmax)
+    floor: float = 0.0
+    entropy: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        for name in ("n_tasks", "n_validations"):
+            value = getattr(self, name)
+            if name == "n_validations" and value is None:
+                continue
+            if not is_whole(value, 1):
+                raise ArgumentError(
+                    f"{name} must be a whole number >= 1, got {value!r}: give at least one task."
+                )
+        if not isinstance(self.normalise, Normaliser):
+            raise ArgumentError(
+                "normalise must be Softmax(), Sparsemax() or NormalisedSigmoid(), got "
+                f"{type(self.normalise).__name__}."
+            )
+        if not 0 <= self.floor <= 1 / self.n_tasks:
+            raise ArgumentError(
+                f"floor must be >= 0 and <= 1 / n_tasks = {1 / self.n_tasks:g}, got {self.floor}."
+            )
+        if not 0 <= self.entropy < math.inf:
+            raise ArgumentError(f"entropy must be >= 0 and finite, got {self.entropy}.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of alpha: ``(N,)`` or ``(N, M)``."""
+        return (self.n_tasks,) if self.n_validations is None else (self.n_tasks, self.n_validations)
+
+    def initial(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Alpha of equal weights: zeros."""
+        return torch.zeros(self.shape, dtype=dtype, device=device)
+
+    def stacked(self, params: Tree) -> Tree:
+        """Params for every column: copies along a leading axis of length M, or as they are.
+
+        Args:
+            params: of one model.
+
+        Returns:
+            Floating-point and complex leaves of shape ``(M, *shape)``; for a vector, `params`.
+        """
+        if self.n_validations is None:
+            return params
+        m = self.n_validations
+        return tree.map_leaves(
+            lambda x: x.detach().expand(m, *x.shape).clone() if tree.is_variable(x) else x, params
+        )
+
+    def sigma(self, alpha: Tensor) -> Tensor:
+        """The weights.
+
+        Args:
+            alpha: shape ``(N,)`` or ``(N, M)``.
+
+        Returns:
+            Like `alpha`; each column sums to 1.
+
+        Raises:
+            StructureError: if alpha has another shape or is not real.
+        """
+        if (
+            not isinstance(alpha, Tensor)
+            or alpha.shape != self.shape
+            or not alpha.is_floating_point()
+        ):
+            raise StructureError(
+                f"alpha must be a real tensor of shape {self.shape}, got {tree.kind(alpha)}; "
+                "TaskWeights.initial() makes one."
+            )
+        sigma = self.normalise(alpha)
+        return self.floor + (1 - self.n_tasks * self.floor) * sigma if self.floor else sigma
+
+    def spread(self, sigma: Tensor) -> Tensor:
+        """Entropy of weights, summed over the columns; log N a column where they are equal."""
+        positive = sigma > 0
+        return -torch.where(positive, sigma * torch.where(positive, sigma, 1).log(), 0).sum()
+
+    def correlation(
+        self,
+        alpha: Tensor,
+        tasks: Sequence[str] | None = None,
+        validations: Sequence[str] | None = None,
+    ) -> Correlation:
+        """The learned correlation of training and validation tasks.
+
+        Args:
+            alpha: shape ``(N,)`` or ``(N, M)``.
+            tasks: names of the training tasks.
+            validations: names of the validation tasks; of a vector, one name for all.
+
+        Returns:
+            The matrix sigma(alpha) with its labels.
+
+        Raises:
+            StructureError: if alpha or the number of names does not fit.
+        """
+        matrix = self.sigma(alpha).detach().reshape(self.n_tasks, -1)
+        m = matrix.shape[1]
+        rows = [f"task {i + 1}" for i in range(self.n_tasks)] if tasks is None else list(tasks)
+        if validations is None:
+            columns = ["all"] if self.n_validations is None else [f"{j + 1}" for j in range(m)]
+        else:
+            columns = list(validations)
+        for name, found, needed in (
+            ("tasks", rows, self.n_tasks),
+            ("validations", columns, m),
+        ):
+            if len(found) != needed:
+                raise StructureError(f"{name} must be {needed} names, got {len(found)}.")
+        return Correlation(matrix, tuple(rows), tuple(columns))
