@@ -14,10 +14,10 @@ class Method(StrEnum):
     ONE_STEP = "one-step"
 
     @property
-    def chosen(self) -> bl.HypergradientMethod:
+    def chosen(self) -> bl.methods.HypergradientMethod:
         """The method of the library."""
         methods = {
-            Method.IMPLICIT: bl.Implicit(bl.CG(rtol=1e-3)),
+            Method.IMPLICIT: bl.Implicit(bl.linear.CG(rtol=1e-3)),
             Method.MLM: bl.MLM(),
             Method.UNROLLED: bl.Unrolled(),
             Method.ONE_STEP: bl.OneStep(),

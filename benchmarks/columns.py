@@ -39,7 +39,7 @@ def batched(params: Params, x: Tensor, y: Tensor) -> Tensor:
 
 
 def make(
-    columns: bl.Columns,
+    columns: bl.tasks.Evaluation,
     losses: Callable[[Params, Tensor, Tensor], Tensor],
     arguments: argparse.Namespace,
     samples: int,
@@ -79,10 +79,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    descent = bl.GradientDescent(0.5)
+    descent = bl.optim.SGD(0.5)
 
     def gradient(
-        problem: bl.BilevelProblem, params: Params, alpha: Tensor, method: bl.HypergradientMethod
+        problem: bl.BilevelProblem,
+        params: Params,
+        alpha: Tensor,
+        method: bl.methods.HypergradientMethod,
     ) -> Tensor:
         solver = bl.BilevelSolver(problem, descent, arguments.steps, method, certificate=None)
         return solver.hypergradient(params, alpha).gradient

@@ -28,12 +28,12 @@ STEPS = {20: 100, 300: 200}
 WRONG = 1e-6  # relative error from which on a number counts as wrong here
 
 
-def ours(method: bl.HypergradientMethod, *, certified: bool = False) -> Callable:
+def ours(method: bl.methods.HypergradientMethod, *, certified: bool = False) -> Callable:
     """A maker like those of the peers."""
 
     def make(ridge: Ridge, steps: int) -> Run:
         problem = bl.BilevelProblem(ridge.inner, ridge.outer)
-        descent = bl.GradientDescent(ridge.step_size)
+        descent = bl.optim.SGD(ridge.step_size)
         solver = bl.BilevelSolver(problem, descent, steps, method, certificate=None)
         if certified:
             solver = bl.BilevelSolver(problem, descent, steps, method)
@@ -43,7 +43,7 @@ def ours(method: bl.HypergradientMethod, *, certified: bool = False) -> Callable
     return make
 
 
-CG = bl.CG(rtol=CG_RTOL)
+CG = bl.linear.CG(rtol=CG_RTOL)
 ROWS: dict[str, dict[str, Callable]] = {
     "unrolled": {
         "torch, a loop": bare.unrolled,

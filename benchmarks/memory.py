@@ -146,7 +146,7 @@ def main() -> None:
         return
     sizes = (256, 256, 300) if arguments.heavy else (1024, 64, 1000)
     case = layers(*sizes, arguments.activation)
-    found = bl.measure(case.problem, case.start, case.control)
+    found = bl.sweeps.measure(case.problem, case.start, case.control)
     budget = bl.Budget(arguments.budget)
     plan = bl.plan(
         case.horizon,

@@ -64,11 +64,11 @@ def asked(run: Run) -> Answer:
 
 def ours(
     problem: Any,
-    method: bl.HypergradientMethod,
+    method: bl.methods.HypergradientMethod,
     steps: int = 100,
-    optimizer: bl.InnerOptimizer | None = None,
+    optimizer: bl.optim.InnerOptimizer | None = None,
 ) -> Answer:
-    optimizer = optimizer or bl.GradientDescent(problem.step_size)
+    optimizer = optimizer or bl.optim.SGD(problem.step_size)
     objectives = bl.BilevelProblem(problem.inner, problem.outer)
     solver = bl.BilevelSolver(objectives, optimizer, steps, method, certificate=None)
     return asked(lambda: solver.hypergradient(problem.start, problem.alpha).gradient)
@@ -113,7 +113,7 @@ def linear_systems() -> Iterator[Row]:
 def dead_feature() -> Iterator[Row]:
     """Adam where one gradient is zero at every step."""
     problem, steps, rate = with_dead_feature(Ridge.random(3)), 20, 0.05
-    adam = bl.Adam(rate)
+    adam = bl.optim.Adam(rate)
     rest = ours(without_first_feature(problem), bl.Unrolled(), steps, adam)
     truth = torch.cat([torch.zeros(1, dtype=torch.float64), rest])
 
@@ -250,7 +250,7 @@ def buffers() -> Iterator[Row]:
             inner=lambda p, a, _: mean(p, ridge.X, ridge.y) + 0.5 * (a.exp() * p["w"] ** 2).sum(),
             outer=lambda p, _a, _: mean(p, ridge.V, ridge.z),
         )
-        solver = bl.BilevelSolver(problem, bl.GradientDescent(0.1), 20, certificate=None)
+        solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 20, certificate=None)
         solver.hypergradient(params, ridge.alpha)
         return moved(model)
 
@@ -265,7 +265,7 @@ def unconverged() -> Iterator[Row]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         objectives = bl.BilevelProblem(ridge.inner, ridge.outer)
-        descent = bl.GradientDescent(ridge.step_size)
+        descent = bl.optim.SGD(ridge.step_size)
         solver = bl.BilevelSolver(objectives, descent, steps, bl.Implicit())
         said = solver.hypergradient(ridge.start, ridge.alpha)
     error = relative_error(said.gradient, ridge.exact)

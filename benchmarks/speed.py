@@ -25,7 +25,7 @@ from benchmarks.problems import (
     tangent_sweep,
     through_rollout,
 )
-from bilevel.sweeps.live import LiveBytes
+from bilevel.sweeps.memory import LiveBytes
 
 Row = dict[str, object]
 GRAPHS, STATES, BLOCKS = (

@@ -10,25 +10,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import tree
-from bilevel.certificates.against_minimiser import Newton
-from bilevel.certificates.certificate import Certificate, Certifier, Minimiser, Target
-from bilevel.checks import is_whole
-from bilevel.dynamics.dynamics import PerStep
+from bilevel.certificates.against_minimiser import AgainstMinimiser
+from bilevel.certificates.certificate import Certificate, Certifier
+from bilevel.checks import check_choice, check_kind, check_range, check_whole
+from bilevel.dynamics.per_step import PerStep
 from bilevel.errors import ArgumentError, DivergenceError
 from bilevel.inner.problem import BilevelProblem
 from bilevel.methods.base import HypergradientMethod, Instance, Warm
 from bilevel.methods.mlm import MLM
 from bilevel.optim.rules import InnerOptimizer
-from bilevel.outer.descent import (
-    MakeOptimizer,
-    OnFailure,
-    Progress,
-    above_tolerance,
-    adam,
-    check_on_failure,
-    descend,
-    report,
-)
+from bilevel.outer.descent import Loop, MakeOptimizer, adam, descend
+from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, above_tolerance, report
 from bilevel.solution import Hypergradient, Solution
 from bilevel.tree import Tree
 
@@ -42,9 +34,9 @@ class BilevelSolver:
         optimizer: makes the inner steps.
         inner_steps: their number.
         method: how hypergradients are found: `MLM`, `Unrolled`, `Implicit`, `OneStep`.
-        certificate: how they are judged; None switches that off.
-        target: what they are judged against: the hypergradient of (3) at the exact inner
-            minimiser, or that of the k-step solution itself, `Iterate()`.
+        certificate: how they are judged, and against what: `AgainstMinimiser`, the hypergradient
+            of (3) at the exact inner minimiser, or `AgainstSteps`, that of the k-step solution
+            itself; None switches that off.
         on_failure: what to do where a hypergradient is not trustworthy, or a tolerance that was
             asked for is not reached.
 
@@ -57,7 +49,7 @@ class BilevelSolver:
         ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
         ...     outer=lambda w, a, batch: (w - 1) ** 2,
         ... )
-        >>> solver = BilevelSolver(problem, bl.GradientDescent(0.2), inner_steps=80)
+        >>> solver = BilevelSolver(problem, bl.optim.SGD(0.2), inner_steps=80)
         >>> found = solver.hypergradient(torch.tensor(0.0), torch.tensor(0.0))
         >>> found.gradient  # 2 (a / 3 - 1) / 3
         tensor(-0.6667)
@@ -71,29 +63,20 @@ class BilevelSolver:
     optimizer: InnerOptimizer
     inner_steps: int = 100
     method: HypergradientMethod = field(default_factory=MLM)
-    certificate: Certifier | None = field(default_factory=Newton)
-    target: Target = field(default_factory=Minimiser)
+    certificate: Certifier | None = field(default_factory=AgainstMinimiser)
     on_failure: OnFailure = "warn"
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        kinds = {
-            "problem": (BilevelProblem, "a BilevelProblem"),
-            "optimizer": (InnerOptimizer, "an inner optimiser such as GradientDescent(0.1)"),
-            "method": (HypergradientMethod, "a method such as MLM() or Implicit()"),
-            "certificate": (Certifier | None, "Newton(...), or None"),
-            "target": (Target, "Minimiser() or Iterate()"),
-        }
-        for name, (kind, wanted) in kinds.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind):
-                came = value.__name__ if isinstance(value, type) else type(value).__name__
-                raise ArgumentError(f"{name} must be {wanted}, got {came}.")
-        if not is_whole(self.inner_steps):
-            raise ArgumentError(
-                f"inner_steps must be a whole number >= 0, got {self.inner_steps!r}."
-            )
-        check_on_failure(self.on_failure)
+        check_kind(self.problem, BilevelProblem, "problem", "a BilevelProblem")
+        rule = "an inner optimiser such as bilevel.optim.SGD(0.1)"
+        check_kind(self.optimizer, InnerOptimizer, "optimizer", rule)
+        check_whole(self.inner_steps, "inner_steps")
+        method = "a method such as MLM() or Implicit()"
+        check_kind(self.method, HypergradientMethod, "method", method)
+        certificate = "AgainstMinimiser(...), AgainstSteps(...) or None"
+        check_kind(self.certificate, Certifier | None, "certificate", certificate)
+        check_choice(self.on_failure, ON_FAILURE, "on_failure")
 
     def hypergradient(
         self,
@@ -166,9 +149,7 @@ class BilevelSolver:
         Returns:
             Where they led; `optimizer.params(warm.state)` are the params.
         """
-        instance = self._instance(params, control, inner_batch, None, warm)
-        reached = instance.iterated
-        return Warm(reached.state, instance.dynamics.offset + reached.steps)
+        return self._instance(params, control, inner_batch, None, warm).iterated
 
     def solve(
         self,
@@ -216,8 +197,9 @@ class BilevelSolver:
             DivergenceError: if something is not finite; it names the outer iteration, and the
                 inner step where that began.
         """
-        if inner_tolerance is not None and not inner_tolerance > 0:
-            raise ArgumentError(f"inner_tolerance must be > 0, or None, got {inner_tolerance}.")
+        if inner_tolerance is not None:
+            check_range(inner_tolerance, "inner_tolerance", above=0)
+        loop = Loop(steps, batches, scheduler, project, tolerance, callback, progress)
         history = _History(self.on_failure)
 
         def evaluate(alpha: Tree, batch: Any, step: int) -> tuple[float, Hypergradient]:
@@ -231,29 +213,18 @@ class BilevelSolver:
             history.judge(found, step)
             return float(found.value), found
 
-        done = descend(
-            evaluate,
-            control,
-            optimizer=optimizer,
-            steps=steps,
-            batches=batches,
-            scheduler=scheduler,
-            project=project,
-            tolerance=tolerance,
-            callback=callback,
-            progress=progress,
-            accept=history.accept,
-        )
+        done = descend(evaluate, control, optimizer, loop, history.accept)
+        steps = len(done.costs)
         value, norm, found = done.last or (math.nan, math.nan, None)
         converged = done.converged
         if batches is None and not converged:
-            value, found = evaluate(done.control, None, len(done.costs))
+            value, found = evaluate(done.control, None, steps)
             norm = tree.norm(found.gradient)
             converged = tolerance > 0 and norm <= tolerance
         if history.complaints:
-            report(history.summary(len(done.costs)), self.on_failure)
+            report(history.summary(steps), self.on_failure)
         if tolerance > 0 and not converged:
-            report(above_tolerance(norm, tolerance, len(done.costs)), self.on_failure)
+            report(above_tolerance(norm, tolerance, steps), self.on_failure)
         return Solution(
             done.control,
             found.params if found is not None else params,
@@ -263,7 +234,7 @@ class BilevelSolver:
             done.costs,
             done.gradient_norms,
             history.certificates,
-            len(done.costs),
+            steps,
             converged,
         )
 
@@ -276,17 +247,13 @@ class BilevelSolver:
                 f"{norm:g}, although the inner solution is finite: look for a square root or a "
                 "division at zero in the objectives, or take a smaller step size."
             )
-        certificate = self.certificate and self.certificate.certify(instance, found, self.target)
+        certificate = self.certificate and self.certificate.certify(instance, found)
         return Hypergradient(
             found.value,
             found.gradient,
-            self.optimizer.params(found.state),
+            self.optimizer.params(found.warm.state),
             certificate,
-            Warm(
-                found.state,
-                instance.dynamics.offset + found.steps,
-                found.linear.solution if found.linear else None,
-            ),
+            found.warm,
             found.linear,
             found.truncation,
         )
@@ -312,9 +279,6 @@ class BilevelSolver:
                 "stack what changes with the step, and read it by "
                 "ByStep(lambda t: lambda control: control['rates'][t - 1])."
             )
-        if warm is not None and self.problem.start is None:
-            like = self.optimizer.begin(params)
-            tree.check_like(warm.state, like, "warm.state", "a warm start must fit the params")
         return Instance(
             self.problem,
             self.optimizer,

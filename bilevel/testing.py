@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.errors import ArgumentError, BilevelError
+from bilevel.checks import check_range, check_whole
+from bilevel.errors import BilevelError
 from bilevel.linear.gmres import GMRES
 from bilevel.methods.base import HypergradientMethod
 from bilevel.methods.implicit import Implicit
 from bilevel.methods.mlm import MLM
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
-from bilevel.optim.rules import descend
 from bilevel.solver import BilevelSolver
 from bilevel.tree import Tree
 
@@ -29,7 +29,7 @@ class DotProductTest:
     Attributes:
         forward: the first.
         adjoint: the second.
-        difference: of both, relative to |A v| |w|.
+        difference: of the two, relative to |A v| |w|.
     """
 
     forward: float
@@ -122,12 +122,11 @@ def taylor_test(
         >>> round(right.order), round(wrong.order)
         (2, 1)
     """
-    if n_steps < 2:
-        raise ArgumentError(f"n_steps must be at least 2, got {n_steps}.")
+    check_whole(n_steps, "n_steps", 2)
     direction = unit_like(point, torch.Generator().manual_seed(seed))
     value, slope = float(function(point)), float(tree.inner(gradient, direction))
     steps = [largest / 2**i for i in range(n_steps)]
-    values = [float(function(descend(point, direction, -h))) for h in steps]
+    values = [float(function(tree.moved(point, direction, -h))) for h in steps]
     remainders = [abs(v - value - h * slope) for v, h in zip(values, steps, strict=True)]
     floor = 100 * _eps(point) * max(map(abs, (value, *values)))
     seen = [(math.log(h), math.log(r)) for h, r in zip(steps, remainders, strict=True) if r > floor]
@@ -240,7 +239,7 @@ def check_hypergradient(
         params: where the inner iteration starts.
         control: the outer variable.
         inner_batch: as in `BilevelSolver.hypergradient`.
-        outer_batch: likewise.
+        outer_batch: as in `BilevelSolver.hypergradient`.
         methods: to compare; None takes all four and the solver's own.
         n_directions: random directions, each four solves.
         step: of the differences; None is the cube root of the rounding, times the size of the
@@ -253,8 +252,9 @@ def check_hypergradient(
     Raises:
         ArgumentError: if `n_directions` or `step` is out of range.
     """
-    if n_directions < 1 or (step is not None and not step > 0):
-        raise ArgumentError(f"n_directions >= 1 and step > 0, got {n_directions} and {step}.")
+    check_whole(n_directions, "n_directions", 1)
+    if step is not None:
+        check_range(step, "step", above=0)
     quiet = replace(solver, certificate=None, on_failure="ignore", method=Unrolled())
     control = tree.detach(control)
     generator = torch.Generator().manual_seed(seed)
@@ -265,7 +265,7 @@ def check_hypergradient(
         up, down = (
             float(
                 quiet.value(
-                    params, descend(control, direction, -sign * h), inner_batch, outer_batch
+                    params, tree.moved(control, direction, -sign * h), inner_batch, outer_batch
                 )
             )
             for sign in (1, -1)

@@ -100,6 +100,28 @@ def subtract(a: Tree, b: Tree) -> Tree:
     return map_leaves(lambda x, y: x - y if is_variable(x) else None, a, b)
 
 
+def moved(values: Tree, direction: Tree, size: Any) -> Tree:
+    """`values - size * direction`; None in the direction leaves a leaf as it is.
+
+    Args:
+        values: a tree.
+        direction: a vector of its space.
+        size: a number, a scalar tensor, or a tree like the values.
+
+    Returns:
+        The tree; differentiable in all arguments.
+    """
+    if isinstance(size, float | int):
+        if isinstance(values, Tensor):
+            return torch.sub(values, direction, alpha=size)
+        return map_leaves(
+            lambda x, d: x if d is None else torch.sub(x, d, alpha=size), values, direction
+        )
+    if isinstance(size, Tensor):
+        return map_leaves(lambda x, d: x if d is None else x - size * d, values, direction)
+    return map_leaves(lambda x, d, s: x if d is None else x - s * d, values, direction, size)
+
+
 def inner(a: Tree, b: Tree) -> Tensor:
     """`Re<a, b>`, summed over the variables; differentiable.
 

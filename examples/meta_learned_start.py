@@ -46,10 +46,10 @@ maml = bl.BilevelSolver(
         outer=lambda params, _start, tasks: distance(params, tasks),
         start=lambda params, start: start.expand_as(params),
     ),
-    bl.GradientDescent(0.05),
+    bl.optim.SGD(0.05),
     inner_steps=3,
     method=bl.MLM(),
-    target=bl.Iterate(),  # the three steps are the model: nothing is to converge
+    certificate=bl.AgainstSteps(),  # the three steps are the model: nothing is to converge
 )
 zeros = torch.zeros(N_TASKS, 2, dtype=torch.float64)
 start = torch.zeros(2, dtype=torch.float64)
@@ -66,7 +66,7 @@ imaml = bl.BilevelSolver(
         outer=lambda params, _start, tasks: distance(params, tasks),
         start=lambda params, start: start.expand_as(params),
     ),
-    bl.GradientDescent(0.05),
+    bl.optim.SGD(0.05),
     inner_steps=40,
     method=bl.Implicit(),
 )

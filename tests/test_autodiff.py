@@ -5,8 +5,8 @@ import torch
 from problems import cplx, real, square
 from reference import assert_same, autograd, fresh
 
-import bilevel as bl
 from bilevel import autodiff, tree
+from bilevel.errors import LostGradientError
 
 
 def test_the_gradient_of_the_squared_modulus_is_twice_the_argument():
@@ -90,7 +90,7 @@ def test_told_apart_makes_a_tensor_its_own_once():
 def test_a_hidden_tensor_behind_operations_is_found():
     hidden, x = fresh(real(1, 2)), autodiff.variables(real(2, 2))
     deep = x * (hidden * 2).exp().sum()
-    with pytest.raises(bl.LostGradientError, match=r"f uses a tensor of shape \(2,\)"):
+    with pytest.raises(LostGradientError, match=r"f uses a tensor of shape \(2,\)"):
         autodiff.refuse_hidden(deep, (x,), "f")
     autodiff.refuse_hidden(deep, (x, hidden), "f")
     autodiff.refuse_hidden((x * 2, real(3, 2), 4), x, "f")

@@ -20,7 +20,7 @@ BUILT_IN = {
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_an_error_is_a_bilevel_error_and_a_built_in(name):
-    error = getattr(bl, name)
+    error = getattr(errors, name)
     assert issubclass(error, bl.BilevelError)
     assert issubclass(error, BUILT_IN[name])
     with pytest.raises(BUILT_IN[name], match="why"):

@@ -8,24 +8,25 @@ from bilevel_cases import logistic, ridge, trees
 from problems import cplx, real, square
 
 import bilevel as bl
+from bilevel.errors import ArgumentError
 
 
 @pytest.mark.parametrize("draw", [real, cplx], ids=["real", "complex"])
 def test_the_dot_product_test_tells_an_adjoint_from_a_transpose(draw):
     A = draw(1, 4, 3)
     like = draw(2, 3), draw(3, 4)
-    right = bl.dot_product_test(lambda v: A @ v, lambda w: A.mH @ w, *like)
-    wrong = bl.dot_product_test(lambda v: A @ v, lambda w: 1.01 * A.mH @ w, *like)
+    right = bl.testing.dot_product_test(lambda v: A @ v, lambda w: A.mH @ w, *like)
+    wrong = bl.testing.dot_product_test(lambda v: A @ v, lambda w: 1.01 * A.mH @ w, *like)
     assert right.difference <= 1e-15
     assert wrong.difference > 1e-4
     if draw is cplx:
-        transposed = bl.dot_product_test(lambda v: A @ v, lambda w: A.mT @ w, *like)
+        transposed = bl.testing.dot_product_test(lambda v: A @ v, lambda w: A.mT @ w, *like)
         assert transposed.difference > 0.01
 
 
 def test_the_dot_product_test_takes_trees():
     tree = {"x": real(4, 3), "n": 3, "z": cplx(5, 2)}
-    same = bl.dot_product_test(lambda v: v, lambda v: v, tree)
+    same = bl.testing.dot_product_test(lambda v: v, lambda v: v, tree)
     assert same.difference == 0
     assert same.forward == pytest.approx(same.adjoint)
 
@@ -45,21 +46,21 @@ def test_a_right_gradient_has_order_two_and_a_wrong_one_order_one():
         [control["shift"], control["log"][1]],
     )
     right = {"shift": gradient[0], "log": (None, gradient[1]), "n": None}
-    assert bl.taylor_test(value, right, case.control).order == pytest.approx(2, abs=0.05)
+    assert bl.testing.taylor_test(value, right, case.control).order == pytest.approx(2, abs=0.05)
     wrong = {**right, "shift": 1.001 * gradient[0]}
-    assert bl.taylor_test(value, wrong, case.control, largest=1e-4).order < 1.5
+    assert bl.testing.taylor_test(value, wrong, case.control, largest=1e-4).order < 1.5
 
 
 def test_a_linear_function_leaves_only_rounding():
     x = real(6, 3)
-    assert bl.taylor_test(lambda x: x.sum(), torch.ones_like(x), x).order == math.inf
-    with pytest.raises(bl.ArgumentError, match="n_steps must be at least 2"):
-        bl.taylor_test(lambda x: x.sum(), torch.ones_like(x), x, n_steps=1)
+    assert bl.testing.taylor_test(lambda x: x.sum(), torch.ones_like(x), x).order == math.inf
+    with pytest.raises(ArgumentError, match="n_steps must be a whole number >= 2"):
+        bl.testing.taylor_test(lambda x: x.sum(), torch.ones_like(x), x, n_steps=1)
 
 
 def check(case, steps, optimizer=None, **settings):
     solver = bl.BilevelSolver(
-        case.problem, optimizer or bl.GradientDescent(case.step_size), steps, **settings
+        case.problem, optimizer or bl.optim.SGD(case.step_size), steps, **settings
     )
     return bl.check_hypergradient(solver, case.params, case.control, n_directions=1)
 
@@ -87,7 +88,7 @@ def test_before_convergence_the_sweep_is_recommended_and_the_error_of_implicit_i
 
 def test_the_table_has_a_row_for_each_method_and_says_what_does_not_apply():
     case = ridge(3)
-    found = check(case, 20, bl.GradientDescent(lambda c: case.step_size * torch.sigmoid(c).mean()))
+    found = check(case, 20, bl.optim.SGD(lambda c: case.step_size * torch.sigmoid(c).mean()))
     text = str(found)
     assert [line.split()[0] for line in text.splitlines()[1:5]] == [
         "Unrolled",
@@ -102,7 +103,7 @@ def test_the_table_has_a_row_for_each_method_and_says_what_does_not_apply():
         start=lambda w, c: w + c["start"],
     )
     learned = bl.BilevelProblem(lambda w, c, batch: square(w - 1), start.outer, start=start.start)
-    solver = bl.BilevelSolver(learned, bl.GradientDescent(0.1), 3, certificate=None)
+    solver = bl.BilevelSolver(learned, bl.optim.SGD(0.1), 3, certificate=None)
     table = bl.check_hypergradient(solver, case.params, {"start": real(7, 3)})
     assert "neither on step sizes nor on the start" in str(table)
     assert "Implicit does not apply" in table.recommendation
@@ -114,22 +115,30 @@ def test_an_objective_that_is_not_smooth_is_found_out():
         lambda w, a, batch: (1e6 * w).round().sum() / 1e6 + square(w),
     )
     case = ridge(2)
-    solver = bl.BilevelSolver(problem, bl.GradientDescent(0.4), 30, certificate=None)
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.4), 30, certificate=None)
     found = bl.check_hypergradient(solver, case.params, case.control)
     assert "not smooth" in found.recommendation
 
 
-@pytest.mark.parametrize("settings", [{"n_directions": 0}, {"step": 0.0}])
-def test_settings_out_of_range_are_refused(settings):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_directions": 0}, "n_directions must be a whole number >= 1, got 0"),
+        ({"step": 0.0}, "step must be > 0 and finite, got 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
     case = ridge(2)
-    solver = bl.BilevelSolver(case.problem, bl.GradientDescent(0.4), 3)
-    with pytest.raises(bl.ArgumentError, match="n_directions >= 1 and step > 0"):
+    solver = bl.BilevelSolver(case.problem, bl.optim.SGD(0.4), 3)
+    with pytest.raises(ArgumentError, match=message):
         bl.check_hypergradient(solver, case.params, case.control, **settings)
 
 
 def test_proximal_gradient_is_compared_with_gmres():
     case = ridge(3)
-    found = check(case, 200, bl.ProximalGradient(case.step_size / 2, bl.L2(0.3)), certificate=None)
+    found = check(
+        case, 200, bl.optim.ProximalGradient(case.step_size / 2, bl.prox.L2(0.3)), certificate=None
+    )
     row = next(row for row in found.rows if isinstance(row.method, bl.Implicit))
-    assert isinstance(row.method.linear, bl.GMRES)
+    assert isinstance(row.method.linear, bl.linear.GMRES)
     assert row.error < 1e-6

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from problems import C128, F64, cplx, real
 from reference import assert_same
 
 import bilevel as bl
 from bilevel import tree
+from bilevel.errors import StructureError
 
 
 class Pair(NamedTuple):
@@ -153,9 +153,7 @@ def test_detach_shares_memory_and_drops_history():
 
 @pytest.mark.parametrize("leaf", [1.0, 2j, "a", object()])
 def test_a_leaf_that_would_lose_its_gradient_is_refused_by_name(leaf):
-    with pytest.raises(
-        bl.StructureError, match=r"f\['mask'\]\[1\] must be a tensor.*torch.as_tensor"
-    ):
+    with pytest.raises(StructureError, match=r"f\['mask'\]\[1\] must be a tensor.*torch.as_tensor"):
         tree.check_leaves({"mask": [None, leaf]}, "f")
 
 
@@ -166,11 +164,9 @@ def test_integers_bools_and_none_are_allowed_as_leaves():
 def test_check_like_names_what_differs():
     x = {"a": real(1, 2), "k": 1}
     tree.check_like({"a": real(2, 2), "k": 5}, x, "u", "who")
-    with pytest.raises(
-        bl.StructureError, match=r"who: u\['a'\] must be float64\[2\] .* float64\[3\]"
-    ):
+    with pytest.raises(StructureError, match=r"who: u\['a'\] must be float64\[2\] .* float64\[3\]"):
         tree.check_like({"a": real(2, 3), "k": 1}, x, "u", "who")
-    with pytest.raises(bl.StructureError, match=r"who: u\['k'\] must be int, got float"):
+    with pytest.raises(StructureError, match=r"who: u\['k'\] must be int, got float"):
         tree.check_like({"a": real(2, 2), "k": 1.0}, x, "u", "who")
-    with pytest.raises(bl.StructureError, match=r"who: u must be .*'a'.*, got .*'b'"):
+    with pytest.raises(StructureError, match=r"who: u must be .*'a'.*, got .*'b'"):
         tree.check_like({"b": real(2, 2), "k": 1}, x, "u", "who")

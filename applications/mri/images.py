@@ -11,8 +11,7 @@ from torch import Tensor
 from applications.errors import InputError
 from applications.files import whole_file
 from applications.mri.formats import Geometry
-from applications.mri.formats.nifti import SUFFIXES as NIFTI
-from applications.mri.formats.nifti import header_of, is_nifti
+from applications.mri.formats.nifti import SUFFIXES as NIFTI, header_of, is_nifti
 
 _HDF5 = (".h5", ".hdf5")
 

@@ -27,6 +27,7 @@ from applications.mri.reconstruction import Network
 from applications.mri.schedules import Cosine
 from applications.mri.tasks import Tasks
 from applications.mri.weights import on_device
+from bilevel.methods import Warm
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +185,12 @@ class _Training:
         return self.learned({"all": model}, weights, alpha, [], warm.steps)
 
     def stepped(
-        self, solver: bl.BilevelSolver, start: bl.PerStep, alpha: Tensor, warm: bl.Warm | None
-    ) -> bl.Warm:
+        self,
+        solver: bl.BilevelSolver,
+        start: bl.PerStep,
+        alpha: Tensor,
+        warm: Warm | None,
+    ) -> Warm:
         """Inner steps at these task weights until all is spent."""
         while warm is None or self.share() < 1:
             warm = solver.advance(start, alpha, bl.ByStep(self.train.draw), warm)
@@ -203,7 +208,7 @@ class _Training:
         )
         solver, start = self.solver(weights), weights.stacked(self.control)
 
-        def after(progress: bl.Progress) -> bool:
+        def after(progress: bl.outer.Progress) -> bool:
             self.advanced(k * progress.step)
             return self.share() >= settings.learn_share
 
@@ -238,7 +243,7 @@ class _Training:
             ]
             return torch.optim.Adam(groups)
 
-        def after(progress: bl.Progress) -> bool:
+        def after(progress: bl.outer.Progress) -> bool:
             ended = self.advanced(progress.step)
             progress.optimizer.param_groups[1]["lr"] = self.rates[-1]
             return ended

@@ -11,8 +11,7 @@ from applications.command_line import Report
 from applications.files import make_folder, write_json
 from applications.mri.baselines import zero_filled
 from applications.mri.batches import Batches, Bucket, TaskLosses
-from applications.mri.evaluation import Method as Reconstructing
-from applications.mri.evaluation import evaluate, network_methods
+from applications.mri.evaluation import Method as Reconstructing, evaluate, network_methods
 from applications.mri.keeping import describe
 from applications.mri.meta import Learned, learn
 from applications.mri.meta_results import Experiment, ExperimentSettings, Run
@@ -176,7 +175,7 @@ def adapted(
     solver = meta_solver(losses, bl.TaskWeights(1), training, training.learning_rate)
     loss = partial(losses.of_task, examples=examples)
     begun = on_device(model, training.device)
-    return on_device(bl.adapt(solver, begun, loss, steps, weight=weight), "cpu")
+    return on_device(bl.adapt(solver.optimizer, begun, loss, steps, weight=weight), "cpu")
 
 
 def score_on(task: Task, method: Reconstructing, seed: int) -> Scores:

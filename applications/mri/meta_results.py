@@ -116,11 +116,11 @@ class Experiment:
         """Mean over `tested` of each seed."""
         return [mean_scores(run.own(name) for name in self.tested) for run in self.of(ablation)]
 
-    def correlation(self, ablation: Ablation) -> bl.Correlation:
+    def correlation(self, ablation: Ablation) -> bl.tasks.Correlation:
         """Learned weights, in the mean over seeds."""
         sigma = torch.stack([run.learned.sigma for run in self.of(ablation)]).mean(0)
         columns = self.validated if sigma.ndim == 2 else ("all",)
-        return bl.Correlation(sigma.reshape(len(self.trained), -1), self.trained, columns)
+        return bl.tasks.Correlation(sigma.reshape(len(self.trained), -1), self.trained, columns)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""

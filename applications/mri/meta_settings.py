@@ -26,15 +26,15 @@ class Rule(StrEnum):
     HEAVY_BALL = "heavy-ball"
     SGD = "sgd"
 
-    def at(self, step_size: float | bl.ByStep) -> bl.InnerOptimizer:
+    def at(self, step_size: float | bl.ByStep) -> bl.optim.InnerOptimizer:
         """The optimiser of the library."""
         match self:
             case Rule.ADAM:
-                return bl.Adam(step_size, (0.9, 0.99))
+                return bl.optim.Adam(step_size, (0.9, 0.99))
             case Rule.HEAVY_BALL:
-                return bl.HeavyBall(step_size)
+                return bl.optim.SGD(step_size, momentum=0.9)
             case Rule.SGD:
-                return bl.GradientDescent(step_size)
+                return bl.optim.SGD(step_size)
 
 
 @dataclass(frozen=True)

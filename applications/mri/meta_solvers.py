@@ -82,4 +82,4 @@ def penalty_solver(losses: TaskLosses, weights: bl.TaskWeights, penalty: float) 
         outer=outer,
         start=lambda _params, control: control["theta"],
     )
-    return bl.BilevelSolver(problem, bl.GradientDescent(_REACH), 1, bl.MLM(), certificate=None)
+    return bl.BilevelSolver(problem, bl.optim.SGD(_REACH), 1, bl.MLM(), certificate=None)

@@ -194,7 +194,7 @@ class _Training:
             adam.load_state_dict({**adam.state_dict(), "state": state})
         return adam
 
-    def advance(self, progress: bl.Progress) -> bool:
+    def advance(self, progress: bl.outer.Progress) -> bool:
         settings, control, used = self.settings, progress.control, self.rate
         self.costs.append(progress.cost)
         done, spent = len(self.costs), self.share()
@@ -219,7 +219,7 @@ class _Training:
         self.looks = self.looks.after(look, on_device(control, settings.device, copy=True))
         return look
 
-    def snapshot(self, progress: bl.Progress) -> Snapshot:
+    def snapshot(self, progress: bl.outer.Progress) -> Snapshot:
         moments = progress.optimizer.state_dict()["state"]
         return Snapshot(
             on_device(progress.control, "cpu", copy=True),

@@ -34,6 +34,7 @@ from applications.toy.cleaning import CLEANED, CleaningResult, CleaningRun, Clea
 from applications.toy.data import Corrupted, Dataset, corrupt, load_apart, split
 from applications.toy.metrics import judge
 from applications.toy.models import Params, accuracy, fit, fits, losses, objective, start
+from bilevel.solution import Solution
 
 _LOOK = 10  # steps of a fit between two looks at held-out data
 _PATIENCE = 30  # steps without gain that end a fit
@@ -101,13 +102,13 @@ class _Experiment:
             settings.model, data.inputs.shape[1], data.n_classes, settings.hidden, generator
         )
 
-    def method(self) -> bl.HypergradientMethod:
+    def method(self) -> bl.methods.HypergradientMethod:
         """How hypergradients are found."""
         settings = self.settings
         if settings.method != Method.IMPLICIT:
             return settings.method.chosen
         return bl.Implicit(
-            bl.CG(rtol=1e-2, max_steps=settings.krylov_steps, damping=settings.damping)
+            bl.linear.CG(rtol=1e-2, max_steps=settings.krylov_steps, damping=settings.damping)
         )
 
     def solver(self) -> bl.BilevelSolver:
@@ -136,7 +137,7 @@ class _Experiment:
         curvature = float(torch.linalg.matrix_norm(inputs, 2)) ** 2 / len(inputs) + 1
         return bl.BilevelSolver(
             bl.BilevelProblem(inner, outer),
-            bl.HeavyBall(1 / (curvature + settings.learning_decay)),
+            bl.optim.SGD(1 / (curvature + settings.learning_decay), momentum=0.9),
             settings.inner_steps,
             self.method(),
             certificate=None,
@@ -178,14 +179,14 @@ class _Experiment:
         params = fit(self.start, *samples, chosen.decay, chosen.steps)
         return replace(chosen, params=params)
 
-    def learn(self, done: Callable[[float], None]) -> tuple[Tensor, bl.Solution, int, float]:
+    def learn(self, done: Callable[[float], None]) -> tuple[Tensor, Solution, int, float]:
         """Weights by bilevel descent, those of the look that was best on held-out data."""
         settings, solver = self.settings, self.solver()
         noisy, n = self.noisy.data, len(self.noisy.data)
         looks: list[tuple[float, int, Tensor]] = []
         paused = 0.0
 
-        def look(progress: bl.Progress) -> None:
+        def look(progress: bl.outer.Progress) -> None:
             nonlocal paused
             done(progress.step / settings.updates)
             if progress.step % settings.every and progress.step != settings.updates:

@@ -203,7 +203,7 @@ class _Experiment:
         self.start = {name: x.double() for name, x in begin.items()}
         # The Hessian of the cross-entropy in the logits is at most 1/2.
         squared = float(torch.linalg.matrix_norm(inputs, 2)) ** 2 / len(inputs) + 1
-        self.optimizer = bl.HeavyBall(1 / (squared / 2 + settings.decay))
+        self.optimizer = bl.optim.SGD(1 / (squared / 2 + settings.decay), momentum=0.9)
 
     def decayed(self, samples: Samples) -> Losses:
         """The loss of each task, with weight decay."""
@@ -239,7 +239,9 @@ class _Experiment:
         )
         seconds = time.perf_counter() - began
         judged = replace(
-            solver, inner_steps=settings.fit_steps, certificate=bl.Newton(max_products=500)
+            solver,
+            inner_steps=settings.fit_steps,
+            certificate=bl.AgainstMinimiser(max_products=500),
         ).hypergradient(solution.params, solution.control)
         sigma = weights.sigma(solution.control)
         related = self.tasks.related
@@ -256,7 +258,7 @@ class _Experiment:
         k = sigma.shape[1]
         each, columns = self.decayed(samples), bl.Vmapped()
         return bl.adapt(
-            self.solver(bl.TaskWeights(1)),
+            self.optimizer,
             bl.TaskWeights(1, k).stacked(self.start),
             lambda params: (sigma.T * columns.losses(each, params, None, k)).sum(),
             self.settings.fit_steps,
@@ -264,10 +266,10 @@ class _Experiment:
 
     def adapted(self, joint: Params, sigma: Tensor) -> Params:
         """Step (4) of Algorithm 1: the joint model towards each training task, by its weight."""
-        each, solver = self.decayed(self.tasks.train), self.solver(bl.TaskWeights(1))
+        each = self.decayed(self.tasks.train)
         found = [
             bl.adapt(
-                solver,
+                self.optimizer,
                 joint,
                 lambda params, i=i: each(params, None)[i],
                 self.settings.adapt_steps,

@@ -22,50 +22,106 @@ repeated while it pays.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import final
 
 from bilevel import tree
-from bilevel.certificates.certificate import (
-    Certificate,
-    Certifier,
-    Constants,
-    Iterate,
-    Target,
-    of_steps,
-)
+from bilevel.certificates.certificate import Certificate, Certifier
 from bilevel.certificates.correction import (
     Correction,
     Point,
     correct,
+    distance,
     flaw_of,
-    last_step,
     ratio,
     smallest,
     solve,
 )
-from bilevel.checks import is_whole
+from bilevel.checks import check_range, check_whole
 from bilevel.errors import ArgumentError, DivergenceError, UnsupportedError
-from bilevel.inner.problem import ByStep
 from bilevel.linear.operator import LinearResult
 from bilevel.methods.base import Found, Instance
 from bilevel.methods.mlm import relative
+from bilevel.settings import ByStep
 from bilevel.tree import Tree
 
+MINIMISER = "the exact inner minimiser"
 OTHER = 5  # products besides those of the linear systems
 
 
 @final
 @dataclass(frozen=True)
-class Newton(Certifier):
-    """Corrects the inner solution by Newton's method, and takes the hypergradient there.
+class Constants:
+    r"""Constants of the problem that bound the error of a hypergradient rigorously.
 
-    Against `Iterate` it tells what the method left out, at no cost.
+    For an inner gradient g and :math:`\epsilon = |g| / \mu`, any q, :math:`r = b - H q` and
+    :math:`\hat h = d - C^* q`,
+
+    .. math::
+        |\hat h - h_*| \le (L_d + L_C |q|)\, \epsilon
+        + \frac{|C| + L_C \epsilon}{\mu} \big((L_b + L_H |q|)\, \epsilon + |r|\big) .
+
+    Lipschitz constants are those in the params, in a ball of radius :math:`\epsilon`. Related:
+    Ehrhardt & Roberts 2024, Analyzing inexact hypergradients for bilevel learning.
 
     Attributes:
-        trust: largest estimate that is trustworthy.
+        convexity: mu > 0, of the inner objective.
+        coupling: bound of \|C\|, the mixed derivative of the inner objective.
+        outer: L_b, of the gradient of the outer objective in the params.
+        outer_control: L_d, of its gradient in the control.
+        hessian: L_H, of the Hessian of the inner objective; 0 for quadratics.
+        mixed: L_C, of the mixed derivative.
+
+    Raises:
+        ArgumentError: if one is out of range.
+
+    Example:
+        >>> Constants(convexity=2.0, coupling=1.0, outer=4.0).bound(0.1, 1.0, 0.0)
+        0.1
+    """
+
+    convexity: float
+    coupling: float
+    outer: float
+    outer_control: float = 0.0
+    hessian: float = 0.0
+    mixed: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        check_range(self.convexity, "convexity", above=0)
+        for field in fields(self):
+            check_range(getattr(self, field.name), field.name, least=0)
+
+    def bound(self, gradient: float, adjoint: float, residual: float) -> float:
+        """Bound of the norm of the error.
+
+        Args:
+            gradient: norm of the gradient of the inner objective.
+            adjoint: norm of q.
+            residual: norm of r.
+
+        Returns:
+            The bound.
+        """
+        eps = gradient / self.convexity
+        through = (self.coupling + self.mixed * eps) / self.convexity
+        return (self.outer_control + self.mixed * adjoint) * eps + through * (
+            (self.outer + self.hessian * adjoint) * eps + residual
+        )
+
+
+@final
+@dataclass(frozen=True)
+class AgainstMinimiser(Certifier):
+    """Against the outer objective at the exact minimiser of the inner one: the problem (3).
+
+    It corrects the inner solution by Newton's method, and takes the hypergradient there.
+
+    Attributes:
+        trust: largest estimate of the relative error that is trustworthy.
         max_products: products with second derivatives that a certificate may take, Hessian and
-            mixed; at least 10.
+            mixed; at least 8.
         constants: of the problem; the certificate then has a rigorous bound as well, usually a
             loose one.
 
@@ -79,20 +135,15 @@ class Newton(Certifier):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if not self.trust > 0:
-            raise ArgumentError(f"trust must be > 0, got {self.trust}.")
-        if not is_whole(self.max_products, OTHER + 3):
-            raise ArgumentError(
-                f"max_products must be a whole number >= {OTHER + 3}, got {self.max_products!r}."
-            )
+        check_range(self.trust, "trust", above=0)
+        check_whole(self.max_products, "max_products", OTHER + 3)
 
-    def certify(self, instance: Instance, found: Found, target: Target) -> Certificate:
+    def certify(self, instance: Instance, found: Found) -> Certificate:
         """See `Certifier`.
 
         Args:
             instance: the problem, the point and the batches.
             found: what a method answered.
-            target: what to compare with.
 
         Returns:
             The certificate.
@@ -100,14 +151,12 @@ class Newton(Certifier):
         Raises:
             ArgumentError: if constants of a smooth problem are given for one with a prox.
         """
-        if isinstance(target, Iterate):
-            return of_steps(found, self.trust)
         if self.constants is not None and not instance.optimizer.symmetric:
             raise ArgumentError(
                 "constants= bound the error where the residual is the gradient of the inner "
                 f"objective, got {type(instance.optimizer).__name__}: leave them out."
             )
-        known = Certificate(target, math.inf, trustworthy=False, batch=_batch(instance))
+        known = Certificate(MINIMISER, math.inf, trustworthy=False, batch=_batch(instance))
         if found.linear is not None:
             known = replace(known, linear_residual=found.linear.residual)
         try:
@@ -116,7 +165,7 @@ class Newton(Certifier):
             return replace(known, reason=str(error))
 
     def _correct(self, instance: Instance, found: Found, known: Certificate) -> Certificate:
-        params = instance.dynamics.readout(found.state)
+        params = instance.dynamics.readout(found.warm.state)
         residual = found.linearisation or instance.linearised(params)
         here = Point(instance, params, residual, found.outer)
         budget = self.max_products - OTHER
@@ -158,8 +207,8 @@ class Newton(Certifier):
         if not judged.corrected_size:
             return (
                 "the hypergradient of the minimiser is zero: the control does not move it, as a "
-                "step size or a start does not (then take target=Iterate()), or the outer "
-                "objective is stationary"
+                "learning rate or a start does not (then take certificate=AgainstSteps()), or the "
+                "outer objective is stationary"
             )
         return (
             f"what the correction may miss, {judged.missed:.1e}, is not below the corrected "
@@ -200,22 +249,22 @@ def _judge(here: Point, moved: Correction, solved: LinearResult, h: Tree) -> _Ju
     applied, pulled, pulled_new = here.transposed.apply(q), here.mixed(q), there.mixed(q)
     corrected = tree.subtract(d_new, pulled_new)
     # J_+^* q_+ is b_+ but for the residual, which is counted beside it.
-    change = _distance(b_new, b) + _distance(b_new, applied)
+    change = distance(b_new, b) + distance(b_new, applied)
     mu = min(moved.convexity, smallest(solved, b_new))
-    length = _distance(there.params, here.params)
+    length = distance(there.params, here.params)
     further = ratio(there.size, mu * length) if length else 0.0
     through = ratio(there.coupling(pulled_new), mu)
-    missed = further * (_distance(d_new, d) + _distance(pulled_new, pulled)) + through * (
+    missed = further * (distance(d_new, d) + distance(pulled_new, pulled)) + through * (
         further * change + solved.residual * tree.norm(b_new)
     )
     return _Judged(
         tree.norm(h),
-        _distance(h, corrected),
+        distance(h, corrected),
         missed,
         corrected,
         tree.norm(q),
-        _distance(b, applied),
-        _distance(h, tree.subtract(d, pulled)),
+        distance(b, applied),
+        distance(h, tree.subtract(d, pulled)),
     )
 
 
@@ -229,9 +278,5 @@ def _remedy(found: Found) -> str:
 
 def _batch(instance: Instance) -> str:
     if isinstance(instance.inner_batch, ByStep):
-        return f"the inner batch of step {last_step(instance)} alone"
+        return f"the inner batch of step {instance.last_step} alone"
     return "the inner batch given"
-
-
-def _distance(a: Tree, b: Tree) -> float:
-    return tree.norm(tree.subtract(a, b))

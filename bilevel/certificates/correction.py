@@ -8,13 +8,12 @@ import torch
 
 from bilevel import autodiff, tree
 from bilevel.autodiff import Linearisation
-from bilevel.inner.problem import at_step
 from bilevel.linear.cg import CG
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.operator import LinearResult, Operator
 from bilevel.methods.base import Instance, OuterGradient
 from bilevel.methods.implicit import transposed
-from bilevel.optim.rules import descend
+from bilevel.settings import at_step
 from bilevel.tree import Tree
 
 SOLVED = 1e-3  # relative residual up to which a linear system counts as solved
@@ -40,7 +39,7 @@ class Point:
 
     def moved(self, step: Tree) -> "Point":
         """The point at `params - step`."""
-        params = descend(self.params, step, 1.0)
+        params = tree.moved(self.params, step, 1.0)
         return Point(self.instance, params, self.instance.linearised(params))
 
     @cached_property
@@ -84,7 +83,7 @@ class Point:
         """
         # C is also the adjoint of the derivative of grad_alpha f in the params, up to a factor
         # where R is one times grad f: so no third derivative is taken where R is a gradient.
-        symmetric = self.instance.optimizer.symmetric
+        symmetric = self.instance.optimizer.residual_is_gradient
         in_control = self._in_control() if symmetric else self.residual
         scale = 1 / (tree.norm(start) or 1.0)
         unit = tree.map_leaves(lambda x: None if x is None else x * scale, start)
@@ -96,7 +95,7 @@ class Point:
     def _in_control(self) -> Linearisation:
         """The gradient of the inner objective in the control, as a function of both."""
         instance = self.instance
-        batch = at_step(instance.inner_batch, last_step(instance))
+        batch = at_step(instance.inner_batch, instance.last_step)
         return Linearisation(
             lambda params, control: autodiff.gradient(
                 lambda c, p: instance.problem.inner(p, c, batch), control, params, name="inner"
@@ -210,12 +209,12 @@ def flaw_of(solved: LinearResult, name: str) -> str:
     return ""
 
 
-def last_step(instance: Instance) -> int:
-    """The inner step, counted over a warm start's history, whose batch is used."""
-    return instance.dynamics.offset + max(instance.horizon, 1)
-
-
 def ratio(a: float, b: float) -> float:
     """`a / b`, infinite where b is not positive or the ratio is not finite."""
     found = a / b if b > 0 else math.inf
     return found if math.isfinite(found) else math.inf
+
+
+def distance(a: Tree, b: Tree) -> float:
+    """Norm of a - b."""
+    return tree.norm(tree.subtract(a, b))

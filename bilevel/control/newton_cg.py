@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bilevel import autodiff, tree
-from bilevel.checks import is_whole
-from bilevel.control.lagrangian import Adjoint
+from bilevel.checks import check_kind, check_range, check_whole
+from bilevel.control.adjoint import Adjoint
 from bilevel.control.tangent import hvp
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.errors import ArgumentError, DivergenceError
 from bilevel.linear.cg import CG
-from bilevel.linear.operator import LinearSolver, Operator, check_solver
+from bilevel.linear.operator import LinearSolver, Operator
 from bilevel.outer.descent import StandstillError
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.randomness import RandomState
@@ -56,11 +56,9 @@ class NewtonCG:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_solver(self.linear)
-        if not 0 < self.decrease < 0.5:
-            raise ArgumentError(f"decrease must be > 0 and < 1/2, got {self.decrease}.")
-        if not is_whole(self.halvings):
-            raise ArgumentError(f"halvings must be a whole number >= 0, got {self.halvings!r}.")
+        check_kind(self.linear, LinearSolver, "linear", "a linear solver such as CG()")
+        check_range(self.decrease, "decrease", above=0, below=0.5)
+        check_whole(self.halvings, "halvings")
 
 
 class NewtonSteps(Optimizer):

@@ -1,28 +1,26 @@
 """The final state, or the cost, as a differentiable function, its backward a multiplier sweep."""
 
+from collections import deque
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
 from bilevel import autodiff, tree
-from bilevel.control.lagrangian import multiplier_sweep
+from bilevel.checks import check_scalar
+from bilevel.control.adjoint import multiplier_sweep
 from bilevel.control.tangent import paired, tangent_of, tangent_plan, tangent_sweep, unpaired
 from bilevel.dynamics.compiled import plain
-from bilevel.dynamics.dynamics import (
-    Dynamics,
-    GradientSum,
-    check_control,
-    initial_control,
-    step_control,
-)
+from bilevel.dynamics.dynamics import Dynamics
+from bilevel.dynamics.per_step import GradientSum, check_control
 from bilevel.dynamics.problem import ControlProblem, RunningCost
+from bilevel.dynamics.steps import walk
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
-from bilevel.sweeps.randomness import RandomState, preserved
-from bilevel.sweeps.storage import MemorySnapshots
-from bilevel.sweeps.sweep import forward_sweep, planned
+from bilevel.sweeps.memory import planned
+from bilevel.sweeps.randomness import preserved
 from bilevel.sweeps.trajectory import Trajectory
 from bilevel.tree import Tree
 
@@ -73,86 +71,86 @@ def rollout(
     with autodiff.no_transforms():
         chosen = planned(checkpointing, problem, observation, control)
     if chosen.keeps_graphs:
-        state = dynamics.init(observation, initial_control(control))
-        for t in range(1, horizon + 1):
-            following = dynamics.step(state, step_control(control, t), t)
-            source = f"step {t} must return a state like its own"
-            tree.check_like(following, state, f"u({t})", source)
-            state = following
-        return state
-
+        return deque(walk(dynamics, observation, control, horizon), maxlen=1).pop()
     leaves, structure = tree.flatten((observation, control))
-    shape: list[Any] = []
-    beginning: list[tuple[frozenset[torch.device], RandomState | None]] = []
+    rolled = _Rollout(problem, checkpointing, chosen, structure)
+    return rolled.state_of(autodiff.reversible(rolled, leaves))
 
-    def run(inputs: list[Any]) -> tuple[list[Any], list[Any], autodiff.Reverse]:
-        f, theta = tree.unflatten(structure, inputs)
-        swept = forward_sweep(dynamics, f, theta, horizon, chosen, tape_last=False)
-        outputs, output_structure = tree.flatten(swept.final)
-        shape.append(output_structure)
-        # Snapshots that no other will replace are saved with the graph, and serve every backward.
-        # Others are used up by the first; another one has to sweep forward again.
-        lasting = _lasting(swept)
-        kept, kept_structure = tree.flatten((lasting, swept.final))
-        random, random_start = dict(swept.random), swept.random_start
-        beginning.append((swept.devices, random_start))
-        unused = [] if lasting else [swept.snapshots]
-        bare = replace(
-            swept, observation=None, control=None, final=None, snapshots=MemorySnapshots()
-        )
 
-        def reverse(inputs: list[Any], kept: list[Any], cotangent: list[Any]) -> list[Any]:
-            f, theta = tree.unflatten(structure, inputs)
-            lasting, final = tree.unflatten(kept_structure, kept)
-            with preserved(bare.devices):
-                if lasting or unused:
-                    again = replace(
-                        bare,
-                        observation=autodiff.variables(f),
-                        control=autodiff.variables(theta),
-                        snapshots=MemorySnapshots(tree.detach(lasting))
-                        if lasting
-                        else unused.pop(),
-                        random=dict(random),
-                        final=tree.detach(final),
-                    )
-                else:
-                    if random_start is not None:
-                        random_start.restore()
-                    again = forward_sweep(dynamics, f, theta, horizon, chosen, tape_last=True)
-                gradient = GradientSum(again.control)
-                multiplier = tree.negative(tree.unflatten(output_structure, cotangent))
-                with closing(again):
-                    found = multiplier_sweep(again, multiplier, gradient)
-            return tree.leaves_of((found.observation_gradient, gradient.sums()))
+class _Rollout(autodiff.Reversible):
+    """One rollout: its forward sweep, and the sweeps that its backward passes ask for."""
 
-        return outputs, kept, reverse
+    def __init__(
+        self,
+        problem: ControlProblem,
+        given: Checkpointing | Budget | None,
+        chosen: Checkpointing,
+        structure: optree.PyTreeSpec,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            problem: dynamics and horizon, without a cost.
+            given: the checkpointing as the user gave it.
+            chosen: that of the first derivative.
+            structure: of observation and control.
+        """
+        self._problem, self._given, self._chosen = problem, given, chosen
+        self._inputs = structure
+        # Left by `forward`, which is called first and once. The tensors are with the graph.
+        self._trajectory: Trajectory
+        self._state: optree.PyTreeSpec
+        self._kept: optree.PyTreeSpec
+
+    def state_of(self, leaves: tuple[Any, ...]) -> Tree:
+        """Leaves put back in the structure of the final state."""
+        return tree.unflatten(self._state, list(leaves))
+
+    def forward(self, inputs: list[Any]) -> tuple[list[Any], list[Any]]:
+        """The forward sweep (6a), (6b)."""
+        f, theta = tree.unflatten(self._inputs, inputs)
+        problem, chosen = self._problem, self._chosen
+        self._trajectory = Trajectory(problem.dynamics, f, theta, problem.horizon, chosen)
+        self._trajectory.forward(tape_last=False)
+        outputs, self._state = tree.flatten(self._trajectory.final)
+        kept, self._kept = tree.flatten(self._trajectory.park())
+        return outputs, kept
+
+    def reverse(self, inputs: list[Any], kept: list[Any], cotangents: list[Any]) -> list[Any]:
+        """The multiplier sweep (7), (8) of the terminal cost Re<cotangents, u(T)>."""
+        f, theta = tree.unflatten(self._inputs, inputs)
+        with preserved(self._trajectory.devices):
+            again = self._trajectory.resumed(f, theta, tree.unflatten(self._kept, kept))
+            gradient = GradientSum(again.control)
+            multiplier = tree.negative(tree.unflatten(self._state, cotangents))  # (7a)
+            with closing(again):
+                found = multiplier_sweep(again, self._problem, multiplier, gradient)
+        return tree.leaves_of((found.observation_gradient, gradient.sums()))
 
     def again(
-        inputs: list[Any], cotangents: list[Any], directions: list[Any]
+        self, inputs: list[Any], cotangents: list[Any], directions: list[Any]
     ) -> tuple[list[Any], list[Any]]:
         """One sweep of the tangent system along `directions`, of the cost Re<cotangents, v(T)>."""
-        (f, theta), (e, d) = (tree.unflatten(structure, x) for x in (inputs, directions))
-        tangent, pair = tangent_of(dynamics, theta), paired(theta, d)
-        start, pair = tree.detach(((f, e), pair))
-        devices, random_start = beginning[0]
-        with preserved(devices):
-            chosen = tangent_plan(checkpointing, tangent, problem, start, pair)
-            if random_start is not None:
-                random_start.restore()
-            swept = forward_sweep(tangent, start, pair, horizon, chosen, tape_last=True)
+        (f, theta), (e, d) = (tree.unflatten(self._inputs, x) for x in (inputs, directions))
+        problem, tangent = self._problem, tangent_of(self._problem.dynamics, theta)
+        start, pair = tree.detach(((f, e), paired(theta, d)))
+        with preserved(self._trajectory.devices):
+            chosen = tangent_plan(self._given, tangent, problem, start, pair)
+            if self._trajectory.random_start is not None:
+                self._trajectory.random_start.restore()
+            swept = Trajectory(tangent, start, pair, problem.horizon, chosen)
+            swept.forward(tape_last=True)
             state, moved = swept.final
-            multiplier = tree.negative(tree.unflatten(shape[0], cotangents))
+            multiplier = tree.negative(tree.unflatten(self._state, cotangents))
             nothing = tree.map_leaves(lambda _: None, state)
             point, _ = unpaired(swept.control)
             gradient, product = GradientSum(point), GradientSum(point)
             with closing(swept):
-                found = tangent_sweep(swept, (multiplier, nothing), gradient, product)
+                found = tangent_sweep(
+                    swept, tangent, problem, (multiplier, nothing), gradient, product
+                )
         parts = found.observation_product, product.sums()
         return tree.leaves_of(parts), tree.leaves_of(moved)
-
-    outputs = autodiff.reversible(run, again, leaves)
-    return tree.unflatten(shape[0], list(outputs))
 
 
 def total_cost(
@@ -194,8 +192,7 @@ def total_cost(
         dynamics = _Carrying(plain(dynamics), running)
     final = rollout(dynamics, observation, control, problem.horizon, checkpointing=checkpointing)
     state, spent = (final, None) if running is None else final
-    name = "the terminal cost"
-    cost = autodiff.check_scalar(problem.terminal(problem.dynamics.readout(state), control), name)
+    cost = problem.final_cost(state, control)
     return cost if spent is None else cost + spent
 
 
@@ -214,16 +211,9 @@ class _Carrying(Dynamics):
     def step(self, state: Tree, control: Tree, t: int) -> Tree:
         inner, spent = state
         cost = self.running(self.dynamics.readout(inner), control, t)
-        cost = autodiff.check_scalar(cost, f"the running cost at t = {t}")
+        cost = check_scalar(cost, f"the running cost at t = {t}")
         return self.dynamics.step(inner, control, t), spent + cost.to(spent)
 
 
 def _no_cost(state: Tree, control: Tree) -> Tensor:  # noqa: ARG001
     return torch.zeros(())
-
-
-def _lasting(swept: Trajectory) -> dict[int, Tree]:
-    """The snapshots, if no other will take the place of one."""
-    schedule = swept.schedule
-    every = schedule.snapshots >= schedule.n_blocks - 1
-    return swept.snapshots.states if every and isinstance(swept.snapshots, MemorySnapshots) else {}

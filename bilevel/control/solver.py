@@ -1,8 +1,8 @@
 """Algorithm 2: forward sweep, multiplier sweep, one step of a torch optimiser with equation (8)."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,26 +10,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import tree
-from bilevel.control.accumulation import check_accumulation, grouped, mean_of
-from bilevel.control.kkt import KKT, kkt
-from bilevel.control.lagrangian import Adjoint, adjoint
+from bilevel.checks import check_choice, check_whole
+from bilevel.control.adjoint import Adjoint, adjoint
+from bilevel.control.lagrangian import KKT, kkt
 from bilevel.control.newton_cg import NewtonCG, NewtonRun
-from bilevel.dynamics.dynamics import initial_control, step_control
 from bilevel.dynamics.problem import ControlProblem
+from bilevel.dynamics.steps import first_infinite
 from bilevel.errors import ArgumentError
-from bilevel.outer.descent import (
-    MakeOptimizer,
-    OnFailure,
-    Progress,
-    above_tolerance,
-    adam,
-    check_finite,
-    check_on_failure,
-    descend,
-    report,
-)
+from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_finite, cycled, descend
+from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, above_tolerance, report
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
-from bilevel.sweeps.planning import Plans
+from bilevel.sweeps.memory import Plans
 from bilevel.sweeps.randomness import RandomState, devices_of
 from bilevel.tree import Tree
 
@@ -105,7 +96,7 @@ class ControlSolver:
                 "problem must be a ControlProblem or a function build(batch) -> (ControlProblem, "
                 f"observation), got {type(self.problem).__name__}."
             )
-        check_on_failure(self.on_failure)
+        check_choice(self.on_failure, ON_FAILURE, "on_failure")
 
     def solve(
         self,
@@ -150,60 +141,62 @@ class ControlSolver:
                 "batches go with a solver that holds build(batch); a solver that holds one "
                 "ControlProblem takes an observation instead."
             )
-        second_order = isinstance(self.optimizer, NewtonCG)
-        check_accumulation(accumulate, possible=batches is not None and not second_order)
-        plans = Plans(self.checkpointing)
+        self._check_accumulation(accumulate)
         if accumulate > 1 and batches is not None:
-            batches = grouped(batches, accumulate)
+            batches = _grouped(batches, accumulate)
+        loop = Loop(steps, batches, scheduler, project, tolerance, callback, progress)
+        plans = Plans(self.checkpointing)
         evaluate = partial(self._evaluate, plans, observation, accumulate)
-        make = self.optimizer
-        random = RandomState.capture(devices_of((observation, control)))
+        make, random = self.optimizer, None
         if isinstance(make, NewtonCG):
+            random = RandomState.capture(devices_of((observation, control)))
             given = partial(self._given, observation)
             swept = partial(self._adjoint, plans)
             run = NewtonRun(make, given, swept, self.checkpointing, random)
             evaluate, make = run.evaluate, run.optimizer
-        done = descend(
-            evaluate,
-            control,
-            optimizer=make,
-            steps=steps,
-            batches=batches,
-            scheduler=scheduler,
-            project=project,
-            tolerance=tolerance,
-            callback=callback,
-            progress=progress,
-        )
+        return self._solution(descend(evaluate, control, make, loop), observation, plans, random)
+
+    def _solution(
+        self, done: Descent, observation: Tree, plans: Plans, random: RandomState | None
+    ) -> ControlSolution:
+        """The record of a descent; of one problem, everything is evaluated at the last control."""
         cost, norm, _ = done.last or (math.nan, math.nan, None)
-        final, residuals, converged, n_steps = None, None, done.converged, len(done.costs)
+        final, residuals, converged, steps = None, None, done.converged, len(done.costs)
         if isinstance(self.problem, ControlProblem):
-            if not isinstance(self.optimizer, NewtonCG):
-                random = RandomState.capture(devices_of((observation, control)))
+            problem, control = self.problem, done.control
+            random = random or RandomState.capture(devices_of((observation, control)))
             random.restore()
-            final = self._adjoint(
-                plans, self.problem, observation, done.control, n_steps, keep=True
-            )
+            final = self._adjoint(plans, problem, observation, control, steps, keep=True)
             cost, norm = float(final.cost), tree.norm(final.gradient)
             random.restore()  # so that steps which draw at random draw what they drew
             residuals = kkt(
-                self.problem, observation, done.control, final.states or [], final.multipliers or []
+                problem, observation, control, final.states or [], final.multipliers or []
             )
-            converged = norm <= tolerance if tolerance > 0 else converged
-        if tolerance > 0 and not converged:
-            message = above_tolerance(norm, tolerance, n_steps, standstill=done.standstill)
-            report(message, self.on_failure)
+            converged = norm <= done.tolerance if done.tolerance > 0 else converged
+        if done.tolerance > 0 and not converged:
+            message = above_tolerance(norm, done.tolerance, steps, standstill=done.standstill)
+            report(message, self.on_failure, level=4)
         return ControlSolution(
             done.control,
             cost,
             norm,
             done.costs,
             done.gradient_norms,
-            n_steps,
+            steps,
             converged,
             final,
             residuals,
         )
+
+    def _check_accumulation(self, accumulate: Any) -> None:
+        """Refuse anything but a number of batches, and more than one where there are none."""
+        check_whole(accumulate, "accumulate", 1)
+        one = isinstance(self.problem, ControlProblem) or isinstance(self.optimizer, NewtonCG)
+        if accumulate > 1 and one:
+            raise ArgumentError(
+                "accumulate needs a solver that holds build(batch) and a first-order optimiser, "
+                f"got accumulate={accumulate} without; leave it at 1."
+            )
 
     def _given(self, observation: Tree, batch: Any) -> tuple[ControlProblem, Tree]:
         if isinstance(self.problem, ControlProblem):
@@ -221,7 +214,7 @@ class ControlSolver:
     ) -> tuple[float, Adjoint]:
         batches = [batch] if accumulate == 1 else batch
         each = (self._adjoint(plans, *self._given(observation, b), control, step) for b in batches)
-        found = next(each) if accumulate == 1 else mean_of(each)
+        found = next(each) if accumulate == 1 else _mean(each)
         return float(found.cost), found
 
     def _adjoint(
@@ -248,11 +241,44 @@ class ControlSolver:
 
 def _where(problem: ControlProblem, observation: Tree, control: Tree) -> str:
     """Which state is the first that is not finite."""
-    observation, control = tree.detach((observation, control))
-    state = problem.dynamics.init(observation, initial_control(control))
-    for t in range(problem.horizon + 1):
-        if t:
-            state = problem.dynamics.step(state, step_control(control, t), t)
-        if not math.isfinite(tree.norm(state)):
-            return f"u({t}) is the first state that is not finite"
-    return "every state is finite, so a cost or a derivative is not"
+    given = tree.detach(observation), tree.detach(control)
+    t = first_infinite(problem.dynamics, *given, problem.horizon)
+    if t is None:
+        return "every state is finite, so a cost or a derivative is not"
+    return f"u({t}) is the first state that is not finite"
+
+
+def _grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """The batches again and again, so many at a time.
+
+    Args:
+        batches: begun again when they end.
+        size: of a group.
+
+    Yields:
+        A list of batches; it may reach into the next round.
+    """
+    stream = cycled(batches)
+    while True:
+        yield [next(stream) for _ in range(size)]
+
+
+def _mean(found: Iterator[Adjoint]) -> Adjoint:
+    """The mean of costs and gradients, while one record is held at a time.
+
+    Args:
+        found: of one control, at least one.
+
+    Returns:
+        The mean; forward steps are the sum, and the rest is that of the last.
+    """
+    total, n = next(found), 1
+    for n, one in enumerate(found, 2):  # noqa: B007
+        total = replace(
+            one,
+            cost=total.cost + one.cost,
+            gradient=tree.add(total.gradient, one.gradient),
+            forward_steps=total.forward_steps + one.forward_steps,
+        )
+    gradient = tree.map_leaves(lambda x: None if x is None else x / n, total.gradient)
+    return replace(total, cost=total.cost / n, gradient=gradient)

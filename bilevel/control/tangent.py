@@ -10,23 +10,21 @@ multipliers and the gradient (8) are found together with their derivatives along
 """
 
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from operator import itemgetter
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from bilevel import autodiff, tree
-from bilevel.control.lagrangian import block_costs
 from bilevel.dynamics.compiled import plain
-from bilevel.dynamics.dynamics import Dynamics, GradientSum, PerStep, check_control
-from bilevel.dynamics.problem import ControlProblem, RunningCost
+from bilevel.dynamics.dynamics import Dynamics
+from bilevel.dynamics.per_step import GradientSum, PerStep, check_control
+from bilevel.dynamics.problem import ControlProblem
 from bilevel.errors import StructureError
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
+from bilevel.sweeps.memory import planned
 from bilevel.sweeps.randomness import preserved
-from bilevel.sweeps.sweep import forward_sweep, planned
 from bilevel.sweeps.trajectory import Block, Trajectory
 from bilevel.tree import Tree
 
@@ -38,26 +36,25 @@ class Tangent(Dynamics):
     Attributes:
         dynamics: g and g0.
         shared: whether the control has a part per step and one that every step shares.
-        retaping: whether the forward sweep is done; a taped step then gives u alone, with v as it
-            came, because only v at the start of a block is needed.
     """
 
     dynamics: Dynamics
     shared: bool
-    retaping: bool = False
 
     def init(self, observation: Tree, control: Tree) -> Tree:  # noqa: D102
         (f, e), (theta, d) = observation, control
         return autodiff.pushforward(self.dynamics.init, (f, theta), (e, d))
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
-        theta, d = self.apart(control)
-        u, v = state
-        if self.retaping and autodiff.is_taped((u, theta)):
-            return self.dynamics.step(u, theta, t), v
+        (u, v), (theta, d) = state, self.apart(control)
         return autodiff.pushforward(
             lambda u, theta: self.dynamics.step(u, theta, t), (u, theta), (v, d)
         )
+
+    def step_of_point(self, state: Tree, control: Tree, t: int) -> Tree:
+        """The same u(t), with v(t-1) beside it: v is needed at the start of a block alone."""
+        (u, v), (theta, _) = state, self.apart(control)
+        return self.dynamics.step(u, theta, t), v
 
     def apart(self, received: Tree) -> tuple[Tree, Tree]:
         """theta_t and d_t, of what a step receives."""
@@ -155,30 +152,22 @@ def hvp(
     start = observation, tree.zeros_like(observation)
     pair = paired(*tree.detach((control, _checked(direction, control))))
     tangent = tangent_of(problem.dynamics, control)
-    trajectory = forward_sweep(
-        tangent,
-        start,
-        pair,
-        problem.horizon,
-        tangent_plan(checkpointing, tangent, problem, start, pair),
-        tape_last=True,
-    )
+    chosen = tangent_plan(checkpointing, tangent, problem, start, pair)
+    trajectory = Trajectory(tangent, start, pair, problem.horizon, chosen).forward(tape_last=True)
     theta, d = unpaired(trajectory.control)
     gradient, product = GradientSum(theta), GradientSum(theta)
     with closing(trajectory), preserved(trajectory.devices), autodiff.recording():
         final, moved = trajectory.final
         final = autodiff.variables(final)
-        cost = autodiff.check_scalar(
-            problem.terminal(problem.dynamics.readout(final), theta), "the terminal cost"
-        )
+        cost = problem.final_cost(final, theta)
         autodiff.refuse_hidden(cost, (final, theta), "the terminal cost")
         first, second = _twice(
             cost, torch.ones_like(cost), None, (final, theta), (moved, tree.detach(d))
         )
         gradient.add(theta, first[1])
         product.add(theta, second[1])
-        multipliers = tree.negative((first[0], second[0]))
-        found = tangent_sweep(trajectory, multipliers, gradient, product, problem.running)
+        multipliers = tree.negative((first[0], second[0]))  # (7a) and its derivative
+        found = tangent_sweep(trajectory, tangent, problem, multipliers, gradient, product)
     along = tree.filled(product.sums(), control)
     return HessianProduct(along, gradient.total(), cost.detach() + found.running)
 
@@ -198,12 +187,56 @@ class TangentSweep:
 
 def tangent_sweep(
     trajectory: Trajectory,
+    tangent: Tangent,
+    problem: ControlProblem,
     multipliers: tuple[Tree, Tree],
     gradient: GradientSum,
     product: GradientSum,
-    running: RunningCost | None = None,
 ) -> TangentSweep:
-    """Equations (7) and (8), and their derivatives along the direction, in one walk backwards.
+    """Equations (7) and (8), and their derivatives along the direction, backwards.
+
+    Args:
+        trajectory: of `tangent`, swept forward.
+        tangent: the tangent system.
+        problem: whose running cost counts.
+        multipliers: lambda_T and its derivative mu_T; None in them stands for zero.
+        gradient: gathers (8).
+        product: gathers the derivative of (8).
+
+    Returns:
+        The running cost and the second derivative in the observation.
+    """
+    running: Tensor | float = 0.0
+    with autodiff.recording():
+        for _ in range(trajectory.n_blocks):
+            # The block is an argument and nothing else, so that its graph ends with the call.
+            multipliers, costs = _reverse(
+                trajectory.tape_previous(tangent.step_of_point, compared=itemgetter(0)),
+                tangent,
+                problem,
+                multipliers,
+                gradient,
+                product,
+            )
+            running = sum(costs, running)
+        start, _ = trajectory.tape_initial()
+        theta, d = unpaired(trajectory.control)
+        f, e = trajectory.observation
+        first, second = _twice(start, *multipliers, (f, theta), tree.detach((e, d)))
+        gradient.subtract(theta, first[1])
+        product.subtract(theta, second[1])
+    return TangentSweep(running, tree.negative(second[0]))
+
+
+def _reverse(
+    block: Block,
+    tangent: Tangent,
+    problem: ControlProblem,
+    multipliers: tuple[Tree, Tree],
+    gradient: GradientSum,
+    product: GradientSum,
+) -> tuple[tuple[Tree, Tree], list[Tensor]]:
+    """lambda_a and mu_a of a block from lambda_b and mu_b, and its running costs.
 
     A block is the pullback p(u, theta; lambda) of its multiplier. Its derivative along
     (v, d; mu) is the gradient of Re<p, (v, d)> in (u, theta), because second derivatives are
@@ -211,57 +244,42 @@ def tangent_sweep(
     the start of the block only.
 
     Args:
-        trajectory: of the forward sweep of a `Tangent`.
-        multipliers: lambda_T and its derivative mu_T; None in them stands for zero.
+        block: taped with `Tangent.step_of_point`.
+        tangent: the tangent system.
+        problem: whose running cost counts.
+        multipliers: lambda_b and mu_b.
         gradient: gathers (8).
         product: gathers the derivative of (8).
-        running: r.
 
     Returns:
-        The running cost and the second derivative in the observation.
+        lambda_a and mu_a; and the running costs.
     """
-    tangent = cast("Tangent", trajectory.dynamics)
-    trajectory.dynamics, trajectory.compared = replace(tangent, retaping=True), itemgetter(0)
+    parts = [tangent.apart(received) for received in block.controls]
+    costs = [
+        cost
+        for (u, _), (theta, _), t in zip(block.states[:-1], parts, block.times, strict=True)
+        for cost in problem.step_costs(u, theta, t)
+    ]
+    autodiff.refuse_hidden(costs, (block.states[:-1], block.controls), "the running cost")
+    # A leaf that several steps share is one variable: it is pulled back to once.
+    own = {
+        id(x): (x, dx)
+        for theta, d in parts
+        for x, dx in zip(tree.leaves_of(theta), tree.leaves_of(d), strict=True)
+    }
+    thetas, along = [x for x, _ in own.values()], [dx for _, dx in own.values()]
+    (u, v), (final, _) = block.states[0], block.states[-1]
     multiplier, moved = multipliers
-    total: Tensor | float = 0.0
-    with autodiff.recording():
-        for block in trajectory.taped_in_reverse():
-            u, v = block.states[0]
-            parts = [tangent.apart(received) for received in block.controls]
-            costs = []
-            if running is not None:
-                plain = [state for state, _ in block.states[:-1]]
-                thetas = [theta for theta, _ in parts]
-                simple = Block(block.steps, [*plain, block.states[-1][0]], thetas)
-                costs = block_costs(tangent.dynamics, running, simple)
-                known = (block.states[:-1], block.controls)
-                autodiff.refuse_hidden(costs, known, "the running cost")
-            own = {}
-            for theta, d in parts:
-                for x, dx in zip(tree.leaves_of(theta), tree.leaves_of(d), strict=True):
-                    own[id(x)] = (x, dx)
-            xs, ds = [x for x, _ in own.values()], [dx for _, dx in own.values()]
-            ones = [-torch.ones_like(cost) for cost in costs]
-            first, second = _twice(
-                (block.states[-1][0], costs),
-                (multiplier, ones),
-                (moved, [None] * len(costs)),
-                (u, xs),
-                tree.detach((v, ds)),
-            )
-            (multiplier, own_first), (moved, own_second) = first, second
-            gradient.subtract(xs, own_first)
-            product.subtract(xs, own_second)
-            total = sum((cost.detach() for cost in costs), total)
-            del block, u, v, parts, costs, own, xs, ds, first, second, own_first, own_second
-            simple = known = plain = None
-        start, _ = trajectory.taped_initial()
-        theta, d = unpaired(trajectory.control)
-        f, e = trajectory.observation
-        first, second = _twice(start, multiplier, moved, (f, theta), tree.detach((e, d)))
-        gradient.subtract(theta, first[1])
-        product.subtract(theta, second[1])
-    return TangentSweep(total, tree.negative(second[0]))
+    first, second = _twice(
+        (final, costs),
+        (multiplier, [-torch.ones_like(cost) for cost in costs]),  # as in `adjoint`
+        (moved, [None] * len(costs)),
+        (u, thetas),
+        tree.detach((v, along)),
+    )
+    gradient.subtract(thetas, first[1])
+    product.subtract(thetas, second[1])
+    return (first[0], second[0]), [cost.detach() for cost in costs]
 
 
 def _twice(
@@ -272,8 +290,7 @@ def _twice(
     slope = tree.inner(first, directions)
     if moved is None:
         moved = tree.map_leaves(lambda _: None, outputs)
-    one = torch.ones_like(slope)
-    second = autodiff.pull((slope, outputs), (one, moved), inputs)
+    second = autodiff.pull((slope, outputs), (torch.ones_like(slope), moved), inputs)
     return tree.detach(first), second
 
 
@@ -296,15 +313,14 @@ def tangent_plan(
     Returns:
         A checkpointing.
     """
-    readout, running = problem.dynamics.readout, problem.running
 
     def terminal(state: Tree, pair: Tree) -> Tensor:
-        return problem.terminal(readout(state[0]), unpaired(pair)[0])
+        return problem.final_cost(state[0], unpaired(pair)[0])
 
-    def cost(state: Tree, received: Tree, t: int, running: RunningCost) -> Tensor:
-        return running(readout(state[0]), tangent.apart(received)[0], t)
+    def running(state: Tree, received: Tree, t: int) -> Tensor:
+        return problem.step_costs(state[0], tangent.apart(received)[0], t)[0]
 
-    costs = None if running is None else partial(cost, running=running)
+    costs = None if problem.running is None else running
     pairs = ControlProblem(tangent, terminal, problem.horizon, costs)
     # The graph of a pullback reads about twice what the graph it pulls back keeps.
     return planned(checkpointing, pairs, observation, control, graphs=3)

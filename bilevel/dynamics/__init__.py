@@ -1,1 +1,12 @@
-"""dynamics."""
+"""Dynamics, controls and costs: the control problem (1).
+
+Read `dynamics`, `per_step`, `steps`, `problem`; then `compiled` and `modules`, two ways to a step.
+"""
+
+from bilevel.dynamics.compiled import Compiled
+from bilevel.dynamics.dynamics import Dynamics, Map
+from bilevel.dynamics.modules import Phases, functional
+from bilevel.dynamics.per_step import PerStep
+from bilevel.dynamics.problem import ControlProblem
+
+__all__ = ["Compiled", "ControlProblem", "Dynamics", "Map", "PerStep", "Phases", "functional"]

@@ -1,7 +1,6 @@
 """Dynamics whose step is compiled by `torch.compile`."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import final
 
@@ -9,11 +8,11 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.checks import check_kind
 from bilevel.dynamics.dynamics import Dynamics, Map
-from bilevel.errors import ArgumentError, CompileWarning, UnsupportedError
+from bilevel.dynamics.steps import Step
+from bilevel.errors import CompileWarning, UnsupportedError
 from bilevel.tree import Tree
-
-Step = Callable[[Tree, Tree, int], Tree]
 
 
 @final
@@ -28,8 +27,8 @@ class Compiled(Dynamics):
 
     Second derivatives (`hvp`, `NewtonCG`, a gradient of a gradient of `rollout`) use the plain
     step, because torch differentiates a compiled function once; with `Checkpointing(block=None)`
-    such a gradient is torch's error. `measure` uses the plain step too. Where a step cannot be
-    compiled as a whole (no C++ compiler, complex tensors, code that torch cannot trace or would
+    such a gradient is torch's error. A `Budget` is measured on the plain step. Where a step cannot
+    be compiled as a whole (no C++ compiler, complex tensors, code that torch cannot trace or would
     compile again for each t) the plain step takes over, with a `CompileWarning`.
 
     Attributes:
@@ -44,11 +43,8 @@ class Compiled(Dynamics):
 
     def __post_init__(self) -> None:
         """Check the field."""
-        if not isinstance(self.dynamics, Dynamics):
-            raise ArgumentError(
-                f"Compiled takes a Dynamics, got {type(self.dynamics).__name__}; wrap a function "
-                "with Map first."
-            )
+        wanted = "a Dynamics (wrap a plain function g(state, control, t) with bilevel.Map)"
+        check_kind(self.dynamics, Dynamics, "dynamics", wanted)
         object.__setattr__(self, "dynamics", plain(self.dynamics))
 
     def init(self, observation: Tree, control: Tree) -> Tree:  # noqa: D102

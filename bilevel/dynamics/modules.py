@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import tree
-from bilevel.dynamics.dynamics import Dynamics, PerStep, check_control
+from bilevel.dynamics.dynamics import Dynamics
+from bilevel.dynamics.per_step import PerStep, check_control
 from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
 

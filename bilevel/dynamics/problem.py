@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bilevel.checks import is_whole
-from bilevel.dynamics.compiled import Compiled
+from bilevel.checks import check_kind, check_scalar, check_whole
 from bilevel.dynamics.dynamics import Dynamics
-from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
 
 TerminalCost = Callable[[Tree, Tree], Tensor]  # (readout(u(T)), control) -> real scalar
@@ -24,10 +22,9 @@ class ControlProblem:
         terminal: l, a real scalar of the final state and the whole control.
         horizon: number of steps, T >= 0.
         running: r, a real scalar of u(t-1), of what `step` receives at t, and of t = 1..T.
-        compile: compile the step; the dynamics is then a `Compiled`, unless it is one already.
 
     Raises:
-        ArgumentError: if the horizon is not an integer >= 0.
+        ArgumentError: if the horizon is no whole number, or the dynamics none.
 
     Example:
         >>> import torch
@@ -41,16 +38,22 @@ class ControlProblem:
     terminal: TerminalCost
     horizon: int
     running: RunningCost | None = None
-    compile: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if not is_whole(self.horizon):
-            raise ArgumentError(f"horizon must be an integer >= 0, got {self.horizon!r}.")
-        if not isinstance(self.dynamics, Dynamics):
-            raise ArgumentError(
-                f"dynamics must be a bilevel.Dynamics, got {type(self.dynamics).__name__}; "
-                "wrap a plain function g(state, control, t) with bilevel.Map."
-            )
-        if self.compile and not isinstance(self.dynamics, Compiled):
-            object.__setattr__(self, "dynamics", Compiled(self.dynamics))
+        check_whole(self.horizon, "horizon")
+        wanted = "a Dynamics (wrap a plain function g(state, control, t) with bilevel.Map)"
+        check_kind(self.dynamics, Dynamics, "dynamics", wanted)
+
+    def final_cost(self, state: Tree, control: Tree) -> Tensor:
+        """l(u(T), Theta), checked to be a real scalar."""
+        return check_scalar(
+            self.terminal(self.dynamics.readout(state), control), "the terminal cost"
+        )
+
+    def step_costs(self, state: Tree, theta: Tree, t: int) -> list[Tensor]:
+        """r(u(t-1), theta_t, t), checked to be a real scalar; nothing where there is no r."""
+        if self.running is None:
+            return []
+        cost = self.running(self.dynamics.readout(state), theta, t)
+        return [check_scalar(cost, f"the running cost at t = {t}")]

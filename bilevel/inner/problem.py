@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.checks import is_whole
+from bilevel.checks import check_whole
 from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
 
@@ -59,38 +59,4 @@ class BilevelProblem:
                     f"{name} must be a function of (params, control"
                     f"{'' if name == 'start' else ', batch'}), got {type(value).__name__}."
                 )
-        if self.columns is not None and not is_whole(self.columns, 1):
-            raise ArgumentError(f"columns must be an integer >= 1, or None, got {self.columns!r}.")
-
-
-@dataclass(frozen=True)
-class ByStep:
-    """A setting that changes with the inner step: a batch, a step size.
-
-    Attributes:
-        value: what step t = 1, 2, ... uses; a deterministic function of t, since sweeps ask again.
-            With a warm start t goes on counting where the last solve ended.
-
-    Raises:
-        ArgumentError: if it is not a function.
-
-    Example:
-        >>> batches = ["a", "b", "c"]
-        >>> at_step(ByStep(lambda t: batches[t % 3]), 4)
-        'b'
-    """
-
-    value: Callable[[int], Any]
-
-    def __post_init__(self) -> None:
-        """Check the field."""
-        if not callable(self.value):
-            raise ArgumentError(
-                f"ByStep takes a function of the step t = 1, 2, ..., got "
-                f"{type(self.value).__name__}; a constant is given as it is."
-            )
-
-
-def at_step(setting: Any, t: int) -> Any:
-    """What `setting` is at inner step `t`: itself, unless it is a `ByStep`."""
-    return setting.value(t) if isinstance(setting, ByStep) else setting
+        check_whole(self.columns, "columns", 1, optional=True)

@@ -8,12 +8,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_range, check_whole
 from bilevel.errors import ArgumentError
 from bilevel.linear.operator import (
     LinearResult,
     LinearSolver,
     Operator,
-    check_settings,
     refuse_asymmetric,
 )
 from bilevel.linear.system import System, solve_flat
@@ -53,9 +53,9 @@ class Nystrom(LinearSolver):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_settings(rtol=self.rtol, damping=self.damping, positive={"rank": self.rank})
-        if self.damping == 0:
-            raise ArgumentError("damping must be > 0: a matrix of low rank has no inverse.")
+        check_whole(self.rank, "rank", 1)
+        check_range(self.damping, "damping", above=0)  # a matrix of low rank has no inverse
+        check_range(self.rtol, "rtol", least=0)
 
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
         """See `LinearSolver`; `rank + 1` products, one more with a `start`, which is corrected."""
@@ -123,7 +123,8 @@ class Dense(LinearSolver):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_settings(rtol=self.rtol, damping=self.damping)
+        check_range(self.rtol, "rtol", least=0)
+        check_range(self.damping, "damping", least=0)
 
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
         """See `LinearSolver`; a product a real dimension, one more with a `start`."""

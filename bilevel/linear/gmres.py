@@ -7,8 +7,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_range, check_whole
 from bilevel.linear.cg import limit_of
-from bilevel.linear.operator import LinearResult, LinearSolver, Operator, check_settings
+from bilevel.linear.operator import LinearResult, LinearSolver, Operator
 from bilevel.linear.system import System, solve_flat
 from bilevel.tree import Tree
 
@@ -41,11 +42,10 @@ class GMRES(LinearSolver):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_settings(
-            rtol=self.rtol,
-            damping=self.damping,
-            positive={"restart": self.restart, "max_steps": self.max_steps},
-        )
+        check_whole(self.restart, "restart", 1)
+        check_range(self.rtol, "rtol", least=0)
+        check_whole(self.max_steps, "max_steps", 1, optional=True)
+        check_range(self.damping, "damping", least=0)
 
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
         """See `LinearSolver`; `steps` products, one more a restart and with a `start`."""

@@ -1,11 +1,10 @@
 """The Neumann series."""
 
-import math
 from dataclasses import dataclass
 from typing import final
 
-from bilevel.errors import ArgumentError
-from bilevel.linear.operator import LinearResult, LinearSolver, Operator, check_settings
+from bilevel.checks import check_range, check_whole
+from bilevel.linear.operator import LinearResult, LinearSolver, Operator
 from bilevel.linear.system import System, solve_flat
 from bilevel.tree import Tree
 
@@ -39,9 +38,9 @@ class Neumann(LinearSolver):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_settings(rtol=self.rtol, positive={"terms": self.terms})
-        if not (self.step > 0 and math.isfinite(self.step)):
-            raise ArgumentError(f"step must be finite and > 0, got {self.step}.")
+        check_whole(self.terms, "terms", 1)
+        check_range(self.step, "step", above=0)
+        check_range(self.rtol, "rtol", least=0)
 
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
         """See `LinearSolver`; `steps` products, one more with a `start`."""

@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import final
 
+from bilevel.checks import check_range, check_whole
 from bilevel.errors import ArgumentError
 from bilevel.linear.cg import limit_of
-from bilevel.linear.operator import LinearResult, LinearSolver, Operator, check_settings
+from bilevel.linear.operator import LinearResult, LinearSolver, Operator
 from bilevel.linear.system import System, solve_flat
 from bilevel.tree import Tree
 
@@ -43,7 +44,9 @@ class NormalCG(LinearSolver):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        check_settings(rtol=self.rtol, damping=self.damping, positive={"max_steps": self.max_steps})
+        check_range(self.rtol, "rtol", least=0)
+        check_whole(self.max_steps, "max_steps", 1, optional=True)
+        check_range(self.damping, "damping", least=0)
 
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
         """See `LinearSolver`; `2 steps + 1` products, one more with a `start`."""

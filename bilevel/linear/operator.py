@@ -4,13 +4,12 @@ Trees are real vector spaces under Re<a, b>, complex leaves of twice the dimensi
 real function of complex variables is linear over the reals only, so every coefficient is real.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from bilevel.checks import is_whole
+from bilevel.checks import check_whole
 from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
 
@@ -26,7 +25,7 @@ class Operator:
         symmetric: whether `A^* = A`. It is believed; `Dense` alone checks it.
         columns: number M of independent systems, if every leaf has a leading axis of length M and
             `A` acts on each place of it alone: `A` is block diagonal, and one product serves all
-            blocks. Also believed. None is a single system.
+            blocks. It is believed. None is a single system.
 
     Raises:
         ArgumentError: if `columns` is out of range.
@@ -39,9 +38,7 @@ class Operator:
 
     def __post_init__(self) -> None:
         """Check the number of columns."""
-        m = self.columns
-        if m is not None and not is_whole(m, 1):
-            raise ArgumentError(f"columns must be an integer >= 1, or None, got {m!r}.")
+        check_whole(self.columns, "columns", 1, optional=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,39 +160,3 @@ def refuse_asymmetric(operator: Operator, method: str) -> None:
             f"{method} needs a symmetric operator, got symmetric=False; use GMRES, or NormalCG "
             "with an adjoint, or pass symmetric=True if Re<A v, w> = Re<v, A w>."
         )
-
-
-def check_solver(value: object) -> None:
-    """Refuse what is no linear solver.
-
-    Args:
-        value: the setting `linear` of a method.
-
-    Raises:
-        ArgumentError: naming what came.
-    """
-    if not isinstance(value, LinearSolver):
-        raise ArgumentError(
-            f"linear must be a linear solver such as CG(), got {type(value).__name__}."
-        )
-
-
-def check_settings(
-    *, rtol: float, damping: float = 0.0, positive: dict[str, float | None] | None = None
-) -> None:
-    """Refuse settings out of range.
-
-    Args:
-        rtol: finite, >= 0.
-        damping: finite, >= 0.
-        positive: by name, whole numbers >= 1, or None.
-
-    Raises:
-        ArgumentError: naming the setting.
-    """
-    for name, value in (("rtol", rtol), ("damping", damping)):
-        if not (value >= 0 and math.isfinite(value)):
-            raise ArgumentError(f"{name} must be finite and >= 0, got {value}.")
-    for name, value in (positive or {}).items():
-        if value is not None and (value < 1 or value != int(value)):
-            raise ArgumentError(f"{name} must be a whole number >= 1, got {value}.")

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,21 +11,24 @@ from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.autodiff import Linearisation
+from bilevel.checks import check_scalar
 from bilevel.dynamics.problem import ControlProblem
+from bilevel.dynamics.steps import first_infinite, walk
 from bilevel.errors import DivergenceError
+from bilevel.inner.iteration import InnerIteration
 from bilevel.inner.problem import BilevelProblem
 from bilevel.linear.operator import LinearResult
-from bilevel.optim.rules import InnerIteration, InnerOptimizer
+from bilevel.optim.rules import InnerOptimizer
 from bilevel.tree import Tree
 
 
 @dataclass(frozen=True, eq=False)
 class Warm:
-    """What a warm start carries from one hypergradient to the next; everything detached.
+    """Where an inner iteration has come to, and may go on; everything detached.
 
     Attributes:
         state: of the inner optimiser: params, and momentum or moments.
-        steps: inner steps made so far.
+        steps: inner steps made so far, those before a warm start included.
         linear: solution of the linear system, None if none was solved.
     """
 
@@ -48,6 +52,9 @@ class Instance:
         warm: go on from there instead of `params`. A problem with `start` always begins there, and
             takes the linear solution alone.
         inner_tolerance: stop the inner iteration where the norm of its residual is at most this.
+
+    Raises:
+        StructureError: if the warm start does not fit the params.
     """
 
     problem: BilevelProblem
@@ -60,34 +67,58 @@ class Instance:
     warm: Warm | None = None
     inner_tolerance: float | None = None
 
-    @cached_property
-    def dynamics(self) -> InnerIteration:
-        """The inner iteration."""
-        begun = self.warm if self.problem.start is None else None
-        return InnerIteration(
-            self.problem,
-            self.optimizer,
-            self.inner_batch,
-            offset=begun.steps if begun else 0,
-            goes_on=begun is not None,
-        )
+    def __post_init__(self) -> None:
+        """Check the warm start."""
+        if self._begun is not None:
+            like = self.optimizer.begin(self.params)
+            source = "a warm start must fit the params"
+            tree.check_like(self._begun.state, like, "warm.state", source)
+
+    @property
+    def _begun(self) -> Warm | None:
+        """What the inner iteration goes on from; None where it begins at the start or params."""
+        return self.warm if self.problem.start is None else None
 
     @property
     def observation(self) -> Tree:
         """What the dynamics begins with: params, or a state to go on from."""
-        return self.warm.state if self.warm and self.dynamics.goes_on else self.params
+        return self.params if self._begun is None else self._begun.state
+
+    @property
+    def linear_start(self) -> Tree:
+        """First iterate of the linear system; None is zero."""
+        return None if self.warm is None else self.warm.linear
+
+    @cached_property
+    def dynamics(self) -> InnerIteration:
+        """The inner iteration."""
+        begun = self._begun
+        return InnerIteration(
+            self.problem,
+            self.optimizer,
+            self.inner_batch,
+            offset=0 if begun is None else begun.steps,
+            goes_on=begun is not None,
+        )
 
     @cached_property
     def horizon(self) -> int:
         """Inner steps to be made; with a tolerance, an iteration of its own finds out."""
-        return self.inner_steps if self.inner_tolerance is None else self.iterated.steps
+        if self.inner_tolerance is None:
+            return self.inner_steps
+        return self.iterated.steps - self.dynamics.offset
+
+    @property
+    def last_step(self) -> int:
+        """The last inner step, counted over a warm start's history: its batch judges the end."""
+        return self.dynamics.offset + max(self.horizon, 1)
 
     @cached_property
-    def iterated(self) -> "Iterated":
+    def iterated(self) -> Warm:
         """The end of the inner iteration, without its graph."""
         return self.iterate(self.inner_steps, self.inner_tolerance)
 
-    def iterate(self, steps: int, tolerance: float | None = None) -> "Iterated":
+    def iterate(self, steps: int, tolerance: float | None = None) -> Warm:
         """Make inner steps without recording them.
 
         Args:
@@ -96,34 +127,27 @@ class Instance:
                 first step and then every tenth.
 
         Returns:
-            The state reached and the number of steps made.
+            Where they led.
         """
-        dynamics, control = self.dynamics, self.control
-        state = first = dynamics.init(self.observation, control)
-        autodiff.refuse_hidden(state, (), "start")
-        for t in range(1, steps + 1):
-            if tolerance is not None and t % 10 == 1:
-                residual = dynamics.residual(dynamics.readout(state), control, t)
+        made, state = 0, None
+        for made, state in enumerate(self.states(self.observation, self.control, steps)):
+            if not made:
+                autodiff.refuse_hidden(state, (), "start")
+            if tolerance is not None and made % 10 == 0 and made < steps:
+                params = self.dynamics.readout(state)
+                residual = self.dynamics.residual(params, self.control, made + 1)
                 if tree.norm(residual) <= tolerance:
-                    return Iterated(state, t - 1)
-            state = dynamics.step(state, control, t)
-        self.check_end(state, first)
-        return Iterated(state, steps)
-
-    def check_end(self, state: Tree, first: Tree) -> None:
-        """Refuse a last state that is not like the first, or not finite.
-
-        Args:
-            state: of the inner optimiser after the last step.
-            first: before the first.
-
-        Raises:
-            StructureError: naming the leaf that differs.
-            DivergenceError: naming the step where it began.
-        """
-        rule = type(self.optimizer).__name__
-        tree.check_like(state, first, "state", f"{rule} must return a state like its own")
+                    break
         self.check_finite(state)
+        return self.reached(state, made)
+
+    def states(self, observation: Tree, control: Tree, steps: int) -> Iterator[Tree]:
+        """The states of the inner optimiser at the start and after each step."""
+        return walk(self.dynamics, observation, control, steps)
+
+    def reached(self, state: Tree, made: int, linear: Tree = None) -> Warm:
+        """The record of a state after so many steps from where the iteration began."""
+        return Warm(tree.detach(state), self.dynamics.offset + made, linear)
 
     def check_finite(self, state: Tree) -> None:
         """Refuse a last state that is not finite.
@@ -136,23 +160,21 @@ class Instance:
         """
         if math.isfinite(tree.norm(state)):
             return
-        state, made = self.dynamics.init(self.observation, self.control), 0
-        while made < self.inner_steps and math.isfinite(tree.norm(state)):
-            made += 1
-            state = self.dynamics.step(state, self.control, made)
+        given = tree.detach(self.observation), self.control, self.inner_steps
+        made = first_infinite(self.dynamics, *given)
         where = f"after step {made} of {self.inner_steps}" if made else "where it starts"
         raise DivergenceError(
             f"the inner iteration is not finite {where}: try a smaller step size, or look for a "
             "square root or a division at zero in the inner objective."
         )
 
-    def after(self, iterated: "Iterated") -> "Instance":
+    def after(self, warm: Warm) -> "Instance":
         """The rest of the inner iteration, from a state on its way."""
         return replace(
             self,
             problem=replace(self.problem, start=None),
-            inner_steps=self.horizon - iterated.steps,
-            warm=Warm(iterated.state, self.dynamics.offset + iterated.steps),
+            inner_steps=self.last_step - warm.steps,
+            warm=warm,
             inner_tolerance=None,
         )
 
@@ -163,7 +185,7 @@ class Instance:
     def outer(self, params: Tree, control: Tree) -> Tensor:
         """The outer objective with its batch, checked."""
         name = "the outer objective"
-        value = autodiff.check_scalar(self.problem.outer(params, control, self.outer_batch), name)
+        value = check_scalar(self.problem.outer(params, control, self.outer_batch), name)
         autodiff.refuse_hidden(value, (params, control), name)
         return value
 
@@ -179,7 +201,7 @@ class Instance:
 
     def linearised(self, params: Tree) -> Linearisation:
         """The inner residual at some params, in params and control; batch of the last step."""
-        t = max(self.horizon, 1)
+        t = max(self.horizon, 1)  # counted by the dynamics from where it began
         return Linearisation(
             lambda p, c: self.dynamics.residual(p, c, t),
             params,
@@ -189,26 +211,13 @@ class Instance:
 
 
 @dataclass(frozen=True, eq=False)
-class Iterated:
-    """Where inner steps led.
-
-    Attributes:
-        state: of the inner optimiser, detached.
-        steps: made.
-    """
-
-    state: Tree
-    steps: int
-
-
-@dataclass(frozen=True, eq=False)
 class OuterGradient:
     """The outer objective at a point.
 
     Attributes:
         value: F.
         in_params: grad_theta F, None where F does not read the leaf.
-        in_control: grad_alpha F, likewise.
+        in_control: grad_alpha F, None where F does not read the leaf.
     """
 
     value: Tensor
@@ -222,14 +231,12 @@ class Truncation:
 
     Attributes:
         steps: inner steps whose terms were left out.
-        error: norm of what they add up to, relative to that of the whole hypergradient; None if
-            nothing is known about it.
-        rigorous: whether `error` is a bound, given the constants; else it is an estimate.
+        error: bound of the norm of what they add up to, relative to that of the whole
+            hypergradient; None if nothing is known about it.
     """
 
     steps: int
     error: float | None
-    rigorous: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,8 +246,7 @@ class Found:
     Attributes:
         value: F at the inner solution that was reached.
         gradient: the hypergradient, the structure of the control.
-        state: last state of the inner optimiser.
-        steps: inner steps made.
+        warm: where the inner iteration came to.
         outer: F and its gradients at the last params, where they were taken.
         linear: how the linear system was solved, where there was one.
         linearisation: of the residual at the last params, where it was built.
@@ -249,8 +255,7 @@ class Found:
 
     value: Tensor
     gradient: Tree
-    state: Tree
-    steps: int
+    warm: Warm
     outer: OuterGradient | None = None
     linear: LinearResult | None = None
     linearisation: Linearisation | None = None

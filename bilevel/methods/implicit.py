@@ -11,15 +11,16 @@ For gradient descent with step eta, q = -eta lambda, and lambda is the sum of th
 sweep (7) frozen at the solution: a Neumann series, which conjugate gradients accelerate.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from bilevel import tree
 from bilevel.autodiff import Linearisation
-from bilevel.dynamics.dynamics import GradientSum
+from bilevel.checks import check_kind
+from bilevel.dynamics.per_step import GradientSum
 from bilevel.errors import LostGradientError
 from bilevel.linear.cg import CG
-from bilevel.linear.operator import LinearSolver, Operator, check_solver
+from bilevel.linear.operator import LinearSolver, Operator
 from bilevel.methods.base import Found, HypergradientMethod, Instance
 from bilevel.tree import Tree
 
@@ -41,7 +42,7 @@ class Implicit(HypergradientMethod):
 
     def __post_init__(self) -> None:
         """Check the field."""
-        check_solver(self.linear)
+        check_kind(self.linear, LinearSolver, "linear", "a linear solver such as CG()")
 
     def find(self, instance: Instance) -> Found:
         """See `HypergradientMethod`."""
@@ -52,13 +53,14 @@ class Implicit(HypergradientMethod):
         solved = self.linear.solve(
             transposed(residual, instance),
             tree.filled(outer.in_params, params),
-            instance.warm.linear if instance.warm else None,
+            instance.linear_start,
         )
         gradient = GradientSum(instance.control)
         gradient.add(instance.control, outer.in_control)
         gradient.subtract(instance.control, residual.pull(solved.solution, 1))
         total = self._total(gradient)
-        return Found(outer.value, total, reached.state, reached.steps, outer, solved, residual)
+        warm = replace(reached, linear=solved.solution)
+        return Found(outer.value, total, warm, outer, solved, residual)
 
     def _total(self, gradient: GradientSum) -> Tree:
         try:

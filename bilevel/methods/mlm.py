@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from typing import final
 
 from bilevel import tree
-from bilevel.checks import is_whole
-from bilevel.control.lagrangian import Swept, adjoint
+from bilevel.checks import check_range, check_whole
+from bilevel.control.adjoint import Adjoint, Swept, adjoint
 from bilevel.errors import ArgumentError
-from bilevel.inner.problem import ByStep
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Truncation
-from bilevel.optim.rules import GradientDescent, ProximalGradient
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 
 
@@ -50,10 +48,8 @@ class Bounds:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if not (self.rate >= 0 and self.coupling >= 0):
-            raise ArgumentError(
-                f"rate and coupling must be >= 0, got {self.rate} and {self.coupling}."
-            )
+        check_range(self.rate, "rate", least=0)
+        check_range(self.coupling, "coupling", least=0)
 
     def left_out(self, multiplier: float, steps: int) -> float:
         """Bound of the norm of R_j.
@@ -83,14 +79,12 @@ class MLM(HypergradientMethod):
         checkpointing: what is kept of the inner trajectory; None keeps the states.
         last: reverse the last so many inner steps only, and keep nothing of the others (truncated
             back-propagation; Shaban et al. 2019).
-        tolerance: stop the sweep where what is left out is at most this, relative to the whole.
-            With `bounds` that is rigorous. Without, only plain and proximal gradient descent with
-            a constant step size and batch are accepted; the objective is taken to be convex
-            (rho = 1) and beta the largest seen: an estimate, which the certificate says.
+        tolerance: stop the sweep where what is left out is at most this, relative to the whole, by
+            the `bounds`.
         bounds: constants of the inner step.
 
     Raises:
-        ArgumentError: if a setting is out of range.
+        ArgumentError: if a setting is out of range, or a tolerance comes without bounds.
     """
 
     checkpointing: Checkpointing | Budget | None = None
@@ -100,81 +94,55 @@ class MLM(HypergradientMethod):
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if self.last is not None and not is_whole(self.last, 1):
-            raise ArgumentError(f"last must be a whole number of steps >= 1, got {self.last!r}.")
-        if self.tolerance is not None and not 0 < self.tolerance < 1:
-            raise ArgumentError(f"tolerance must be > 0 and < 1, got {self.tolerance}.")
-        if self.last is not None and self.tolerance is not None:
+        check_whole(self.last, "last", 1, optional=True)
+        if self.tolerance is None:
+            return
+        check_range(self.tolerance, "tolerance", above=0, below=1)
+        if self.last is not None:
             raise ArgumentError("last and tolerance both say where to stop: give one of them.")
+        if self.bounds is None:
+            raise ArgumentError(
+                "tolerance= needs bounds=Bounds(rate, coupling): multipliers alone do not tell "
+                "what is left out. Give the bounds, or use last=."
+            )
 
     def find(self, instance: Instance) -> Found:
         """See `HypergradientMethod`."""
         if self.last is not None and self.last < instance.horizon:
             return self._last(instance, self.last)
         rule = None
-        if self.tolerance is not None:
-            self._check_judged(instance)
+        if self.tolerance is not None and self.bounds is not None:
+            if instance.problem.start is not None:
+                raise ArgumentError(
+                    "tolerance= cannot judge what the start contributes: use last=, or the whole "
+                    "sweep."
+                )
             rule = _Rule(self.tolerance, self.bounds)
-        found = adjoint(
+        found = self._adjoint(instance, rule)
+        return self._found(instance, found, rule.truncation if rule else None)
+
+    def _last(self, instance: Instance, last: int) -> Found:
+        early = instance.horizon - last
+        found = self._adjoint(instance.after(instance.iterate(early)))
+        error = None
+        if self.bounds is not None and instance.problem.start is None:
+            multiplier = tree.norm(found.observation_gradient)  # -lambda_j
+            error = relative(self.bounds.left_out(multiplier, early), tree.norm(found.gradient))
+        return self._found(instance, found, Truncation(early, error))
+
+    def _adjoint(self, instance: Instance, rule: "_Rule | None" = None) -> Adjoint:
+        return adjoint(
             instance.control_problem(),
             instance.observation,
             instance.control,
             checkpointing=self.checkpointing,
             stop=rule,
         )
-        instance.check_finite(found.final_state)
-        return Found(
-            found.cost,
-            found.gradient,
-            found.final_state,
-            instance.horizon,
-            truncation=rule.truncation if rule else None,
-        )
 
-    def _last(self, instance: Instance, last: int) -> Found:
-        early = instance.horizon - last
-        rest = instance.after(instance.iterate(early))
-        found = adjoint(
-            rest.control_problem(),
-            rest.observation,
-            instance.control,
-            checkpointing=self.checkpointing,
-        )
+    def _found(self, instance: Instance, found: Adjoint, truncation: Truncation | None) -> Found:
         instance.check_finite(found.final_state)
-        error = None
-        if self.bounds is not None and instance.problem.start is None:
-            multiplier = tree.norm(found.observation_gradient)  # -lambda_j
-            error = relative(self.bounds.left_out(multiplier, early), tree.norm(found.gradient))
-        truncation = Truncation(early, error, rigorous=error is not None)
-        return Found(
-            found.cost, found.gradient, found.final_state, instance.horizon, truncation=truncation
-        )
-
-    def _check_judged(self, instance: Instance) -> None:
-        """Refuse what an early stop cannot be judged for."""
-        if instance.problem.start is not None:
-            raise ArgumentError(
-                "tolerance= cannot judge what the start contributes: use last=, or the whole sweep."
-            )
-        if self.bounds is not None:
-            return
-        optimizer = instance.optimizer
-        constant = isinstance(optimizer.step_size, float | int) and not isinstance(
-            instance.inner_batch, ByStep
-        )
-        if not isinstance(optimizer, GradientDescent | ProximalGradient) or not constant:
-            raise ArgumentError(
-                "tolerance= needs bounds=Bounds(rate, coupling) unless the inner optimiser is "
-                "GradientDescent or ProximalGradient with a number as step size and one batch, "
-                f"got {type(optimizer).__name__}: nothing then tells what is left out. Give the "
-                "bounds, or use last=."
-            )
-        checkpointing = self.checkpointing
-        if not (checkpointing is None or getattr(checkpointing, "block", None) == 1):
-            raise ArgumentError(
-                "tolerance= without bounds looks at the multiplier of every step, so it needs "
-                f"blocks of one step: Checkpointing(..., block=1), got {checkpointing}."
-            )
+        warm = instance.reached(found.final_state, instance.horizon)
+        return Found(found.cost, found.gradient, warm, truncation=truncation)
 
 
 @dataclass
@@ -182,22 +150,17 @@ class _Rule:
     """Where to stop, and what was left out."""
 
     tolerance: float
-    bounds: Bounds | None
-    seen: float = 0.0  # largest |B_s^* lambda_s| / |lambda_s|
+    bounds: Bounds
     truncation: Truncation | None = None
 
     def __call__(self, swept: Swept) -> bool:
         steps, multiplier = swept.steps.start, tree.norm(swept.multiplier)
         if not steps:
             return False
-        if self.bounds is None and (following := tree.norm(swept.following)):
-            self.seen = max(self.seen, tree.norm(swept.part) / following)
-        bounds = self.bounds or Bounds(1.0, self.seen)
-        error = relative(bounds.left_out(multiplier, steps), tree.norm(swept.gradient))
-        if error > self.tolerance:
-            return False
-        self.truncation = Truncation(steps, error, rigorous=self.bounds is not None)
-        return True
+        error = relative(self.bounds.left_out(multiplier, steps), tree.norm(swept.gradient))
+        if error <= self.tolerance:
+            self.truncation = Truncation(steps, error)
+        return self.truncation is not None
 
 
 def relative(left: float, size: float) -> float:

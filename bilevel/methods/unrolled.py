@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import final
 
 from bilevel import autodiff, tree
-from bilevel.dynamics.dynamics import GradientSum
+from bilevel.dynamics.per_step import GradientSum
 from bilevel.methods.base import Found, HypergradientMethod, Instance
+from bilevel.tree import Tree
 
 
 @final
@@ -18,15 +19,15 @@ class Unrolled(HypergradientMethod):
         dynamics = instance.dynamics
         control, start = autodiff.variables((instance.control, instance.observation))
         with autodiff.recording():
-            state = first = dynamics.init(start, control)
-            autodiff.refuse_hidden(state, (start, control), "start")
-            for t in range(1, instance.horizon + 1):
-                state = dynamics.step(state, control, t)
-            instance.check_end(tree.detach(state), first)
+            state: Tree = None
+            for made, state in enumerate(instance.states(start, control, instance.horizon)):
+                if not made:
+                    autodiff.refuse_hidden(state, (start, control), "start")
+            instance.check_finite(tree.detach(state))
             outer = instance.outer_gradient(dynamics.readout(state))
             through = autodiff.pull(dynamics.readout(state), outer.in_params, control)
         gradient = GradientSum(control)
         gradient.add(control, outer.in_control)
         gradient.add(control, through)
-        state = tree.detach(state)
-        return Found(outer.value, gradient.total(), state, instance.horizon, outer)
+        warm = instance.reached(state, instance.horizon)
+        return Found(outer.value, gradient.total(), warm, outer)

@@ -1,10 +1,9 @@
 """The outer loop: a control moved along its gradient by a torch optimiser."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,13 +11,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import autodiff, tree
-from bilevel.checks import is_whole
-from bilevel.errors import ArgumentError, ConvergenceError, ConvergenceWarning, DivergenceError
-from bilevel.outer.progress import progress_bar
+from bilevel.checks import check_range, check_whole
+from bilevel.errors import ArgumentError, DivergenceError
+from bilevel.outer.watching import Progress, progress_bar
 from bilevel.tree import Tree
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
-OnFailure = Literal["warn", "raise", "ignore"]
 
 
 class Evaluation(Protocol):
@@ -30,25 +28,26 @@ class Evaluation(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class Progress:
-    """What a callback sees after each iteration.
+@dataclass(frozen=True)
+class Loop:
+    """What both solvers' `solve` is told of its loop; `BilevelSolver.solve` says what each means.
 
-    Attributes:
-        step: iterations done, from 1.
-        cost: J, or the outer objective F, before this iteration's update.
-        gradient_norm: before the update.
-        control: the present control, detached; it shares memory with the iteration.
-        optimizer: as made by the solver, for its state and learning rates.
-        found: the `Adjoint` or `Hypergradient` before the update.
+    Raises:
+        ArgumentError: if a number is out of range.
     """
 
-    step: int
-    cost: float
-    gradient_norm: float
-    control: Tree
-    optimizer: Optimizer
-    found: Any
+    steps: int
+    batches: Iterable[Any] | None = None
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    project: Callable[[Tree], Tree] | None = None
+    tolerance: float = 0.0
+    callback: Callable[[Progress], bool | None] | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_whole(self.steps, "steps")
+        check_range(self.tolerance, "tolerance", least=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +57,11 @@ class Descent:
     Attributes:
         control: the last one, detached.
         costs: before each update.
-        gradient_norms: likewise.
+        gradient_norms: of the gradient before each update.
         converged: whether the norm of the gradient came down to the tolerance.
         standstill: whether the optimiser found no way down.
         last: cost, norm and evaluation as last seen; None if never.
+        tolerance: that of the loop; 0 if none was asked for.
     """
 
     control: Tree
@@ -70,6 +70,7 @@ class Descent:
     converged: bool
     standstill: bool
     last: "tuple[float, float, Any] | None"
+    tolerance: float
 
 
 def adam(parameters: list[Tensor]) -> Optimizer:
@@ -80,15 +81,8 @@ def adam(parameters: list[Tensor]) -> Optimizer:
 def descend(
     evaluate: Callable[[Tree, Any, int], tuple[float, Evaluation]],
     control: Tree,
-    *,
     optimizer: MakeOptimizer,
-    steps: int,
-    batches: Iterable[Any] | None,
-    scheduler: Callable[[Optimizer], LRScheduler] | None,
-    project: Callable[[Tree], Tree] | None,
-    tolerance: float,
-    callback: Callable[[Progress], bool | None] | None,
-    progress: bool,
+    loop: Loop,
     accept: Callable[[Any], None] = lambda _found: None,
 ) -> Descent:
     """Move a copy of `control` against its gradient.
@@ -98,38 +92,28 @@ def descend(
             something is not finite. An update may ask several times (LBFGS).
         control: to begin with; it is copied, not changed.
         optimizer: makes a `torch.optim` optimiser; `step(closure)` is used always.
-        steps: updates at most.
-        batches: one an update, begun again when they end; None gives `evaluate` None.
-        scheduler: makes a learning-rate scheduler, stepped once an update.
-        project: maps the control into its feasible set after each update.
-        tolerance: stop when the norm of the gradient is at most this; 0 does not look.
-        callback: called after each update; True stops the iteration.
-        progress: show a bar.
+        loop: how long, on what, and who watches. Without batches `evaluate` gets None.
         accept: called with the first record of each update, once it is made.
 
     Returns:
         The last control and the history.
 
     Raises:
-        ArgumentError: if batches are empty, or `steps` or `tolerance` is negative.
+        ArgumentError: if batches are empty.
     """
-    if not is_whole(steps) or not tolerance >= 0:
-        raise ArgumentError(
-            f"steps must be a whole number >= 0 and tolerance >= 0, got {steps} and {tolerance}."
-        )
     current = tree.map_leaves(
         lambda x: x.detach().clone().requires_grad_() if tree.is_variable(x) else x, control
     )
     torch_optimizer = optimizer([x for x in tree.leaves_of(current) if tree.is_variable(x)])
-    schedule = None if scheduler is None else scheduler(torch_optimizer)
-    stream = None if batches is None else cycled(batches)
+    schedule = None if loop.scheduler is None else loop.scheduler(torch_optimizer)
+    stream = None if loop.batches is None else cycled(loop.batches)
     costs: list[float] = []
     norms: list[float] = []
     closure, converged, standstill = None, False, False
-    with progress_bar(steps, show=progress) as advance:
-        for step in range(1, steps + 1):
+    with progress_bar(loop.steps, show=loop.progress) as advance:
+        for step in range(1, loop.steps + 1):
             batch = None if stream is None else next(stream)
-            closure = _Closure(evaluate, current, batch, step, tolerance)
+            closure = _Closure(evaluate, current, batch, step, loop.tolerance)
             try:
                 torch_optimizer.step(closure)
             except _ReachedError:
@@ -141,18 +125,18 @@ def descend(
                     break
             if schedule is not None:
                 schedule.step()
-            if project is not None:
-                _assign(current, project(tree.detach(current)))
+            if loop.project is not None:
+                _assign(current, loop.project(tree.detach(current)))
             cost, norm, found = closure.seen()
             costs.append(cost)
             norms.append(norm)
             accept(found)
             advance(f"cost {cost:.4g}, gradient {norm:.2g}")
             seen = Progress(step, cost, norm, tree.detach(current), torch_optimizer, found)
-            if callback is not None and callback(seen):
+            if loop.callback is not None and loop.callback(seen):
                 break
     last = closure.seen() if closure is not None else None
-    return Descent(tree.detach(current), costs, norms, converged, standstill, last)
+    return Descent(tree.detach(current), costs, norms, converged, standstill, last, loop.tolerance)
 
 
 class StandstillError(Exception):
@@ -214,43 +198,6 @@ def check_finite(cost: float, norm: float, step: int, where: Callable[[], str]) 
             f"{where()}. Try a smaller learning rate, or look for a square root or a division at "
             "zero."
         )
-
-
-def check_on_failure(value: Any) -> None:
-    """Refuse anything but the three ways to fail."""
-    if value not in ("warn", "raise", "ignore"):
-        raise ArgumentError(f"on_failure must be 'warn', 'raise' or 'ignore', got {value!r}.")
-
-
-def report(message: str, on_failure: OnFailure, *, level: int = 3) -> None:
-    """Warn, raise, or be silent, as asked.
-
-    Args:
-        message: what was not reached.
-        on_failure: as the solver has it.
-        level: whose line the warning names, counted from here.
-
-    Raises:
-        ConvergenceError: if asked to.
-    """
-    if on_failure == "raise":
-        raise ConvergenceError(message)
-    if on_failure == "warn":
-        warnings.warn(message, ConvergenceWarning, stacklevel=level)
-
-
-def above_tolerance(norm: float, tolerance: float, steps: int, *, standstill: bool = False) -> str:
-    """What to say of a descent that did not converge."""
-    remedy = (
-        "no step along the direction lowers the cost any further: take a larger tolerance, float64,"
-        " or costs that are smooth."
-        if standstill
-        else "take more steps, another optimiser, or a larger tolerance."
-    )
-    return (
-        f"the gradient norm is {norm:.3g} after {steps} steps, above the tolerance "
-        f"{tolerance:.3g}: {remedy}"
-    )
 
 
 def _assign(target: Tree, values: Tree) -> None:

@@ -13,13 +13,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel import autodiff, tree
+from bilevel import tree
+from bilevel.checks import refuse_setting
 from bilevel.errors import ArgumentError, StructureError
+from bilevel.settings import Setting, check_setting, for_each
 from bilevel.tree import Tree
-
-# A number, a tensor, or a function of the control that returns a scalar tensor or a tree like the
-# params, so that it can be learned.
-Weight = float | Tensor | Callable[[Tree], Any]
 
 
 class Prox(ABC):
@@ -57,40 +55,16 @@ class Prox(ABC):
 
 def _like(setting: Any, params: Tree, control: Tree, name: str) -> Tree:
     """A setting for each leaf of the params."""
-    found = setting(control) if callable(setting) else setting
-    if isinstance(found, float | int | Tensor):
-        return tree.map_leaves(lambda x: found if tree.is_variable(x) else None, params)
-    structure, expected = tree.flatten(found)[1], tree.flatten(params)[1]
-    if structure != expected:
-        raise StructureError(
-            f"{name} must be a scalar, or a tree like the params, {expected}, got {structure}."
-        )
-    return found
+    return for_each(setting(control) if callable(setting) else setting, params, name)
 
 
 def _times(weight: Tree, step_size: Any, params: Tree) -> Tree:
-    sizes = _like(step_size, params, None, "step_size")
+    sizes = for_each(step_size, params, "step_size")
     return tree.map_leaves(lambda w, s: None if w is None else w * s, weight, sizes)
 
 
-def _check_setting(value: Any, name: str, *, negative: bool = False) -> None:
-    """Refuse what is no setting; functions are checked when they are used."""
-    if callable(value):
-        return
-    if isinstance(value, bool) or not isinstance(value, float | int | Tensor):
-        raise ArgumentError(
-            f"{name} must be a number, a tensor or a function of the control, got "
-            f"{type(value).__name__}."
-        )
-    autodiff.refuse_setting(value, name)
-    if not negative and not bool(torch.as_tensor(value >= 0).all()):
-        raise ArgumentError(f"{name} must be >= 0, got {value}.")
-
-
 def _check_weights(weight: Any, params: Tree, control: Tree) -> None:
-    for leaf in tree.leaves_of(_like(weight, params, control, "weight")):
-        if leaf is not None:
-            _check_setting(leaf, "weight")
+    check_setting(_like(weight, params, control, "weight"), "weight", least=0)
 
 
 @final
@@ -109,11 +83,11 @@ class L1(Prox):
         tensor([ 2.,  0., -1.])
     """
 
-    weight: Weight
+    weight: Setting
 
     def __post_init__(self) -> None:
         """Check the field."""
-        _check_setting(self.weight, "weight")
+        check_setting(self.weight, "weight", least=0)
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:
         """See `Prox`."""
@@ -171,11 +145,11 @@ class L2(Prox):
         tensor([ 1.5000, -0.5000])
     """
 
-    weight: Weight
+    weight: Setting
 
     def __post_init__(self) -> None:
         """Check the field."""
-        _check_setting(self.weight, "weight")
+        check_setting(self.weight, "weight", least=0)
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:
         """See `Prox`."""
@@ -198,7 +172,7 @@ class Box(Prox):
 
     Attributes:
         lower: a number, a tensor, or a function of the control; None for no bound.
-        upper: likewise, above `lower`.
+        upper: a bound of the same kinds, above `lower`.
 
     Raises:
         ArgumentError: if there is no bound, or the bounds exclude everything.
@@ -208,8 +182,8 @@ class Box(Prox):
         tensor([0.0000, 0.3000, 1.0000])
     """
 
-    lower: Weight | None = None
-    upper: Weight | None = None
+    lower: Setting | None = None
+    upper: Setting | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -217,7 +191,7 @@ class Box(Prox):
             raise ArgumentError("Box needs a lower or an upper bound, got neither.")
         for name in ("lower", "upper"):
             if getattr(self, name) is not None:
-                _check_setting(getattr(self, name), name, negative=True)
+                check_setting(getattr(self, name), name)
         if not (callable(self.lower) or callable(self.upper)):
             _check_order(self.lower, self.upper)
 
@@ -243,7 +217,7 @@ class Box(Prox):
             if (bound := getattr(self, name)) is not None
         ]
         for leaves in bounds:
-            autodiff.refuse_setting(leaves, "a bound")
+            refuse_setting(leaves, "a bound")
         if len(bounds) == 2:
             for a, b in zip(*bounds, strict=True):
                 _check_order(a, b)

@@ -1,1 +1,26 @@
-"""sweeps."""
+"""Sweeps in the memory that one chooses: what is kept of a trajectory, where, and when.
+
+Read `storage` (and the two slower places, `host` and `disk`), `schedule`, `checkpointing`; then
+`randomness` and `trajectory`, which executes a schedule; `memory` measures and plans.
+"""
+
+from bilevel.sweeps.checkpointing import Budget, Checkpointing, plan
+from bilevel.sweeps.disk import OnDisk
+from bilevel.sweeps.host import OnHost
+from bilevel.sweeps.memory import Measurement, measure
+from bilevel.sweeps.schedule import Schedule
+from bilevel.sweeps.storage import InMemory, Snapshots, Storage
+
+__all__ = [
+    "Budget",
+    "Checkpointing",
+    "InMemory",
+    "Measurement",
+    "OnDisk",
+    "OnHost",
+    "Schedule",
+    "Snapshots",
+    "Storage",
+    "measure",
+    "plan",
+]

@@ -2,47 +2,14 @@
 
 import math
 import re
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
 
-from bilevel.checks import is_whole
+from bilevel.checks import check_kind, check_whole, is_whole
 from bilevel.errors import ArgumentError
 from bilevel.sweeps.schedule import Schedule
+from bilevel.sweeps.storage import IN_MEMORY, Storage
 
-Tree = Any
-
-
-class Snapshots(ABC):
-    """States put away under the number of their block; opened by a `Storage`, used by one sweep."""
-
-    @abstractmethod
-    def put(self, block: int, state: Tree) -> None:
-        """Put away the detached `state` at the start of `block`."""
-
-    @abstractmethod
-    def get(self, block: int) -> Tree:
-        """The state at the start of `block`; it stays."""
-
-    @abstractmethod
-    def drop(self, block: int) -> None:
-        """Forget the state at the start of `block`."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Forget every state and leave nothing behind; may be called twice."""
-
-
-class Storage(ABC):
-    """Where snapshots wait; the choices are in `bilevel.storage`."""
-
-    @abstractmethod
-    def open(self) -> Snapshots:
-        """An empty place for the snapshots of one sweep."""
-
-    @abstractmethod
-    def resident(self, snapshots: int) -> int:
-        """How many states, of so many snapshots, lie in the memory that a budget bounds."""
+STORAGES = "InMemory(), OnHost() or OnDisk(folder)"
 
 
 @dataclass(frozen=True)
@@ -52,13 +19,13 @@ class Checkpointing:
     The multiplier sweep walks backwards over blocks of steps. It tapes one block (runs it again
     from the state at its start, recording the graph), reverses it, and frees it. A block whose
     start was not kept is reached from the nearest snapshot before it, by the schedule with the
-    fewest evaluations (`bilevel.schedule`).
+    fewest evaluations (`bilevel.sweeps.schedule`).
 
     Attributes:
         snapshots: states kept at most; None keeps the state at the start of every block.
         block: steps in a block; None makes the whole horizon one block, so that the graphs of
             the forward sweep are kept and nothing is computed twice.
-        storage: where snapshots are kept; None is `InMemory()`.
+        storage: where snapshots are kept.
         forward_steps: steps that `adjoint` evaluates, as predicted by `plan`; None if made by hand.
         peak_bytes: live bytes beyond the gradient, as predicted by `plan`; None if made by hand.
 
@@ -69,22 +36,16 @@ class Checkpointing:
 
     snapshots: int | None = None
     block: int | None = 1
-    storage: Storage | None = None
+    storage: Storage = IN_MEMORY
     forward_steps: int | None = field(default=None, compare=False, kw_only=True)
     peak_bytes: int | None = field(default=None, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the fields."""
         for name in ("snapshots", "block"):
-            value = getattr(self, name)
-            if value is not None and not is_whole(value, 1):
-                raise ArgumentError(f"{name} must be at least 1, or None, got {value}.")
-        if not isinstance(self.storage, Storage | None):
-            raise ArgumentError(
-                "storage must be InMemory(), OnHost() or OnDisk(folder), got "
-                f"{type(self.storage).__name__}."
-            )
-        if self.block is None and not (self.snapshots is None and self.storage is None):
+            check_whole(getattr(self, name), name, 1, optional=True)
+        check_kind(self.storage, Storage, "storage", STORAGES)
+        if self.keeps_graphs and (self.snapshots is not None or self.storage != IN_MEMORY):
             raise ArgumentError(
                 "block=None keeps every graph, so that there are no snapshots to count or to store:"
                 f" leave out snapshots and storage, or give a block, got {self}."
@@ -118,7 +79,7 @@ def plan(
     budget_bytes: int,
     state_bytes: int,
     graph_bytes: int,
-    storage: Storage | None = None,
+    storage: Storage = IN_MEMORY,
     *,
     working_bytes: int | None = None,
 ) -> Checkpointing:
@@ -132,7 +93,7 @@ def plan(
         budget_bytes: bytes allowed beyond the gradient itself.
         state_bytes: of one state.
         graph_bytes: of the graph of one step.
-        storage: where snapshots are kept; None is `InMemory()`.
+        storage: where snapshots are kept.
         working_bytes: needed whatever is kept; None takes three states and one step's graph.
 
     Returns:
@@ -142,15 +103,15 @@ def plan(
         ArgumentError: if the budget is too small; the message states the least that works.
 
     Example:
-        >>> plan(1000, 64_000, state_bytes=1000, graph_bytes=1000)
-        Checkpointing(snapshots=29, block=31, storage=None, forward_steps=2039, peak_bytes=64000)
+        >>> found = plan(1000, 64_000, state_bytes=1000, graph_bytes=1000)
+        >>> found.snapshots, found.block, found.forward_steps, found.peak_bytes
+        (29, 31, 2039, 64000)
     """
     sizes = {"horizon": horizon, "state_bytes": state_bytes, "graph_bytes": graph_bytes}
     for name, value in sizes.items():
-        if not is_whole(value):
-            raise ArgumentError(f"{name} must be an integer >= 0, got {value!r}.")
+        check_whole(value, name)
     working = 3 * state_bytes + graph_bytes if working_bytes is None else working_bytes
-    resident = (lambda n: n) if storage is None else storage.resident
+    resident = storage.resident
     least = working + resident(1) * state_bytes + min(horizon, 1) * graph_bytes
     if budget_bytes < least:
         raise ArgumentError(
@@ -197,7 +158,7 @@ class Budget:
 
     Attributes:
         size: bytes as an integer, or text such as "500 MiB" or "2 GB".
-        storage: where snapshots are kept; None is `InMemory()`.
+        storage: where snapshots are kept.
 
     Raises:
         ArgumentError: if the size cannot be read.
@@ -208,10 +169,11 @@ class Budget:
     """
 
     size: int | str
-    storage: Storage | None = None
+    storage: Storage = IN_MEMORY
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        check_kind(self.storage, Storage, "storage", STORAGES)
         if self.bytes < 1:
             raise ArgumentError(f"a budget must be at least one byte, got {self.size!r}.")
 

@@ -1,25 +1,26 @@
-"""A swept trajectory: executes a schedule, block by block, last block first.
+"""A swept trajectory: the forward sweep (6a), (6b), then its blocks taped again, last block first.
 
-Nothing here knows costs or multipliers; `lagrangian` does. A *taped* step runs on variable trees,
-so that its graph can be pulled back; the graph of one block lives at a time.
+Nothing here knows costs or multipliers; `bilevel.control` does. A *taped* step runs on variable
+trees, so that its graph can be pulled back; the graph of one block lives at a time.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import dropwhile, pairwise
-from operator import is_
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import dropwhile, pairwise, takewhile
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from bilevel import autodiff, tree
-from bilevel.dynamics.dynamics import Dynamics, initial_control, step_control
+from bilevel.dynamics.dynamics import Dynamics
+from bilevel.dynamics.per_step import check_control, step_control
+from bilevel.dynamics.steps import Step, begun, stepped, watch
 from bilevel.errors import ArgumentError, LostGradientError
-from bilevel.sweeps.checkpointing import Checkpointing, Snapshots
-from bilevel.sweeps.randomness import RandomState
-from bilevel.sweeps.schedule import Action, Do, Schedule
-from bilevel.sweeps.storage import MemorySnapshots
+from bilevel.sweeps.checkpointing import Checkpointing
+from bilevel.sweeps.randomness import RandomState, devices_of
+from bilevel.sweeps.schedule import Action, Do
+from bilevel.sweeps.storage import MemorySnapshots, Snapshots
 from bilevel.tree import Tree
 
 
@@ -38,89 +39,189 @@ class Block:
     states: list[Tree]
     controls: list[Tree]
 
+    @property
+    def times(self) -> range:
+        """The t of its steps, a+1, ..., b."""
+        return range(self.steps.start + 1, self.steps.stop + 1)
 
-@dataclass
+
 class Trajectory:
-    """What the forward sweep leaves behind, enough to tape every block again, once.
+    """One forward sweep and what it leaves behind, enough to tape every block again, once.
+
+    Made, swept `forward`, then asked for `n_blocks` times `tape_previous` and once `tape_initial`,
+    and closed. It owns its state: what it keeps, where it stands and what it has taped is seen and
+    changed by its methods alone.
 
     Attributes:
-        dynamics: g and g0.
-        horizon: number of steps, T.
-        checkpointing: what is kept.
         observation: f, a variable tree.
         control: Theta, a variable tree.
         devices: those whose random generators a step may use.
-        snapshots: states at starts of blocks.
-        random: random state at each snapshot; None where graphs are kept.
-        random_start: random state before g0; None where graphs are kept.
-        final: u(T), detached.
+        final: u(T), detached; None before the forward sweep.
         forward_steps: steps evaluated so far, taped or not.
-        initial_tape: u(0) with the graph of g0, where graphs are kept.
-        last_tape: the last block, where it was taped on the way forward.
-        state: the current state, None between blocks.
-        compared: what of a state must be the same when it is evaluated again; all of it.
+        random_start: state of the generators before g0; None where graphs are kept.
     """
 
-    dynamics: Dynamics
-    horizon: int
-    checkpointing: Checkpointing
-    observation: Tree
-    control: Tree
-    devices: frozenset[torch.device]
-    snapshots: Snapshots = field(default_factory=MemorySnapshots)
-    random: dict[int, RandomState] = field(default_factory=dict)
-    random_start: RandomState | None = None
-    final: Tree = None
-    forward_steps: int = 0
-    initial_tape: Tree = None
-    last_tape: Block | None = None
-    state: Tree = None
-    compared: Callable[[Tree], Tree] = lambda state: state
-    _at: int = 0
-    _following: Tree = None  # what the block to be taped next must lead to
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        observation: Tree,
+        control: Tree,
+        horizon: int,
+        checkpointing: Checkpointing,
+    ) -> None:
+        """Stand before u(0).
 
-    @cached_property
-    def schedule(self) -> Schedule:
-        """When blocks are kept, advanced and taped."""
-        return self.checkpointing.schedule(self.horizon)
+        Args:
+            dynamics: g and g0.
+            observation: f.
+            control: Theta.
+            horizon: number of steps, T.
+            checkpointing: which states or graphs are kept.
+
+        Raises:
+            StructureError: if the control does not fit the horizon.
+        """
+        check_control(control, horizon)
+        tree.check_leaves(observation, "observation")
+        self.observation: Tree = autodiff.variables(observation)
+        self.control: Tree = autodiff.variables(control)
+        self.devices = devices_of((observation, control))
+        self.final: Tree = None
+        self.forward_steps = 0
+        self.random_start: RandomState | None = None
+        self._dynamics, self._horizon, self._checkpointing = dynamics, horizon, checkpointing
+        self._schedule = checkpointing.schedule(horizon)
+        # Steps that are not taped get these.
+        self._untaped: Tree = tree.detach((observation, control))
+        # What was kept: states at starts of blocks, and the random state at each.
+        self._snapshots: Snapshots | None = None
+        self._random: dict[int, RandomState] = {}
+        # What was taped on the way forward, to be handed out instead of being taped again.
+        self._taped_initial: Tree = None
+        self._taped_last: Block | None = None
+        # Where it stands: the state at the start of block `_at`, None while a block is reversed;
+        # and the state that the block to be taped next must lead to.
+        self._state: Tree = None
+        self._at = 0
+        self._following: Tree = None
+        self._actions = dropwhile(_advances, self._schedule.actions())
+
+    @property
+    def n_blocks(self) -> int:
+        """How often `tape_previous` serves."""
+        return self._schedule.n_blocks
 
     def close(self) -> None:
         """Forget every snapshot, and leave no file behind."""
-        self.snapshots.close()
-        self.random.clear()
-        self.state = self._following = self.last_tape = self.initial_tape = None
+        if self._snapshots is not None:
+            self._snapshots.close()
+        self._random.clear()
+        self._state = self._following = self._taped_last = self._taped_initial = None
 
-    def taped_in_reverse(self) -> Iterator[Block]:
-        """The blocks, last first, each taped when it is asked for; serves once.
+    def forward(self, *, tape_last: bool) -> Self:
+        """u(0) = g0(f; theta_0) and u(t) = g(u(t-1), theta_t), t = 1..T.
 
-        Yields:
-            The taped blocks.
+        Args:
+            tape_last: tape the last block at once, because it will be reversed before anything
+                else is taped; it then is not evaluated twice. Else the trajectory is kept for
+                later.
+
+        Returns:
+            Itself; to be closed by who asked for it.
+
+        Raises:
+            StructureError: if a step changes the structure.
+            LostGradientError: if the dynamics closes over a tensor that requires grad.
+            ArgumentError: if the dynamics writes to its arguments.
+        """
+        written = watch((self._untaped, self.observation, self.control))
+        try:
+            with autodiff.recording():
+                self._begin()
+                self._advance_to_last()
+                self._finish(tape_last=tape_last)
+            if written():
+                raise ArgumentError(
+                    "the dynamics writes to its observation or its control in place: clone them "
+                    "first."
+                )
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        if self._checkpointing.keeps_graphs:
+            given = self.observation, self.control
+            self._taped_initial = state = begun(self._dynamics, *given)
+            autodiff.refuse_hidden(state, given, "dynamics.init")
+            state = tree.detach(state)
+        else:
+            self._snapshots = self._checkpointing.storage.open()
+            self.random_start = RandomState.capture(self.devices)
+            state = begun(self._dynamics, *self._untaped)
+            autodiff.refuse_hidden(state, (), "dynamics.init")
+        self.devices |= devices_of(state)
+        self._state = state
+
+    def _advance_to_last(self) -> None:
+        if not self._checkpointing.keeps_graphs:  # else the last block is all of them
+            for action in takewhile(_advances, self._schedule.actions()):
+                self._follow(action)
+
+    def _finish(self, *, tape_last: bool) -> None:
+        """From the start of the last block to u(T)."""
+        last, state = self.n_blocks - 1, self._state
+        if last < 0:
+            self.final = state
+        elif tape_last or self._checkpointing.keeps_graphs:
+            self._state = None
+            self._taped_last = block = self.tape(self._schedule.steps(last), state, first=True)
+            self.final = tree.detach(block.states[-1])
+        else:
+            # For later: the last block has to be reached again. Where there is room beyond the
+            # schedule its start is kept, and dropped when it is reached (`_reach`).
+            allowed = self._checkpointing.snapshots or self.n_blocks
+            if last not in self._random and len(self._random) < allowed:
+                self._follow(Action(Do.KEEP, last))
+            self._state = None
+            self.final = self._advance(self._schedule.steps(last), state)
+        self._following = self.final
+
+    def tape_previous(
+        self, step: Step | None = None, compared: Callable[[Tree], Tree] = lambda state: state
+    ) -> Block:
+        """The block before the one taped last, beginning with the last of all.
+
+        The caller lets go of a block before it asks for the next: the graph of one lives at a time.
+
+        Args:
+            step: taken in place of that of the dynamics; the same u(t).
+            compared: what of a state must be the same when it is evaluated again.
+
+        Returns:
+            The taped block.
 
         Raises:
             ArgumentError: if a step, evaluated again, gives another state.
         """
-        schedule, control = self.schedule, tree.detach(self.control)
-        self._following = self.final
-        actions = dropwhile(lambda action: action.do is not Do.TAPE, schedule.actions())
-        for action in actions:
-            if action.do is not Do.TAPE:
-                if not self.checkpointing.keeps_graphs:
-                    self.follow(action, control)
-                continue
-            block, self.last_tape = self.last_tape, None
-            steps = schedule.steps(action.block)
-            if block is None:
-                if self.state is None:  # as the forward sweep of a rollout leaves it
-                    self._reach(action.block, control)
-                block = self.tape(steps, self.state)
-                name = f"steps {steps.start + 1} to {steps.stop} of the dynamics"
-                self._check_same(block.states[-1], self._following, name)
-            self.state = None
-            self._following = tree.detach(block.states[0])
-            yield block
-            del block  # before the next is taped
+        action = next(self._actions)
+        while action.do is not Do.TAPE:
+            self._follow(action)
+            action = next(self._actions)
+        block, self._taped_last = self._taped_last, None
+        if block is None:
+            if self._state is None:  # as a sweep that was kept for later leaves it
+                self._reach(action.block)
+            steps = self._schedule.steps(action.block)
+            block = self.tape(steps, self._state, step=step)
+            name = f"steps {steps.start + 1} to {steps.stop} of the dynamics"
+            _check_deterministic(compared(block.states[-1]), compared(self._following), name)
+        self._state = None
+        self._following = tree.detach(block.states[0])
+        return block
 
-    def taped_initial(self) -> Tree:
+    def tape_initial(self) -> Tree:
         """u(0) with the graph of g0 in the observation and the control; after the blocks, once.
 
         Returns:
@@ -129,100 +230,137 @@ class Trajectory:
         Raises:
             ArgumentError: if g0, evaluated again, gives another state.
         """
-        tape, self.initial_tape = self.initial_tape, None
-        if tape is None:
+        for action in self._actions:  # nothing but snapshots to be dropped
+            self._follow(action)
+        state, self._taped_initial = self._taped_initial, None
+        if state is None:
             if self.random_start is not None:
                 self.random_start.restore()
-            tape = self.begin(self.observation, self.control)
-            expected = self._following if self.horizon else self.final
-            self._check_same(tape, expected, "dynamics.init")
-        return tape
-
-    def _check_same(self, again: Tree, expected: Tree, name: str) -> None:
-        _check_deterministic(self.compared(again), self.compared(expected), name)
-
-    def begin(self, observation: Tree, control: Tree) -> Tree:
-        """u(0)."""
-        state = self.dynamics.init(observation, initial_control(control))
-        tree.check_leaves(state, "u(0)")
+            state = begun(self._dynamics, self.observation, self.control)
+            _check_deterministic(state, self._following, "dynamics.init")
         return state
 
-    def _step(self, state: Tree, control: Tree, t: int) -> Tree:
-        written = watch(state)
-        following = self.dynamics.step(state, step_control(control, t), t)
-        if not tree.alike(following, state):
-            source = f"step {t} must return a state like its own"
-            tree.check_like(following, state, f"u({t})", source)
-        if written():
-            raise ArgumentError(
-                f"step {t} writes to its state in place, but the sweep still needs that state: "
-                "let the step return new tensors, or begin it with state.clone()."
-            )
-        self.forward_steps += 1
-        return following
-
-    def tape(self, steps: range, start: Tree, *, first: bool = False) -> Block:
+    def tape(
+        self, steps: range, start: Tree, *, step: Step | None = None, first: bool = False
+    ) -> Block:
         """Steps taped from the state at their start.
 
         Args:
             steps: of one block.
             start: the state.
+            step: taken in place of that of the dynamics.
             first: whether they were not advanced before, where tensors closed over are found.
 
         Returns:
             The block.
         """
-        states, known = [autodiff.variables(start)], set[int]()
         times = range(steps.start + 1, steps.stop + 1)
-        controls = [step_control(self.control, t) for t in times]
-        given = tree.distinct_leaves(controls) if first else []
+        block = Block(
+            steps, [autodiff.variables(start)], [step_control(self.control, t) for t in times]
+        )
+        states, known = block.states, set[int]()
+        given = tree.distinct_leaves(block.controls) if first else []
         for t in times:
-            following = self._step(states[-1], self.control, t)
+            following = stepped(step or self._dynamics.step, states[-1], self.control, t)
             states.append(following if t == steps.stop else autodiff.told_apart(following, known))
+        self.forward_steps += len(steps)
         if first:
-            _refuse_hidden(times, states, given)
-        return Block(steps, states, controls)
+            _refuse_hidden(block, given)
+        return block
 
-    def advance(self, steps: range, state: Tree, control: Tree) -> Tree:
+    def _advance(self, steps: range, state: Tree) -> Tree:
         """The state at the end of steps, none of them taped."""
         for t in range(steps.start + 1, steps.stop + 1):
-            state = self._step(state, control, t)
+            state = stepped(self._dynamics.step, state, self._untaped[1], t)
             # Nothing here requires grad, unless the step closed over something that does.
             autodiff.refuse_hidden(state, (), f"step {t} of the dynamics")
+        self.forward_steps += len(steps)
         return state
 
-    def follow(self, action: Action, control: Tree) -> None:
+    def _follow(self, action: Action) -> None:
         """Keep, advance, load or drop."""
         i = action.block
+        if self._checkpointing.keeps_graphs or self._snapshots is None:
+            return  # one block, which is taped at once
         match action.do:
             case Do.KEEP:
-                self.snapshots.put(i, self.state)
-                previous = next(reversed(self.random.values()), self.random_start)
-                self.random[i] = RandomState.capture(self.devices, previous)
+                self._snapshots.put(i, self._state)
+                previous = next(reversed(self._random.values()), self.random_start)
+                self._random[i] = RandomState.capture(self.devices, previous)
             case Do.ADVANCE:
-                steps = range(self.schedule.steps(self._at).start, self.schedule.steps(i).start)
-                state, self.state = self.state, None
-                self.state, self._at = self.advance(steps, state, control), i
+                steps = range(self._schedule.steps(self._at).start, self._schedule.steps(i).start)
+                state, self._state = self._state, None  # not held while the steps go on
+                self._state, self._at = self._advance(steps, state), i
             case Do.LOAD:
-                self.state, self._at = self.snapshots.get(i), i
-                self.random[i].restore()
+                self._state, self._at = self._snapshots.get(i), i
+                self._random[i].restore()
             case Do.DROP:
-                self.snapshots.drop(i)
-                del self.random[i]
+                self._snapshots.drop(i)
+                del self._random[i]
 
-    def _reach(self, block: int, control: Tree) -> None:
-        """Make the start of `block` the current state, from the last snapshot."""
-        nearest = next(reversed(self.random))
-        self.follow(Action(Do.LOAD, nearest), control)
+    def _reach(self, block: int) -> None:
+        """Make the start of the last block the current state, from the last snapshot."""
+        nearest = next(reversed(self._random))
+        self._follow(Action(Do.LOAD, nearest))
         if nearest != block:
-            self.follow(Action(Do.ADVANCE, block), control)
+            self._follow(Action(Do.ADVANCE, block))
         elif block:  # kept beyond the schedule
-            self.follow(Action(Do.DROP, block), control)
+            self._follow(Action(Do.DROP, block))
+
+    def park(self) -> Tree:
+        """Hand over what is worth keeping with a graph; `resumed` takes it again.
+
+        Snapshots in memory that no other will replace serve every reversal, and are handed over.
+        Others are used up by one reversal and stay here, for the first.
+
+        Returns:
+            The snapshots handed over, and u(T). Nothing of it is held here any more.
+        """
+        lasting: dict[int, Tree] = {}
+        every = self._schedule.snapshots >= self.n_blocks - 1
+        if every and isinstance(self._snapshots, MemorySnapshots):
+            lasting, self._snapshots = self._snapshots.states, None
+        handed = lasting, self.final
+        self.observation = self.control = self.final = self._untaped = self._following = None
+        return handed
+
+    def resumed(self, observation: Tree, control: Tree, handed: Tree) -> "Trajectory":
+        """A trajectory of the same sweep, to be reversed; swept again if its snapshots are gone.
+
+        Args:
+            observation: f, as it was.
+            control: Theta, as it was.
+            handed: what `park` handed over.
+
+        Returns:
+            The trajectory; to be closed by who asked for it.
+        """
+        lasting, final = tree.detach(handed)
+        given = self._dynamics, observation, control, self._horizon, self._checkpointing
+        again = Trajectory(*given)
+        again.devices |= self.devices
+        if lasting:
+            again._snapshots = MemorySnapshots(lasting)
+        elif self._snapshots is not None:
+            again._snapshots, self._snapshots = self._snapshots, None
+        else:
+            if self.random_start is not None:
+                self.random_start.restore()
+            return again.forward(tape_last=True)
+        again._random, again.random_start = dict(self._random), self.random_start
+        again.final = again._following = final
+        return again
 
 
-def _refuse_hidden(times: range, states: list[Tree], controls: list[Tensor]) -> None:
+def _advances(action: Action) -> bool:
+    """Whether an action of the schedule belongs to the forward sweep, as long as all before do."""
+    return action.do is not Do.TAPE
+
+
+def _refuse_hidden(block: Block, controls: list[Tensor]) -> None:
     """Refuse steps that close over a tensor that requires grad; `controls` are all leaves given."""
     # What a step did not compute was made a leaf of its own, when it was told apart.
+    states = block.states
     own = [
         x
         for state in states[1:-1]
@@ -232,26 +370,9 @@ def _refuse_hidden(times: range, states: list[Tree], controls: list[Tensor]) -> 
     try:
         autodiff.refuse_hidden(states[1:], (states[0], own, controls), "the dynamics")
     except LostGradientError:  # one walk over all is quick; which step it was is asked rarely
-        for t, (state, following) in zip(times, pairwise(states), strict=True):
+        for t, (state, following) in zip(block.times, pairwise(states), strict=True):
             autodiff.refuse_hidden(following, (state, own, controls), f"step {t} of the dynamics")
         raise
-
-
-def watch(values: Tree) -> Callable[[], bool]:
-    """Tells, when called, whether a tensor was written to since, or another put in its place."""
-    if isinstance(values, Tensor):
-        version = values._version
-        return lambda: values._version != version
-    leaves = tree.leaves_of(values)
-    versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
-
-    def written() -> bool:
-        now = tree.leaves_of(values)
-        if len(now) != len(leaves) or not all(map(is_, now, leaves)):
-            return True
-        return versions != [leaf._version for leaf in now if isinstance(leaf, Tensor)]
-
-    return written
 
 
 def _check_deterministic(again: Tree, expected: Tree, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.errors import ArgumentError
+from bilevel.checks import check_range
 
 
 class Normaliser(ABC):
@@ -23,11 +23,6 @@ class Normaliser(ABC):
         Returns:
             Like `alpha`, >= 0, with sum 1 along the first axis.
         """
-
-
-def _check_temperature(temperature: float) -> None:
-    if not 0 < temperature < float("inf"):
-        raise ArgumentError(f"temperature must be > 0 and finite, got {temperature}.")
 
 
 @final
@@ -50,7 +45,7 @@ class Softmax(Normaliser):
 
     def __post_init__(self) -> None:
         """Check the field."""
-        _check_temperature(self.temperature)
+        check_range(self.temperature, "temperature", above=0)
 
     def __call__(self, alpha: Tensor) -> Tensor:
         """See `Normaliser`."""
@@ -80,7 +75,7 @@ class Sparsemax(Normaliser):
 
     def __post_init__(self) -> None:
         """Check the field."""
-        _check_temperature(self.temperature)
+        check_range(self.temperature, "temperature", above=0)
 
     def __call__(self, alpha: Tensor) -> Tensor:
         """See `Normaliser`."""
@@ -114,7 +109,7 @@ class NormalisedSigmoid(Normaliser):
 
     def __post_init__(self) -> None:
         """Check the field."""
-        _check_temperature(self.temperature)
+        check_range(self.temperature, "temperature", above=0)
 
     def __call__(self, alpha: Tensor) -> Tensor:
         """See `Normaliser`."""

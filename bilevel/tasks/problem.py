@@ -18,7 +18,8 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from bilevel import autodiff, tree
+from bilevel import tree
+from bilevel.checks import check_choice, check_kind, check_scalar
 from bilevel.errors import ArgumentError, DivergenceError, StructureError, UnsupportedError
 from bilevel.inner.problem import BilevelProblem
 from bilevel.tasks.weights import TaskWeights
@@ -28,7 +29,7 @@ Losses = Callable[[Tree, Any], Tensor]  # (params, batch) -> one loss a task, sh
 Loss = Callable[[Tree, Any], Tensor]  # (params, batch) -> the loss of one task, real scalar
 
 
-class Columns(ABC):
+class Evaluation(ABC):
     """How the losses of M independent params are evaluated."""
 
     @abstractmethod
@@ -66,7 +67,7 @@ def _split(params: Tree, columns: int) -> tuple[list[Tensor], Callable[[Sequence
 
 @final
 @dataclass(frozen=True)
-class Vmapped(Columns):
+class Vmapped(Evaluation):
     """All columns together under `torch.func.vmap`; differentiation stays outside of it.
 
     Attributes:
@@ -78,13 +79,10 @@ class Vmapped(Columns):
 
     def __post_init__(self) -> None:
         """Check the field."""
-        if self.randomness not in ("error", "same", "different"):
-            raise ArgumentError(
-                f"randomness must be 'error', 'same' or 'different', got {self.randomness!r}."
-            )
+        check_choice(self.randomness, ("error", "same", "different"), "randomness")
 
     def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:
-        """See `Columns`."""
+        """See `Evaluation`."""
         variables, joined = _split(params, columns)
         each = torch.func.vmap(lambda *own: losses(joined(own), batch), randomness=self.randomness)
         try:
@@ -93,9 +91,9 @@ class Vmapped(Columns):
             if not any(name in str(error) for name in ("vmap", "functorch", "torch.func")):
                 raise
             if "randomness" in str(error):
-                remedy = "pass columns=Vmapped(randomness='different') or 'same', or Looped()"
+                remedy = "pass evaluate=Vmapped(randomness='different') or 'same', or Looped()"
             else:
-                remedy = "pass columns=Looped(), which evaluates one column after another"
+                remedy = "pass evaluate=Looped(), which evaluates one column after another"
             raise UnsupportedError(
                 f"the losses cannot be evaluated for all columns at once: {remedy}. "
                 f"From torch.func.vmap came: {str(error).splitlines()[0]}"
@@ -104,11 +102,11 @@ class Vmapped(Columns):
 
 @final
 @dataclass(frozen=True)
-class Looped(Columns):
+class Looped(Evaluation):
     """One column after another, for losses that `torch.func` refuses, such as a `rollout`."""
 
     def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:
-        """See `Columns`."""
+        """See `Evaluation`."""
         return torch.stack([losses(own, batch) for own in _each(params, columns)])
 
 
@@ -122,7 +120,7 @@ def weighted_problem(
     train_losses: Losses,
     validation_losses: Losses | Sequence[Loss],
     weights: TaskWeights,
-    columns: Columns | None = None,
+    evaluate: Evaluation | None = None,
 ) -> BilevelProblem:
     """The problem (3) of learned task weights; its control is alpha.
 
@@ -135,7 +133,7 @@ def weighted_problem(
             M functions `(params, batch) -> loss`, a real scalar each: a column then evaluates its
             own alone, instead of all M of which one counts.
         weights: sigma.
-        columns: how the columns of a matrix are evaluated; None is `Vmapped()`.
+        evaluate: how the columns of a matrix are evaluated; None is `Vmapped()`.
 
     Returns:
         The problem.
@@ -154,12 +152,10 @@ def weighted_problem(
         >>> problem.inner(torch.tensor(1.0), torch.zeros(2), None)
         tensor(2.)
     """
-    if not isinstance(weights, TaskWeights):
-        raise ArgumentError(f"weights must be a TaskWeights, got {type(weights).__name__}.")
-    if not isinstance(columns, Columns | None):
-        raise ArgumentError(f"columns must be Vmapped() or Looped(), got {columns!r}.")
+    check_kind(weights, TaskWeights, "weights", "a TaskWeights")
+    check_kind(evaluate, Evaluation | None, "evaluate", "Vmapped() or Looped()")
     n, m = weights.n_tasks, weights.n_validations
-    each = Vmapped() if columns is None else columns
+    each = Vmapped() if evaluate is None else evaluate
 
     def train(params: Tree, batch: Any) -> Tensor:
         return _checked(train_losses(params, batch), n, "train_losses")
@@ -188,7 +184,7 @@ def weighted_problem(
     return BilevelProblem(inner, outer, columns=m)
 
 
-def _judge(given: Losses | Sequence[Loss], m: int | None, columns: Columns) -> Losses:
+def _judge(given: Losses | Sequence[Loss], m: int | None, evaluate: Evaluation) -> Losses:
     """The validation losses, shape ``(M,)``, of params or of each column its own."""
     if callable(given):
 
@@ -197,7 +193,7 @@ def _judge(given: Losses | Sequence[Loss], m: int | None, columns: Columns) -> L
 
         if m is None:
             return together
-        return lambda params, batch: columns.losses(together, params, batch, m).diagonal()
+        return lambda params, batch: evaluate.losses(together, params, batch, m).diagonal()
     alone = list(given) if isinstance(given, Sequence) else []
     if not alone or not all(callable(loss) for loss in alone) or m not in (None, len(alone)):
         raise ArgumentError(
@@ -209,7 +205,7 @@ def _judge(given: Losses | Sequence[Loss], m: int | None, columns: Columns) -> L
         each = [params] * len(alone) if m is None else _each(params, m)
         return torch.stack(
             [
-                autodiff.check_scalar(loss(own, batch), f"validation_losses[{j}]")
+                check_scalar(loss(own, batch), f"validation_losses[{j}]")
                 for j, (loss, own) in enumerate(zip(alone, each, strict=True))
             ]
         )

@@ -1,19 +1,62 @@
-"""Weights of training tasks as a function of the outer variable."""
+"""Weights of training tasks as a function of the outer variable, and what they say of the tasks."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import is_whole
-from bilevel.errors import ArgumentError, StructureError
-from bilevel.tasks.correlation import Correlation
+from bilevel.checks import check_kind, check_range, check_whole
+from bilevel.drawing import new_figure
+from bilevel.errors import StructureError
 from bilevel.tasks.normalisers import Normaliser, Softmax
 from bilevel.tree import Tree
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Correlation:
+    """Weights of training tasks for validation tasks.
+
+    Attributes:
+        matrix: shape ``(N, M)``, columns of sum 1.
+        tasks: names of the rows.
+        validations: names of the columns.
+    """
+
+    matrix: Tensor
+    tasks: tuple[str, ...]
+    validations: tuple[str, ...]
+
+    def plot(self) -> Any:
+        """A heat map, one row a training task, with the weights written in the cells.
+
+        Returns:
+            A `matplotlib.figure.Figure`.
+
+        Raises:
+            UnsupportedError: if matplotlib is not installed.
+        """
+        n, m = self.matrix.shape
+        values = self.matrix.cpu().tolist()
+        figure = new_figure(
+            2.2 + 0.7 * m, 1.2 + 0.4 * n, name="Correlation.plot", instead=".matrix"
+        )
+        axes = figure.add_subplot()
+        largest = max(max(row) for row in values)
+        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=largest, aspect="auto")
+        for i, row in enumerate(values):
+            for j, value in enumerate(row):
+                colour = "white" if value > 0.6 * largest else "black"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+        turned = max(map(len, self.validations)) > 6
+        axes.set_xticks(range(m), self.validations, rotation=30 if turned else 0)
+        axes.set_yticks(range(n), self.tasks)
+        axes.set(xlabel="validation task", ylabel="training task")
+        figure.colorbar(image, label="weight")
+        return figure
 
 
 @final
@@ -49,25 +92,12 @@ class TaskWeights:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for name in ("n_tasks", "n_validations"):
-            value = getattr(self, name)
-            if name == "n_validations" and value is None:
-                continue
-            if not is_whole(value, 1):
-                raise ArgumentError(
-                    f"{name} must be a whole number >= 1, got {value!r}: give at least one task."
-                )
-        if not isinstance(self.normalise, Normaliser):
-            raise ArgumentError(
-                "normalise must be Softmax(), Sparsemax() or NormalisedSigmoid(), got "
-                f"{type(self.normalise).__name__}."
-            )
-        if not 0 <= self.floor <= 1 / self.n_tasks:
-            raise ArgumentError(
-                f"floor must be >= 0 and <= 1 / n_tasks = {1 / self.n_tasks:g}, got {self.floor}."
-            )
-        if not 0 <= self.entropy < math.inf:
-            raise ArgumentError(f"entropy must be >= 0 and finite, got {self.entropy}.")
+        check_whole(self.n_tasks, "n_tasks", 1, advice="give at least one task")
+        check_whole(self.n_validations, "n_validations", 1, optional=True)
+        kinds = "Softmax(), Sparsemax() or another Normaliser"
+        check_kind(self.normalise, Normaliser, "normalise", kinds)
+        check_range(self.floor, "floor", least=0, most=1 / self.n_tasks)
+        check_range(self.entropy, "entropy", least=0)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ from bilevel_cases import logistic, ridge, scalar, trees
 from problems import real, square
 
 import bilevel as bl
+from bilevel import ByStep
 from bilevel.autodiff import Linearisation
-from bilevel.inner.problem import ByStep
+from bilevel.errors import ArgumentError
 
 QUADRATICS = [
     ridge(1),
@@ -25,7 +26,7 @@ QUADRATICS = [
 
 def judged(problem, params, control, steps, step_size=0.1, batch=None, **settings):
     """A hypergradient by `Unrolled` and gradient descent, unless set otherwise; no warnings."""
-    chosen = {"optimizer": bl.GradientDescent(step_size), "method": bl.Unrolled(), **settings}
+    chosen = {"optimizer": bl.optim.SGD(step_size), "method": bl.Unrolled(), **settings}
     solver = bl.BilevelSolver(problem, inner_steps=steps, on_failure="ignore", **chosen)
     return solver.hypergradient(params, control, inner_batch=batch)
 
@@ -73,7 +74,9 @@ def test_the_estimate_covers_what_a_method_leaves_out(method, case):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [bl.HeavyBall(0.05, 0.8), bl.Adam(0.03)], ids=lambda o: type(o).__name__
+    "optimizer",
+    [bl.optim.SGD(0.05, momentum=0.8), bl.optim.Adam(0.03)],
+    ids=lambda o: type(o).__name__,
 )
 def test_the_estimate_does_not_ask_which_rule_made_the_steps(optimizer):
     case = ridge(20)
@@ -172,7 +175,7 @@ def lasso():
         w = w.sign() * (w.abs() - step_size * control.exp()).relu()
     on = w != 0
     q = torch.linalg.solve(X[:, on].T @ X[:, on] / 40, V[:, on].T @ (V @ w - z) / 30)
-    rule = bl.ProximalGradient(step_size, bl.L1(lambda a: a.exp()))
+    rule = bl.optim.ProximalGradient(step_size, bl.prox.L1(lambda a: a.exp()))
     return problem, torch.zeros_like(sparse), control, rule, -control.exp() * (q @ w[on].sign())
 
 
@@ -204,7 +207,7 @@ def test_in_single_precision_the_estimate_is_as_good_as_the_numbers():
 
 def test_a_residual_of_rounding_errors_is_trusted():
     case = logistic()
-    for method, steps in ((bl.Implicit(bl.CG(rtol=1e-12)), 1200), (bl.Unrolled(), 600)):
+    for method, steps in ((bl.Implicit(bl.linear.CG(rtol=1e-12)), 1200), (bl.Unrolled(), 600)):
         found = of_case(case, steps, method=method)
         assert distance(found.gradient, case.exact) < 1e-9
         assert found.certificate.error_estimate < 1e-6
@@ -243,13 +246,13 @@ def test_the_record_says_what_was_measured():
     assert certificate.inner_residual == pytest.approx(float(g.norm()), rel=1e-12)
     assert 0 < certificate.linear_residual < 1e-7
     assert certificate.bound is None
-    assert certificate.target == bl.Minimiser()
+    assert certificate.target == "the exact inner minimiser"
     torch.testing.assert_close(certificate.corrected, case.exact, rtol=1e-5, atol=1e-8)
 
 
 def test_the_linear_residual_is_that_of_implicit():
     case = ridge(20)
-    found = of_case(case, case.steps, method=bl.Implicit(bl.CG(rtol=1e-2)))
+    found = of_case(case, case.steps, method=bl.Implicit(bl.linear.CG(rtol=1e-2)))
     assert found.certificate.linear_residual == found.linear.residual > 1e-4
     true = distance(found.gradient, case.exact)
     assert found.certificate.error_estimate == pytest.approx(true, rel=1e-2)
@@ -300,7 +303,7 @@ def test_with_batches_the_last_one_is_judged_and_named():
     exact = 2 * 30 * (a * 15 - 1)
     torch.testing.assert_close(found.certificate.corrected, exact)
     warm = judged(problem, start, a, 30, 0.3, batch=ByStep(lambda t: float(t))).warm
-    solver = bl.BilevelSolver(problem, bl.GradientDescent(0.3), 5, on_failure="ignore")
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.3), 5, on_failure="ignore")
     later = solver.hypergradient(start, a, inner_batch=ByStep(lambda t: float(t)), warm=warm)
     assert "of step 35 alone" in str(later.certificate)
 
@@ -312,15 +315,15 @@ def test_trust_decides_what_is_trusted():
     case = ridge(20)
     estimate = of_case(case, 60, slower=0.5).certificate.error_estimate
     for trust, trusted in ((0.9 * estimate, False), (1.1 * estimate, True)):
-        found = of_case(case, 60, slower=0.5, certificate=bl.Newton(trust=trust))
+        found = of_case(case, 60, slower=0.5, certificate=bl.AgainstMinimiser(trust=trust))
         assert found.certificate.trustworthy == trusted
         assert f"trust={trust:g}" in str(found.certificate) or trusted
 
 
 def test_max_products_limits_the_work():
     case = ridge(300)
-    small = of_case(case, 15, certificate=bl.Newton(max_products=10))
-    large = of_case(case, 15, certificate=bl.Newton(max_products=200))
+    small = of_case(case, 15, certificate=bl.AgainstMinimiser(max_products=10))
+    large = of_case(case, 15, certificate=bl.AgainstMinimiser(max_products=200))
     assert small.certificate.products <= 10 < large.certificate.products <= 200
     assert small.certificate.error_estimate == math.inf
     assert "raise max_products" in small.certificate.reason
@@ -328,7 +331,7 @@ def test_max_products_limits_the_work():
     assert large.certificate.error_estimate == pytest.approx(true, rel=1e-2)
 
 
-CONSTANTS = bl.Constants(
+CONSTANTS = bl.certificates.Constants(
     convexity=math.exp(-1.0), coupling=6.0, outer=4.0, outer_control=0.0, hessian=0.0, mixed=1.0
 )
 
@@ -339,13 +342,13 @@ def test_constants_give_a_bound(method, steps):
     # |X w - y|^2 / 2n + e^a |w|^2 / 2 has mu = e^a, C = e^a w, L_C = e^a, L_H = 0.
     case = ridge(20, scalar_control=True)
     mu = float(case.control.exp())
-    constants = bl.Constants(
+    constants = bl.certificates.Constants(
         convexity=mu,
         coupling=mu * 2 * float(case.minimiser.norm() + case.params.norm()),
         outer=10.0,  # the largest eigenvalue of V^T V / n is 2.6
         mixed=mu,
     )
-    settings = {"method": method, "certificate": bl.Newton(constants=constants)}
+    settings = {"method": method, "certificate": bl.AgainstMinimiser(constants=constants)}
     found = of_case(case, steps, **settings)
     true = distance(found.gradient, case.exact)
     assert true <= found.certificate.bound
@@ -358,7 +361,7 @@ def test_constants_give_a_bound(method, steps):
 
 
 def test_the_bound_is_the_formula():
-    found = bl.Constants(2.0, 3.0, 5.0, 7.0, 11.0, 13.0).bound(0.1, 1.5, 0.2)
+    found = bl.certificates.Constants(2.0, 3.0, 5.0, 7.0, 11.0, 13.0).bound(0.1, 1.5, 0.2)
     eps = 0.1 / 2
     expected = (7 + 13 * 1.5) * eps + (3 + 13 * eps) / 2 * ((5 + 11 * 1.5) * eps + 0.2)
     assert found == pytest.approx(expected, rel=1e-14)
@@ -367,16 +370,25 @@ def test_the_bound_is_the_formula():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: bl.Newton(trust=0.0), "trust must be > 0, got 0.0"),
-        (lambda: bl.Newton(max_products=7), "whole number >= 8, got 7"),
-        (lambda: bl.Newton(max_products=2.5), "whole number >= 8, got 2.5"),
-        (lambda: bl.Constants(0.0, 1.0, 1.0), "convexity must be > 0, got 0.0"),
-        (lambda: bl.Constants(1.0, -1.0, 1.0), "coupling must be >= 0, got -1.0"),
-        (lambda: bl.Constants(1.0, 1.0, 1.0, mixed=math.nan), "mixed must be >= 0, got nan"),
+        (lambda: bl.AgainstMinimiser(trust=0.0), "trust must be > 0 and finite, got 0"),
+        (lambda: bl.AgainstMinimiser(max_products=7), "whole number >= 8, got 7"),
+        (lambda: bl.AgainstMinimiser(max_products=2.5), "whole number >= 8, got 2.5"),
+        (
+            lambda: bl.certificates.Constants(0.0, 1.0, 1.0),
+            "convexity must be > 0 and finite, got 0",
+        ),
+        (
+            lambda: bl.certificates.Constants(1.0, -1.0, 1.0),
+            "coupling must be >= 0 and finite, got -1",
+        ),
+        (
+            lambda: bl.certificates.Constants(1.0, 1.0, 1.0, mixed=math.nan),
+            "mixed must be >= 0 and finite, got nan",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(make, message):
-    with pytest.raises(bl.ArgumentError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         make()
 
 
@@ -451,7 +463,7 @@ def test_a_correction_that_may_miss_too_much_is_told():
 )
 def test_systems_left_unsolved_are_told(max_products, system):
     case = ridge(300)
-    certifier = bl.Newton(max_products=max_products)
+    certifier = bl.AgainstMinimiser(max_products=max_products)
     found = of_case(case, 30, certificate=certifier).certificate
     assert f"the {system} has relative residual" in found.reason
     assert found.error_estimate == math.inf
@@ -459,9 +471,9 @@ def test_systems_left_unsolved_are_told(max_products, system):
 
 def of_found(problem, params, control, **changes):
     """The certificate of a hypergradient made up."""
-    instance = bl.Instance(problem, bl.GradientDescent(0.1), 1, params, control)
-    made_up = {"value": one, "gradient": one, "state": params, "steps": 1, **changes}
-    return bl.Newton().certify(instance, bl.Found(**made_up), bl.Minimiser())
+    instance = bl.methods.Instance(problem, bl.optim.SGD(0.1), 1, params, control)
+    made_up = {"value": one, "gradient": one, "warm": bl.methods.Warm(params, 1), **changes}
+    return bl.AgainstMinimiser().certify(instance, bl.methods.Found(**made_up))
 
 
 def test_values_that_are_not_finite_are_reasons():
@@ -488,18 +500,20 @@ def test_kinks_are_not_smoothed_over():
 def test_a_zero_hypergradient_of_the_minimiser_is_explained():
     # Step sizes and starts: exact for the steps made, nothing to the minimiser.
     problem = bl.BilevelProblem(lambda w, a, batch: square(w - 1), outer_square)
-    rule = bl.GradientDescent(lambda a: 0.1 * a)
-    assert "take target=Iterate()" in reason_of(problem, line, one, steps=5, optimizer=rule)
+    rule = bl.optim.SGD(lambda a: 0.1 * a)
+    assert "take certificate=AgainstSteps()" in reason_of(
+        problem, line, one, steps=5, optimizer=rule
+    )
     start = bl.BilevelProblem(problem.inner, problem.outer, start=lambda w, a: w * a)
-    assert "take target=Iterate()" in reason_of(start, line, one, steps=5)
-    exact = judged(start, line, one, 5, target=bl.Iterate()).certificate
+    assert "take certificate=AgainstSteps()" in reason_of(start, line, one, steps=5)
+    exact = judged(start, line, one, 5, certificate=bl.AgainstSteps()).certificate
     assert exact.trustworthy
 
 
 def test_decoupled_decay_has_no_minimiser_to_compare_with():
     problem = bl.BilevelProblem(lambda w, a, batch: square(w - a), outer_square)
-    rule = bl.Adam(0.1, weight_decay=0.01)
-    assert "add the decay to the inner objective" in reason_of(problem, line, one, optimizer=rule)
+    rule = bl.optim.AdamW(0.1, weight_decay=0.01)
+    assert "use Adam, whose weight_decay is part" in reason_of(problem, line, one, optimizer=rule)
 
 
 def test_a_correction_out_of_the_domain_is_a_reason_not_an_error():
@@ -526,8 +540,8 @@ def test_errors_of_the_objectives_are_not_swallowed():
 
 def test_constants_of_a_smooth_problem_do_not_bound_a_proximal_one():
     problem, start, control, rule, _ = lasso()
-    certifier = bl.Newton(constants=CONSTANTS)
-    with pytest.raises(bl.ArgumentError, match="got ProximalGradient: leave them out"):
+    certifier = bl.AgainstMinimiser(constants=CONSTANTS)
+    with pytest.raises(ArgumentError, match="got ProximalGradient: leave them out"):
         judged(problem, start, control, 5, optimizer=rule, certificate=certifier)
 
 
@@ -555,7 +569,7 @@ def test_inner_objectives_without_third_derivatives_are_judged():
 def test_whole_sweeps_are_exact_for_the_steps_made():
     case = ridge(20)
     for method in (bl.MLM(), bl.Unrolled(), bl.MLM(last=9)):
-        found = of_case(case, 9, method=method, target=bl.Iterate())
+        found = of_case(case, 9, method=method, certificate=bl.AgainstSteps())
         certificate = found.certificate
         assert certificate.trustworthy
         assert (certificate.error_estimate, certificate.products) == (0.0, 0)
@@ -567,7 +581,7 @@ def test_whole_sweeps_are_exact_for_the_steps_made():
 def test_truncated_sweeps_say_that_nothing_is_known():
     case = ridge(20)
     for method in (bl.MLM(last=4), bl.OneStep()):
-        certificate = of_case(case, 9, method=method, target=bl.Iterate()).certificate
+        certificate = of_case(case, 9, method=method, certificate=bl.AgainstSteps()).certificate
         assert certificate.error_estimate == math.inf
         assert "nothing is known of the" in certificate.reason
         assert not certificate.trustworthy
@@ -575,27 +589,32 @@ def test_truncated_sweeps_say_that_nothing_is_known():
 
 def test_implicit_is_not_the_derivative_of_the_steps_made():
     case = ridge(20)
-    found = of_case(case, case.steps, method=bl.Implicit(), target=bl.Iterate())
+    found = of_case(case, case.steps, method=bl.Implicit(), certificate=bl.AgainstSteps())
     assert not found.certificate.trustworthy
     assert found.certificate.linear_residual == found.linear.residual
-    assert "take MLM() or Unrolled(), or target=Minimiser()" in found.certificate.reason
+    assert "take MLM() or Unrolled(), or certificate=AgainstMinimiser()" in found.certificate.reason
 
 
-@pytest.mark.parametrize("rigorous", [True, False])
-def test_a_stopped_sweep_tells_its_bound_or_estimate(rigorous):
+def test_a_stopped_sweep_tells_its_bound():
     case = ridge(20)
     mu = float(case.control.exp().min())
-    bounds = bl.Bounds(1 - 0.1 * mu, 1.0) if rigorous else None
-    whole = judged(case.problem, case.params, case.control, 150, 0.1, target=bl.Iterate())
+    bounds = bl.methods.Bounds(1 - 0.1 * mu, 1.0)
+    whole = judged(case.problem, case.params, case.control, 150, 0.1, certificate=bl.AgainstSteps())
     for tolerance, trusted in ((1e-3, True), (0.3, False)):
         method = bl.MLM(tolerance=tolerance, bounds=bounds)
         found = judged(
-            case.problem, case.params, case.control, 150, 0.1, method=method, target=bl.Iterate()
+            case.problem,
+            case.params,
+            case.control,
+            150,
+            0.1,
+            method=method,
+            certificate=bl.AgainstSteps(),
         )
         certificate = found.certificate
         assert certificate.error_estimate == found.truncation.error <= tolerance
         assert certificate.trustworthy == (certificate.error_estimate <= 2e-2)
         assert distance(found.gradient, whole.gradient) <= certificate.error_estimate
-        assert (certificate.bound == certificate.error_estimate) == rigorous
-        assert ("by the constants given" in str(certificate)) == rigorous
+        assert certificate.bound == certificate.error_estimate
+        assert "by the constants given" in str(certificate)
         assert trusted or "reverse more of the inner steps" in certificate.reason

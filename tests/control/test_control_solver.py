@@ -11,6 +11,7 @@ from reference import assert_same, fresh, plain_cost, plain_gradients, wanted
 
 import bilevel as bl
 from bilevel import tree
+from bilevel.errors import ArgumentError, ConvergenceError, DivergenceError
 
 C, U = 0.5 * real(1, 3), real(2, 3)
 SGD = OPTIMIZERS["SGD"]
@@ -129,7 +130,7 @@ def test_batches_are_taken_in_turn_and_begun_again():
 
 @pytest.mark.parametrize("batches", [[], iter([0.2, 0.4])], ids=["empty", "read once"])
 def test_batches_that_run_dry_are_refused(batches):
-    with pytest.raises(bl.ArgumentError, match="batches gave nothing"):
+    with pytest.raises(ArgumentError, match="batches gave nothing"):
         bl.ControlSolver(batch_problem, SGD).solve(C, steps=5, batches=batches)
 
 
@@ -219,7 +220,7 @@ def test_a_tolerance_that_is_missed_warns_by_default():
 
 def test_a_tolerance_that_is_missed_raises_if_asked_to():
     solver = bl.ControlSolver(quadratic(), SGD, on_failure="raise")
-    with pytest.raises(bl.ConvergenceError, match=r"after 2 steps, above the tolerance 1e-06"):
+    with pytest.raises(ConvergenceError, match=r"after 2 steps, above the tolerance 1e-06"):
         solver.solve(ZERO, FOUR, steps=2, tolerance=1e-6)
 
 
@@ -252,7 +253,7 @@ def test_a_state_that_is_not_finite_is_named_with_its_iteration():
     )
     one = torch.tensor(1.0, dtype=torch.float64)
     with pytest.raises(
-        bl.DivergenceError, match=r"iteration 1: the cost is inf.*u\(2\) is the first state"
+        DivergenceError, match=r"iteration 1: the cost is inf.*u\(2\) is the first state"
     ):
         bl.ControlSolver(problem, SGD).solve(one, one)
 
@@ -261,14 +262,14 @@ def test_a_derivative_that_is_not_finite_is_told_from_a_state_that_is_not():
     problem = bl.ControlProblem(
         bl.Map(lambda u, c, t: u + torch.sqrt(c - c)), lambda u, c: u + c, 2
     )
-    with pytest.raises(bl.DivergenceError, match=r"iteration 1: .* every state is finite"):
+    with pytest.raises(DivergenceError, match=r"iteration 1: .* every state is finite"):
         bl.ControlSolver(problem, SGD).solve(FOUR, FOUR)
 
 
 def test_an_iteration_that_diverges_later_names_the_iteration():
     # theta_k + 1 = (1 - 12 lr)^k overflows its square at 1e154, k = 78 with lr = 8.
     problem = quadratic()
-    with pytest.raises(bl.DivergenceError, match=r"iteration 7[89]:"):
+    with pytest.raises(DivergenceError, match=r"iteration 7[89]:"):
         bl.ControlSolver(problem, lambda p: torch.optim.SGD(p, lr=8.0)).solve(ZERO, FOUR)
 
 
@@ -312,7 +313,7 @@ def test_every_setting_of_the_solver_changes_the_outcome(name):
     def outcome(solver):
         try:
             return solver.solve(C, U, steps=3, tolerance=1e-9).control.tolist()
-        except bl.ConvergenceError as error:
+        except ConvergenceError as error:
             return str(error)
 
     solver = bl.ControlSolver(tanh_problem(), SGD, on_failure="raise")
@@ -333,27 +334,30 @@ def test_the_checkpointing_of_the_solver_is_that_of_its_sweeps():
 
 
 def test_wrong_fields_are_refused():
-    with pytest.raises(bl.ArgumentError, match=r"problem must be a ControlProblem .* got int"):
+    with pytest.raises(ArgumentError, match=r"problem must be a ControlProblem .* got int"):
         bl.ControlSolver(3)
-    with pytest.raises(bl.ArgumentError, match=r"on_failure must be .* got 'shout'"):
+    with pytest.raises(ArgumentError, match=r"on_failure must be .* got 'shout'"):
         bl.ControlSolver(quadratic(), on_failure="shout")
 
 
 def test_batches_go_with_a_build_function_only():
-    with pytest.raises(bl.ArgumentError, match="batches go with a solver that holds build"):
+    with pytest.raises(ArgumentError, match="batches go with a solver that holds build"):
         bl.ControlSolver(quadratic(), SGD).solve(ZERO, FOUR, batches=[1])
-    with pytest.raises(bl.ArgumentError, match="batches go with a solver that holds build"):
+    with pytest.raises(ArgumentError, match="batches go with a solver that holds build"):
         bl.ControlSolver(batch_problem, SGD).solve(ZERO, FOUR)
 
 
 @pytest.mark.parametrize(
-    "setting", [{"steps": -1}, {"tolerance": -1e-3}, {"tolerance": float("nan")}]
+    ("setting", "message"),
+    [
+        ({"steps": -1}, "steps must be a whole number >= 0, got -1"),
+        ({"tolerance": -1e-3}, "tolerance must be >= 0 and finite, got -0.001"),
+        ({"tolerance": float("nan")}, "tolerance must be >= 0 and finite, got nan"),
+    ],
 )
-def test_negative_steps_or_tolerances_are_refused(setting):
+def test_negative_steps_or_tolerances_are_refused(setting, message):
     problem = bl.ControlProblem(bl.Map(lambda u, c, t: u + c), lambda u, c: u.square().sum(), 2)
-    with pytest.raises(
-        bl.ArgumentError, match="steps must be a whole number >= 0 and tolerance >= 0"
-    ):
+    with pytest.raises(ArgumentError, match=message):
         bl.ControlSolver(problem).solve(torch.zeros(1), torch.ones(1), **setting)
 
 
@@ -409,12 +413,12 @@ def test_accumulation_takes_what_an_optimiser_asks_for_again():
 
 def test_accumulation_without_batches_is_refused():
     message = r"accumulate needs a solver that holds build\(batch\) and a first-order optimiser"
-    with pytest.raises(bl.ArgumentError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         bl.ControlSolver(tanh_problem(), SGD).solve(C, U, accumulate=2)
-    with pytest.raises(bl.ArgumentError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         bl.ControlSolver(batch_problem, bl.NewtonCG()).solve(C, batches=THREE, accumulate=2)
     for wrong in (0, -1, 1.5):
-        with pytest.raises(bl.ArgumentError, match="accumulate must be a whole number >= 1, got"):
+        with pytest.raises(ArgumentError, match="accumulate must be a whole number >= 1, got"):
             bl.ControlSolver(batch_problem, SGD).solve(C, batches=THREE, accumulate=wrong)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import bilevel as bl
 from bilevel import tree
+from bilevel.errors import ArgumentError, LostGradientError, StructureError
 
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
 STATES, GRAPHS = CHECKPOINTINGS[:2]
@@ -94,7 +95,7 @@ def test_a_step_that_writes_to_its_state_is_refused():
         u.add_(0.0)
         return u * c
 
-    with pytest.raises(bl.ArgumentError, match="step 1 writes to its state in place"):
+    with pytest.raises(ArgumentError, match="step 1 writes to its state in place"):
         bl.adjoint(problem_of(step), U.clone(), C)
 
 
@@ -105,7 +106,7 @@ def test_a_step_that_writes_to_an_integer_of_its_state_is_refused(checkpointing)
         return {**u, "x": torch.tanh(u["x"] * c)}
 
     problem = problem_of(step, terminal=lambda u, c: u["x"].sum())
-    with pytest.raises(bl.ArgumentError, match="step 1 writes to its state in place"):
+    with pytest.raises(ArgumentError, match="step 1 writes to its state in place"):
         bl.adjoint(problem, {"x": U, "n": torch.tensor(1)}, C, checkpointing=checkpointing)
 
 
@@ -116,7 +117,7 @@ def test_a_step_that_puts_another_tensor_into_its_state_is_refused(checkpointing
         return {"x": u["x"] * c}
 
     problem = problem_of(step, terminal=lambda u, c: u["x"].sum())
-    with pytest.raises(bl.ArgumentError, match="step 1 writes to its state in place"):
+    with pytest.raises(ArgumentError, match="step 1 writes to its state in place"):
         bl.adjoint(problem, {"x": U}, C, checkpointing=checkpointing)
 
 
@@ -126,7 +127,7 @@ def test_a_step_that_puts_another_tensor_into_its_control_is_refused(checkpointi
         c["x"] = c["x"] * 2
         return torch.tanh(u * c["x"])
 
-    with pytest.raises(bl.ArgumentError, match="writes to its observation or its control"):
+    with pytest.raises(ArgumentError, match="writes to its observation or its control"):
         bl.adjoint(problem_of(step), U, {"x": C}, checkpointing=checkpointing)
 
 
@@ -136,13 +137,13 @@ def test_a_step_that_writes_to_its_control_is_refused():
             c.add_(0.0)
         return u * c
 
-    with pytest.raises(bl.ArgumentError, match="writes to its observation or its control"):
+    with pytest.raises(ArgumentError, match="writes to its observation or its control"):
         bl.adjoint(problem_of(step), U, C.clone())
 
 
 def test_an_init_that_writes_to_the_observation_is_refused():
     problem = problem_of(tanh, g0=lambda f, c: f.mul_(1.0) * c)
-    with pytest.raises(bl.ArgumentError, match="writes to its observation or its control"):
+    with pytest.raises(ArgumentError, match="writes to its observation or its control"):
         bl.adjoint(problem, U.clone(), C)
 
 
@@ -171,7 +172,7 @@ CHANGES = {
 def test_a_step_that_changes_the_state_is_refused_with_the_name_of_the_leaf(change, checkpointing):
     step, message = CHANGES[change]
     problem = problem_of(step, terminal=lambda u, c: (c**2).sum())
-    with pytest.raises(bl.StructureError, match="step 1 must return a state.*" + message):
+    with pytest.raises(StructureError, match="step 1 must return a state.*" + message):
         bl.adjoint(problem, {"x": U}, C, checkpointing=checkpointing)
 
 
@@ -189,7 +190,8 @@ def test_a_step_that_changes_the_state_is_refused_with_the_name_of_the_leaf(chan
 def test_a_cost_that_is_no_real_scalar_is_refused_by_name(which, value, came, checkpointing):
     costs = {which: value if which == "terminal" else lambda u, c, t: value(u, c)}
     with pytest.raises(
-        bl.StructureError, match=f"the {which} cost must return a real scalar tensor.*got {came}"
+        StructureError,
+        match=f"the {which} cost( at t = \\d)? must return a real scalar tensor.*got {came}",
     ):
         bl.adjoint(problem_of(tanh, **costs), U, C, checkpointing=checkpointing)
 
@@ -208,14 +210,14 @@ def test_a_cost_that_is_no_real_scalar_is_refused_by_name(which, value, came, ch
 def test_arguments_that_are_not_tensors_or_do_not_fit_are_refused_by_name(
     observation, control, message, checkpointing
 ):
-    with pytest.raises(bl.StructureError, match=message):
+    with pytest.raises(StructureError, match=message):
         bl.adjoint(problem_of(tanh), observation, control, checkpointing=checkpointing)
 
 
 @every_checkpointing
 def test_an_initial_state_that_is_no_tensor_is_refused(checkpointing):
     problem = problem_of(tanh, g0=lambda f, c: {"x": 1.0})
-    with pytest.raises(bl.StructureError, match=r"u\(0\)\['x'\] must be a tensor"):
+    with pytest.raises(StructureError, match=r"u\(0\)\['x'\] must be a tensor"):
         bl.adjoint(problem, U, C, checkpointing=checkpointing)
 
 
@@ -247,9 +249,9 @@ def hidden_at(t):
 )
 def test_a_hidden_tensor_that_requires_grad_is_refused(source, problem, checkpointing):
     message = source + r" uses a tensor of shape \(3,\) that requires grad"
-    with pytest.raises(bl.LostGradientError, match=message):
+    with pytest.raises(LostGradientError, match=message):
         bl.adjoint(problem, U, C, checkpointing=checkpointing)
-    with torch.no_grad(), pytest.raises(bl.LostGradientError, match=message):
+    with torch.no_grad(), pytest.raises(LostGradientError, match=message):
         bl.adjoint(problem, U, C, checkpointing=checkpointing)
 
 
@@ -264,7 +266,7 @@ def test_a_hidden_tensor_that_requires_grad_is_refused(source, problem, checkpoi
     ],
 )
 def test_kkt_refuses_a_hidden_tensor_too(source, problem):
-    with pytest.raises(bl.LostGradientError, match=f"{source}.* uses a tensor of shape"):
+    with pytest.raises(LostGradientError, match=f"{source}.* uses a tensor of shape"):
         bl.kkt(problem, U, C, [U] * 5, [U] * 5)
 
 
@@ -272,7 +274,7 @@ def test_kkt_refuses_a_hidden_tensor_too(source, problem):
 def test_a_hidden_module_parameter_is_refused_and_a_frozen_one_is_a_constant(checkpointing):
     layer = nn.Linear(3, 3, dtype=torch.float64)
     problem = problem_of(lambda u, c, t: torch.tanh(layer(u) * c))
-    with pytest.raises(bl.LostGradientError, match="requires grad but is not among its arguments"):
+    with pytest.raises(LostGradientError, match="requires grad but is not among its arguments"):
         bl.adjoint(problem, U, C, checkpointing=checkpointing)
     layer.requires_grad_(False)
     found = bl.adjoint(problem, U, C, checkpointing=checkpointing)
@@ -292,7 +294,7 @@ def test_a_part_of_a_shared_control_that_nothing_reads_is_refused_by_name(
     name, control, checkpointing
 ):
     problem = problem_of(lambda u, c, t: torch.tanh(c["c"] * u))
-    with pytest.raises(bl.LostGradientError, match=name + " reaches no cost"):
+    with pytest.raises(LostGradientError, match=name + " reaches no cost"):
         bl.adjoint(problem, U, control, checkpointing=checkpointing)
 
 
@@ -309,13 +311,13 @@ def test_a_part_of_a_control_per_step_that_nothing_reads_is_refused_by_name(
     name, control, checkpointing
 ):
     problem = problem_of(lambda u, c, t: torch.tanh((c[0] if isinstance(c, tuple) else 2) * u))
-    with pytest.raises(bl.LostGradientError, match=name + ".* reaches no cost"):
+    with pytest.raises(LostGradientError, match=name + ".* reaches no cost"):
         bl.adjoint(problem, U, control, checkpointing=checkpointing)
 
 
 def test_a_shared_part_that_nothing_reads_is_refused_by_name():
     problem = problem_of(lambda u, c, t: torch.tanh(c[0] * u))
-    with pytest.raises(bl.LostGradientError, match=r"control.shared reaches no cost"):
+    with pytest.raises(LostGradientError, match=r"control.shared reaches no cost"):
         bl.adjoint(problem, U, bl.PerStep([C] * 4, shared=U))
 
 
@@ -323,14 +325,14 @@ def test_a_shared_part_that_nothing_reads_is_refused_by_name():
 
 
 def test_a_step_that_is_not_deterministic_is_refused():
-    with pytest.raises(bl.ArgumentError, match="steps 3 to 3 of the dynamics gave another state"):
+    with pytest.raises(ArgumentError, match="steps 3 to 3 of the dynamics gave another state"):
         bl.adjoint(problem_of(Noise()), U, C)
 
 
 def test_an_init_that_is_not_deterministic_is_refused():
     noise = Noise()
     problem = problem_of(tanh, horizon=1, g0=lambda f, c: noise(f, c, 0))
-    with pytest.raises(bl.ArgumentError, match=r"dynamics.init gave another state"):
+    with pytest.raises(ArgumentError, match=r"dynamics.init gave another state"):
         bl.adjoint(problem, U, C)
 
 
@@ -373,7 +375,7 @@ def test_a_failed_sweep_leaves_the_generator_as_the_forward_sweep_left_it(checkp
         plain_cost(problem_of(dropout), U, C)
         after_plain = torch.get_rng_state()
         torch.manual_seed(6)
-        with pytest.raises(bl.StructureError):
+        with pytest.raises(StructureError):
             bl.adjoint(problem, U, C, checkpointing=checkpointing)
         assert torch.equal(torch.get_rng_state(), after_plain)
 

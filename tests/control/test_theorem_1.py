@@ -3,8 +3,7 @@
 import pytest
 import torch
 from choices import CHECKPOINTINGS
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from problems import CASES, random_case
 from reference import (
     assert_same,
@@ -25,6 +24,7 @@ from reference import (
 
 import bilevel as bl
 from bilevel import tree
+from bilevel.errors import StructureError
 
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
@@ -231,7 +231,7 @@ def test_a_point_of_another_length_is_refused_by_name(function, which):
     states, multipliers = random_point(case.problem, case.observation, case.control, seed=6)
     point = {"states": states, "multipliers": multipliers}
     point[which] = point[which][:-1]
-    with pytest.raises(bl.StructureError, match=f"{which} must have one entry.*6 in all, got 5"):
+    with pytest.raises(StructureError, match=f"{which} must have one entry.*6 in all, got 5"):
         function(case.problem, case.observation, case.control, **point)
 
 

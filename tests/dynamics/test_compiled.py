@@ -11,13 +11,15 @@ import torch
 from problems import real, square
 
 import bilevel as bl
+from bilevel.errors import ArgumentError, CompileWarning
 
 CONTROL = bl.PerStep([0.4 * real(k, 3, 3) for k in range(3)])
 START = real(9, 3)
 
 
-def problem(g=lambda u, c, t: torch.tanh(c @ u) + u / t, **settings):
-    return bl.ControlProblem(bl.Map(g), lambda u, c: square(u), 3, **settings)
+def problem(g=lambda u, c, t: torch.tanh(c @ u) + u / t, *, compiled=False):
+    dynamics = bl.Compiled(bl.Map(g)) if compiled else bl.Map(g)
+    return bl.ControlProblem(dynamics, lambda u, c: square(u), 3)
 
 
 def same(found, expected):
@@ -45,10 +47,8 @@ def test_a_step_that_cannot_be_compiled_runs_as_it_is_and_says_so(monkeypatch):
 
     counting(monkeypatch, refuse)
     expected = bl.adjoint(problem(), START, CONTROL).gradient
-    with pytest.warns(
-        bl.CompileWarning, match=r"could not be compiled.*InvalidCxxCompiler"
-    ) as seen:
-        found = bl.adjoint(problem(compile=True), START, CONTROL).gradient
+    with pytest.warns(CompileWarning, match=r"could not be compiled.*InvalidCxxCompiler") as seen:
+        found = bl.adjoint(problem(compiled=True), START, CONTROL).gradient
     assert len(seen) == 1
     assert same(found, expected)
 
@@ -58,8 +58,8 @@ def test_a_compiler_that_refuses_at_once_is_a_warning_too(monkeypatch):
         raise RuntimeError("torch.compile is not supported here")
 
     counting(monkeypatch, refuse)
-    with pytest.warns(bl.CompileWarning, match=r"\(torch.compile is not supported here\)"):
-        found = bl.adjoint(problem(compile=True), START, CONTROL).gradient
+    with pytest.warns(CompileWarning, match=r"\(torch.compile is not supported here\)"):
+        found = bl.adjoint(problem(compiled=True), START, CONTROL).gradient
     assert same(found, bl.adjoint(problem(), START, CONTROL).gradient)
 
 
@@ -70,8 +70,10 @@ def test_complex_tensors_are_left_to_the_plain_step(monkeypatch):
         bl.Map(lambda u, c, t: u * torch.exp(1j * c)), lambda u, c: square(u - 1), 3
     )
     start = START + 0j
-    with pytest.warns(bl.CompileWarning, match="no kernels for complex tensors"):
-        found = bl.adjoint(dataclasses.replace(turn, compile=True), start, angle).gradient
+    with pytest.warns(CompileWarning, match="no kernels for complex tensors"):
+        found = bl.adjoint(
+            dataclasses.replace(turn, dynamics=bl.Compiled(turn.dynamics)), start, angle
+        ).gradient
     assert torch.equal(found, bl.adjoint(turn, start, angle).gradient)
     assert given == []
 
@@ -89,20 +91,17 @@ def test_the_function_of_a_map_is_compiled_once_and_not_the_step_that_all_maps_s
     def g(u, c, t):
         return torch.tanh(c @ u)
 
-    compiled = problem(g, compile=True)
+    compiled = problem(g, compiled=True)
     for _ in range(2):
         bl.adjoint(compiled, START, CONTROL)
     bl.adjoint(dataclasses.replace(compiled, running=lambda u, c, t: square(u)), START, CONTROL)
     assert given == [g]
 
 
-def test_compile_wraps_the_dynamics_once_and_passes_its_parts_on():
-    given = problem(compile=True)
-    assert isinstance(given.dynamics, bl.Compiled)
-    again = bl.ControlProblem(given.dynamics, given.terminal, 3, compile=True)
-    assert again.dynamics is given.dynamics
-    assert isinstance(bl.Compiled(given.dynamics).dynamics, bl.Map)
-    with pytest.raises(bl.ArgumentError, match="takes a Dynamics, got function"):
+def test_what_is_compiled_already_is_not_compiled_again():
+    given = bl.Compiled(bl.Map(lambda u, c, t: u))
+    assert isinstance(bl.Compiled(given).dynamics, bl.Map)
+    with pytest.raises(ArgumentError, match=r"dynamics must be a Dynamics .*Map.*, got function"):
         bl.Compiled(lambda u, c, t: u)
 
 
@@ -136,10 +135,12 @@ def test_init_and_readout_are_those_of_the_dynamics():
 def test_second_derivatives_and_budgets_are_those_of_the_plain_step(monkeypatch):
     given = counting(monkeypatch)
     direction = bl.PerStep([real(20 + k, 3, 3) for k in range(3)])
-    compiled = problem(compile=True)
+    compiled = problem(compiled=True)
     found = bl.hvp(compiled, START, CONTROL, direction).product
     assert same(found, bl.hvp(problem(), START, CONTROL, direction).product)
-    assert bl.measure(compiled, START, CONTROL) == bl.measure(problem(), START, CONTROL)
+    assert bl.sweeps.measure(compiled, START, CONTROL) == bl.sweeps.measure(
+        problem(), START, CONTROL
+    )
     assert given == []
 
 
@@ -152,11 +153,11 @@ def test_second_derivatives_and_budgets_are_those_of_the_plain_step(monkeypatch)
 )
 def test_a_compiled_step_gives_the_same_gradient(checkpointing, recwarn):
     expected = bl.adjoint(problem(), START, CONTROL)
-    found = bl.adjoint(problem(compile=True), START, CONTROL, checkpointing=checkpointing)
+    found = bl.adjoint(problem(compiled=True), START, CONTROL, checkpointing=checkpointing)
     torch.testing.assert_close(found.cost, expected.cost, rtol=1e-12, atol=0)
     for a, b in zip(found.gradient.steps, expected.gradient.steps, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
-    assert not [w for w in recwarn if w.category is bl.CompileWarning]
+    assert not [w for w in recwarn if w.category is CompileWarning]
 
 
 @pytest.mark.slow
@@ -168,11 +169,11 @@ def test_a_compiled_step_draws_the_random_numbers_of_the_plain_one(recwarn):
     found = []
     for compiled in (False, True):
         torch.manual_seed(3)
-        found.append(bl.adjoint(problem(g, compile=compiled), START, CONTROL))
+        found.append(bl.adjoint(problem(g, compiled=compiled), START, CONTROL))
     torch.testing.assert_close(found[1].cost, found[0].cost, rtol=1e-12, atol=0)
     for a, b in zip(found[1].gradient.steps, found[0].gradient.steps, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
-    assert not [w for w in recwarn if w.category is bl.CompileWarning]
+    assert not [w for w in recwarn if w.category is CompileWarning]
 
 
 @pytest.mark.slow
@@ -188,8 +189,10 @@ def test_code_that_torch_cannot_trace_runs_as_it_is(g, reason):
     control = bl.PerStep([0.4 * real(k, 3, 3) for k in range(12)])
     plain = bl.ControlProblem(bl.Map(g), lambda u, c: square(u), 12)
     expected = bl.adjoint(plain, START, control)
-    with pytest.warns(bl.CompileWarning, match=reason):
-        found = bl.adjoint(dataclasses.replace(plain, compile=True), START, control)
+    with pytest.warns(CompileWarning, match=reason):
+        found = bl.adjoint(
+            dataclasses.replace(plain, dynamics=bl.Compiled(plain.dynamics)), START, control
+        )
     torch.testing.assert_close(found.cost, expected.cost, rtol=1e-12, atol=0)
 
 
@@ -200,11 +203,11 @@ ROWS = [real(40 + t, 3) for t in range(13)]
 def test_without_a_compiler_the_step_runs_as_it_is(tmp_path):
     code = (
         "import torch, warnings, bilevel as bl\n"
-        "p = bl.ControlProblem(bl.Map(lambda u, c, t: c * u), lambda u, c: u, 3, compile=True)\n"
+        "p = bl.ControlProblem(bl.Compiled(bl.Map(lambda u, c, t: c * u)), lambda u, c: u, 3)\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
         "    print(float(bl.adjoint(p, torch.tensor(2.0), torch.tensor(3.0)).cost))\n"
-        "print([str(w.message) for w in seen if w.category is bl.CompileWarning])\n"
+        "print([str(w.message) for w in seen if w.category is CompileWarning])\n"
     )
     none = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     found = subprocess.run(

@@ -18,6 +18,7 @@ from torch import nn
 
 import bilevel as bl
 from bilevel import tree
+from bilevel.errors import ArgumentError, LostGradientError, StructureError
 
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
 
@@ -151,20 +152,20 @@ def test_loading_what_does_not_match_says_so_and_changes_nothing(mismatch):
     phases = normed_phases()
     before = phases.controls()
     other = tree.map_leaves(lambda x: x if x is None else x + 1, before)
-    with pytest.raises(bl.StructureError, match=message):
+    with pytest.raises(StructureError, match=message):
         phases.load(change(other))
     assert_same(phases.controls(), before, rtol=0)
 
 
 def test_a_parameter_shared_by_two_steps_is_refused():
     layer = nn.Linear(2, 2)
-    with pytest.raises(bl.ArgumentError, match="step 1 and step 3 share the parameter 'weight'"):
+    with pytest.raises(ArgumentError, match="step 1 and step 3 share the parameter 'weight'"):
         bl.Phases([layer, nn.Linear(2, 2), layer])
 
 
 def test_a_parameter_shared_by_a_step_and_the_initial_module_is_refused():
     layer = nn.Linear(2, 2)
-    with pytest.raises(bl.ArgumentError, match="step 2 and initial share the parameter 'weight'"):
+    with pytest.raises(ArgumentError, match="step 2 and initial share the parameter 'weight'"):
         bl.Phases([nn.Linear(2, 2), layer], initial=layer)
 
 
@@ -210,7 +211,7 @@ def test_a_context_that_requires_grad_is_refused(checkpointing):
         [seeded(ComplexConv, 9) for _ in range(1)], context=(fresh(cplx(10, 1, 4, 4)),)
     )
     problem = bl.ControlProblem(phases, lambda u, c: square(u), 1)
-    with pytest.raises(bl.LostGradientError, match=r"tensor of shape \(1, 4, 4\)"):
+    with pytest.raises(LostGradientError, match=r"tensor of shape \(1, 4, 4\)"):
         bl.adjoint(problem, cplx(2, 1, 4, 4), phases.controls(), checkpointing=checkpointing)
 
 
@@ -221,7 +222,7 @@ def test_a_control_that_lacks_a_trainable_parameter_is_refused(checkpointing):
     control = phases.controls()
     del control.steps[1]["gain"]
     problem = bl.ControlProblem(phases, lambda u, c: square(u), 3)
-    with pytest.raises(bl.LostGradientError, match=r"tensor of shape \(\) that requires grad"):
+    with pytest.raises(LostGradientError, match=r"tensor of shape \(\) that requires grad"):
         bl.adjoint(problem, cplx(2, 1, 4, 4), control, checkpointing=checkpointing)
 
 

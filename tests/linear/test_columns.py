@@ -5,21 +5,22 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from problems import F64, cplx, real
 from reference import assert_same
 
 import bilevel as bl
 from bilevel import tree
+from bilevel.errors import ArgumentError, DivergenceError, StructureError
+from bilevel.linear import CG, GMRES, Dense, Neumann, NormalCG, Nystrom, Operator
 
 SOLVERS = [
-    bl.CG(rtol=1e-10),
-    bl.NormalCG(rtol=1e-10),
-    bl.GMRES(rtol=1e-10),
-    bl.Neumann(400, step=0.4, rtol=1e-10),
-    bl.Nystrom(100, damping=0.1, rtol=1e-10),
-    bl.Dense(rtol=1e-10),
+    CG(rtol=1e-10),
+    NormalCG(rtol=1e-10),
+    GMRES(rtol=1e-10),
+    Neumann(400, step=0.4, rtol=1e-10),
+    Nystrom(100, damping=0.1, rtol=1e-10),
+    Dense(rtol=1e-10),
 ]
 every = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 stepping = pytest.mark.parametrize("solver", SOLVERS[:4], ids=lambda s: type(s).__name__)
@@ -75,7 +76,7 @@ def split(rows, like):
 
 
 def together(A, like, **settings):
-    return bl.Operator(
+    return Operator(
         lambda v: split((A @ joined(v)[..., None])[..., 0], like),
         lambda v: split((A.mT @ joined(v)[..., None])[..., 0], like),
         **{"symmetric": True, "columns": len(A), **settings},
@@ -99,7 +100,7 @@ def alone(solver, A, rhs, k, start=None, **settings):
             0,
         )
 
-    operator = bl.Operator(apply(A[k]), apply(A[k].T), **{"symmetric": True, **settings})
+    operator = Operator(apply(A[k]), apply(A[k].T), **{"symmetric": True, **settings})
     return solver.solve(operator, column(rhs, k), start)
 
 
@@ -159,7 +160,7 @@ def test_products_may_lie_in_memory_as_they_like(solver):
     def apply(v):
         return {"a": (v["a"][:, None] @ A).transpose(0, 2).contiguous().transpose(0, 2)[:, 0]}
 
-    found = solver.solve(bl.Operator(apply, apply, symmetric=True, columns=M), rhs)
+    found = solver.solve(Operator(apply, apply, symmetric=True, columns=M), rhs)
     plain = solver.solve(together(A, rhs), rhs)
     assert_same(found.solution, plain.solution, rtol=1e-9)
 
@@ -190,7 +191,7 @@ def test_random_systems_come_out_as_alone(solver, seed, n, columns, condition):
 
 
 @pytest.mark.parametrize(
-    "solver", [s for s in SOLVERS if not isinstance(s, bl.CG | bl.Nystrom)], ids=repr
+    "solver", [s for s in SOLVERS if not isinstance(s, CG | Nystrom)], ids=repr
 )
 def test_columns_without_symmetry_come_out_as_alone(solver):
     rhs = a_tree(1)
@@ -203,7 +204,7 @@ def test_columns_without_symmetry_come_out_as_alone(solver):
 def test_gmres_restarts_the_columns_that_need_it():
     rhs = real(1, M, 12)
     A = 2 * torch.eye(12, dtype=F64) + torch.arange(M)[:, None, None] * real(2, M, 12, 12) / 12
-    solver = bl.GMRES(restart=4, rtol=1e-8, max_steps=60)
+    solver = GMRES(restart=4, rtol=1e-8, max_steps=60)
     found = solver.solve(together(A, rhs, symmetric=False), rhs)
     assert found.column_steps[0] == 1
     assert max(found.column_steps) > 8
@@ -222,18 +223,18 @@ def test_one_product_serves_all_columns(solver):
         count += 1
         return plain.apply(v)
 
-    found = solver.solve(bl.Operator(counted, symmetric=True, columns=M), rhs)
+    found = solver.solve(Operator(counted, symmetric=True, columns=M), rhs)
     assert found.products == count
-    twice = isinstance(solver, bl.NormalCG)
+    twice = isinstance(solver, NormalCG)
     assert found.products == max(found.column_steps) * (2 if twice else 1) + twice
     assert found.steps == max(found.column_steps) > min(found.column_steps)
 
 
-@pytest.mark.parametrize("solver", [bl.Dense(), bl.Nystrom(9, 0.1)], ids=repr)
+@pytest.mark.parametrize("solver", [Dense(), Nystrom(9, 0.1)], ids=repr)
 def test_direct_solvers_make_a_product_a_dimension_of_one_column(solver):
     rhs = a_tree(1)
     found = solver.solve(together(positive(3, 9), rhs), rhs)
-    assert found.products == 9 + isinstance(solver, bl.Nystrom)
+    assert found.products == 9 + isinstance(solver, Nystrom)
 
 
 @every
@@ -288,7 +289,7 @@ def test_a_column_of_another_scale_loses_no_digit(solver, exponent):
 
 @every
 def test_operators_of_different_size_stand_side_by_side(solver):
-    if isinstance(solver, bl.Neumann | bl.Nystrom):
+    if isinstance(solver, Neumann | Nystrom):
         solver = dataclasses.replace(solver, **({"step": 1e-3} if hasattr(solver, "step") else {}))
         sizes = torch.tensor([1.0, 0.5, 0.7, 0.9], dtype=F64)
     else:
@@ -298,7 +299,7 @@ def test_operators_of_different_size_stand_side_by_side(solver):
     assert_as_alone(found, solver, A, rhs)
 
 
-@pytest.mark.parametrize("solver", [bl.CG(), bl.NormalCG(), bl.GMRES(), bl.Dense()], ids=repr)
+@pytest.mark.parametrize("solver", [CG(), NormalCG(), GMRES(), Dense()], ids=repr)
 def test_a_singular_column_spoils_no_other(solver):
     # Not far apart: where the last step is one of rounding, kernels differ in whether it is made.
     spectra = [[1.0, 2, 3, 4], [0, 0, 1, 2], [2, 2, 3, 4], [0, 0, 0, 0]]
@@ -322,16 +323,16 @@ def test_a_singular_column_spoils_no_other(solver):
 def test_negative_curvature_stops_its_own_column_alone():
     spectra = [[1.0, 2, 3], [-1, 1, 2], [1, 1.5, 7], [-3, -2, -1]]
     rhs, A = real(1, M, 3), matrices(2, spectra)
-    found = bl.CG().solve(together(A, rhs), rhs)
+    found = CG().solve(together(A, rhs), rhs)
     assert found.column_indefinite == (False, True, False, True)
     assert found.column_converged == (True, False, True, False)
     assert (found.indefinite, found.converged) == (True, False)
     assert found.column_steps[3] == 0
     assert found.ritz <= -1
-    assert_as_alone(found, bl.CG(), A, rhs)
+    assert_as_alone(found, CG(), A, rhs)
     assert "did not converge in columns 1, 3: 4 columns, the worst with" in found.message
     assert "Columns 1, 3 met a direction of non-positive curvature" in found.message
-    shifted = bl.CG(damping=3.5).solve(together(A, rhs), rhs)
+    shifted = CG(damping=3.5).solve(together(A, rhs), rhs)
     assert shifted.column_indefinite == (False,) * M
     exact = torch.linalg.solve(A + 3.5 * torch.eye(3, dtype=F64), rhs)
     torch.testing.assert_close(shifted.solution, exact, rtol=1e-7, atol=1e-8)
@@ -340,23 +341,23 @@ def test_negative_curvature_stops_its_own_column_alone():
 @stepping
 def test_steps_are_limited_in_every_column(solver):
     rhs, A = real(1, M, 9), positive(3, 9)
-    change = {"terms": 3} if isinstance(solver, bl.Neumann) else {"max_steps": 3}
+    change = {"terms": 3} if isinstance(solver, Neumann) else {"max_steps": 3}
     solver = dataclasses.replace(solver, **change)
     found = solver.solve(together(A, rhs), rhs)
     assert found.steps == 3
     assert_as_alone(found, solver, A, rhs)
-    if not isinstance(solver, bl.Neumann):
+    if not isinstance(solver, Neumann):
         assert found.column_converged == (True, False, False, False)
         assert "did not converge in columns 1, 2, 3: 4 columns, the worst with" in found.message
 
 
-@pytest.mark.parametrize("solver", [bl.CG(), bl.NormalCG()], ids=repr)
+@pytest.mark.parametrize("solver", [CG(), NormalCG()], ids=repr)
 def test_the_default_limit_of_steps_is_ten_a_dimension_of_one_column(solver):
     A = matrices(1, [torch.logspace(0, 14, 6, dtype=F64)] * 2)
     rhs = real(2, 2, 6)
     found = dataclasses.replace(solver, rtol=0).solve(together(A, rhs), rhs)
     assert found.steps <= 60
-    assert isinstance(solver, bl.CG) or found.steps == 60
+    assert isinstance(solver, CG) or found.steps == 60
 
 
 @every
@@ -364,7 +365,7 @@ def test_the_default_limit_of_steps_is_ten_a_dimension_of_one_column(solver):
 def test_single_precision_columns_are_solved_to_their_own_rounding(solver, dtype):
     rhs = cplx(1, M, 4).to(dtype) if dtype.is_complex else real(1, M, 8).float()
     A = positive(2, 8)
-    changes = {"damping": 1.0} if isinstance(solver, bl.Nystrom) else {}
+    changes = {"damping": 1.0} if isinstance(solver, Nystrom) else {}
     solver = dataclasses.replace(solver, rtol=1e-5, **changes)
     single = A.float()
 
@@ -372,7 +373,7 @@ def test_single_precision_columns_are_solved_to_their_own_rounding(solver, dtype
         rows = joined(v).float()
         return split((single @ rows[..., None])[..., 0], rhs)
 
-    found = solver.solve(bl.Operator(apply, apply, symmetric=True, columns=M), rhs)
+    found = solver.solve(Operator(apply, apply, symmetric=True, columns=M), rhs)
     assert found.converged
     assert found.solution.dtype == dtype
     damping = getattr(solver, "damping", 0.0)
@@ -380,7 +381,7 @@ def test_single_precision_columns_are_solved_to_their_own_rounding(solver, dtype
     torch.testing.assert_close(joined(found.solution), exact, rtol=3e-4, atol=3e-4)
 
 
-@pytest.mark.parametrize("solver", [bl.CG(0), bl.NormalCG(0)], ids=repr)
+@pytest.mark.parametrize("solver", [CG(0), NormalCG(0)], ids=repr)
 def test_columns_go_on_to_the_rounding_level_and_stop_there(solver):
     rhs, A = real(1, M, 9), positive(3, 9)
     found = solver.solve(together(A, rhs), rhs)
@@ -409,8 +410,8 @@ def test_a_value_that_is_not_finite_is_reported_with_its_column(solver):
         product[2] = math.nan
         return product
 
-    with pytest.raises(bl.DivergenceError, match=r"met nan at step [01] in column 2: the operator"):
-        solver.solve(bl.Operator(apply, symmetric=True, columns=M), rhs)
+    with pytest.raises(DivergenceError, match=r"met nan at step [01] in column 2: the operator"):
+        solver.solve(Operator(apply, symmetric=True, columns=M), rhs)
 
 
 @every
@@ -423,22 +424,22 @@ def test_a_value_that_is_not_finite_is_reported_with_its_column(solver):
     ],
 )
 def test_leaves_without_the_axis_of_columns_are_refused(solver, rhs, message):
-    with pytest.raises(bl.StructureError, match=message):
-        solver.solve(bl.Operator(lambda v: v, symmetric=True, columns=M), rhs)
+    with pytest.raises(StructureError, match=message):
+        solver.solve(Operator(lambda v: v, symmetric=True, columns=M), rhs)
 
 
 @pytest.mark.parametrize("columns", [0, -1, 2.0, True])
 def test_a_number_of_columns_out_of_range_is_refused(columns):
-    with pytest.raises(bl.ArgumentError, match=r"^columns must be an integer >= 1, or None, got"):
-        bl.Operator(lambda v: v, columns=columns)
+    with pytest.raises(ArgumentError, match=r"^columns must be a whole number >= 1, or None, got"):
+        Operator(lambda v: v, columns=columns)
 
 
 def test_a_long_list_of_columns_is_cut():
     rhs = torch.ones(20, 2, dtype=F64)
-    found = bl.CG().solve(bl.Operator(lambda v: -v, symmetric=True, columns=20), rhs)
+    found = CG().solve(Operator(lambda v: -v, symmetric=True, columns=20), rhs)
     assert "in columns 0, 1, 2, 3, 4, 5, 6, 7 and 12 more: 20 columns" in found.message
     rhs[1:] = 0
-    found = bl.CG().solve(bl.Operator(lambda v: -v, symmetric=True, columns=20), rhs)
+    found = CG().solve(Operator(lambda v: -v, symmetric=True, columns=20), rhs)
     assert "Column 0 met a direction" in found.message
 
 
@@ -462,7 +463,7 @@ def test_the_hypergradient_of_each_column_is_that_of_its_own_problem():
     alpha = torch.linspace(-1, 3, M, dtype=F64)
     problem = bl.BilevelProblem(inner, outer, columns=M)
     solver = bl.BilevelSolver(
-        problem, bl.GradientDescent(0.03), 600, bl.Implicit(bl.CG(1e-12)), certificate=None
+        problem, bl.optim.SGD(0.03), 600, bl.Implicit(CG(1e-12)), certificate=None
     )
     found = solver.hypergradient(torch.zeros(M, 5, dtype=F64), alpha, (X, y))
     torch.testing.assert_close(
@@ -470,7 +471,7 @@ def test_the_hypergradient_of_each_column_is_that_of_its_own_problem():
     )
     assert found.linear.column_steps[1] == 0
     assert found.linear.products == max(found.linear.column_steps) <= 6
-    with pytest.raises(bl.StructureError, match="must have a leading axis of length 3"):
+    with pytest.raises(StructureError, match="must have a leading axis of length 3"):
         dataclasses.replace(solver, problem=dataclasses.replace(problem, columns=3)).hypergradient(
             torch.zeros(M, 5, dtype=F64), alpha, (X, y)
         )

@@ -16,11 +16,11 @@ EXACT_FOR_THE_STEPS = [
 
 
 def name(value):
-    return repr(value) if isinstance(value, bl.HypergradientMethod) else None
+    return repr(value) if isinstance(value, bl.methods.HypergradientMethod) else None
 
 
 def solver(case, method, steps=None, optimizer=None, certificate=None, **settings):
-    optimizer = optimizer or bl.GradientDescent(case.step_size)
+    optimizer = optimizer or bl.optim.SGD(case.step_size)
     steps = case.steps if steps is None else steps
     return bl.BilevelSolver(
         case.problem, optimizer, steps, method, certificate=certificate, **settings

@@ -78,7 +78,7 @@ def test_it_solves_a_bilevel_problem():
         inner=lambda w, a, _: ((w - a) ** 2).sum() / 2,
         outer=lambda w, a, _: ((w - 1) ** 2).sum() + 1,
     )
-    solver = bl.BilevelSolver(problem, bl.GradientDescent(1.0), 1)
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(1.0), 1)
     found = solver.solve(
         torch.zeros(2), torch.zeros(2), lambda leaves: AgreeingDescent(leaves, 0.1, 0.5), steps=60
     )

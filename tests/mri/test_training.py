@@ -139,7 +139,9 @@ def test_a_budget_keeps_what_fits_and_is_planned_once_for_each_slice_shape(scans
     found = trained(scans, settings, network(kind=Counting))
     assert len(COUNT) == 6 * 2 + 2 * 2  # both phases measured once for crops and once for slices
     assert same(found, truth)
-    with pytest.raises(bl.ArgumentError, match=r"a budget of 1024 bytes is too small: .* at least"):
+    with pytest.raises(
+        bl.errors.ArgumentError, match=r"a budget of 1024 bytes is too small: .* at least"
+    ):
         trained(scans, replace(BASE, checkpointing=bl.Budget("1 KiB")))
 
 
@@ -373,7 +375,7 @@ def test_scans_of_more_coils_than_the_network_are_compressed(scans):
 
 
 def test_a_training_that_diverges_names_the_iteration(scans):
-    with pytest.raises(bl.DivergenceError, match=r"iteration .*smaller learning rate"):
+    with pytest.raises(bl.errors.DivergenceError, match=r"iteration .*smaller learning rate"):
         trained(scans, replace(BASE, steps=40, warmup=0, learning_rate=1e30))
 
 

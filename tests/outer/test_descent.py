@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import bilevel as bl
-from bilevel.outer import progress
+from bilevel.errors import ArgumentError, UnsupportedError
+from bilevel.outer import watching as progress
 from bilevel.outer.descent import StandstillError
 
 ONE = torch.ones(1, dtype=torch.float64)
@@ -44,7 +45,7 @@ def test_rich_is_preferred(monkeypatch):
 
 def test_a_bar_without_rich_and_tqdm_is_refused(monkeypatch):
     monkeypatch.setattr(progress, "find_spec", only())
-    with pytest.raises(bl.UnsupportedError, match=r"progress=True needs rich or tqdm, and neither"):
+    with pytest.raises(UnsupportedError, match=r"progress=True needs rich or tqdm, and neither"):
         solver().solve(0 * ONE, ONE, steps=3, progress=True)
     assert solver().solve(0 * ONE, ONE, steps=3).steps == 3
 
@@ -72,7 +73,7 @@ class Idle(torch.optim.Optimizer):
 
 
 def test_an_optimizer_that_never_asks_for_the_gradient_is_refused():
-    with pytest.raises(bl.ArgumentError, match="step\\(closure\\) must call the closure"):
+    with pytest.raises(ArgumentError, match="step\\(closure\\) must call the closure"):
         solver(Idle).solve(0 * ONE, ONE, steps=2)
 
 
@@ -99,5 +100,5 @@ def test_a_standstill_ends_the_iteration_unless_there_are_other_batches():
 def test_the_record_of_each_update_is_handed_to_the_callback():
     seen = []
     solver().solve(0 * ONE, ONE, steps=2, callback=lambda p: seen.append(p.found))
-    assert all(isinstance(found, bl.Adjoint) for found in seen)
+    assert all(isinstance(found, bl.control.Adjoint) for found in seen)
     assert [float(found.gradient) for found in seen] == pytest.approx([1.0, 0.9])

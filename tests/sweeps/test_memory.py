@@ -11,7 +11,8 @@ from reference import assert_same, fresh, plain_gradients
 from torch import nn
 
 import bilevel as bl
-from bilevel.sweeps.live import LiveBytes, bytes_of
+from bilevel.errors import ArgumentError
+from bilevel.sweeps.memory import LiveBytes, bytes_of
 
 measure = importlib.import_module("benchmarks.measure")
 KIB = 1024
@@ -67,7 +68,7 @@ def tanh_problem(horizon, per_step=False, rows=64, size=16):
 @pytest.mark.parametrize("per_step", [False, True])
 def test_a_measured_step_has_the_bytes_that_its_operations_keep(per_step):
     problem, observation, control = tanh_problem(20, per_step)
-    found = bl.measure(problem, observation, control)
+    found = bl.sweeps.measure(problem, observation, control)
     assert found.state_bytes == observation.nbytes
     assert found.graph_bytes == observation.nbytes + per_step * 16 * 16 * 8
 
@@ -77,7 +78,7 @@ def test_measuring_leaves_the_generator_and_the_arguments_alone():
         bl.Map(lambda u, c, t: nn.functional.dropout(c * u)), lambda u, c: square(u), 30
     )
     before = torch.get_rng_state()
-    found = bl.measure(problem, real(1, 50), real(2, 50))
+    found = bl.sweeps.measure(problem, real(1, 50), real(2, 50))
     assert torch.equal(torch.get_rng_state(), before)
     assert found.state_bytes == 400 + before.nbytes  # a step that draws has its random state kept
 
@@ -92,9 +93,9 @@ def test_the_largest_of_distinct_steps_counts(horizon):
     wide = [real(1, 8, 8), real(2, 8, 8), real(3, 8, 8)]
     steps = [[real(t, 8, 8)] for t in range(horizon)]
     problem = bl.ControlProblem(bl.Map(step), lambda u, c: square(u), horizon)
-    thin = bl.measure(problem, real(4, 8, 8), bl.PerStep(steps))
+    thin = bl.sweeps.measure(problem, real(4, 8, 8), bl.PerStep(steps))
     steps[3] = wide
-    found = bl.measure(problem, real(4, 8, 8), bl.PerStep(steps))
+    found = bl.sweeps.measure(problem, real(4, 8, 8), bl.PerStep(steps))
     assert thin.graph_bytes == 512 + 512
     assert found.graph_bytes == 3 * 512 + 3 * 512
 
@@ -104,7 +105,7 @@ def test_every_step_of_a_short_horizon_is_measured():
         return torch.tanh(c * u).sin().cos() if t == 3 else torch.tanh(c * u)
 
     problem = bl.ControlProblem(bl.Map(step), lambda u, c: square(u), 5)
-    assert bl.measure(problem, real(1, 10), real(2, 10)).graph_bytes == 4 * 80 - 80
+    assert bl.sweeps.measure(problem, real(1, 10), real(2, 10)).graph_bytes == 4 * 80 - 80
 
 
 def test_running_costs_belong_to_the_graph_of_a_step():
@@ -112,18 +113,18 @@ def test_running_costs_belong_to_the_graph_of_a_step():
     costly = bl.ControlProblem(
         problem.dynamics, problem.terminal, 3, lambda u, c, t: u.exp().sin().sum()
     )
-    plain = bl.measure(problem, observation, control).graph_bytes
-    assert bl.measure(costly, observation, control).graph_bytes >= plain + observation.nbytes
+    plain = bl.sweeps.measure(problem, observation, control).graph_bytes
+    assert bl.sweeps.measure(costly, observation, control).graph_bytes >= plain + observation.nbytes
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_every_case_can_be_measured_and_swept_within_the_least_budget(case):
     arguments = (case.problem, case.observation, case.control)
-    found = bl.measure(*arguments)
+    found = bl.sweeps.measure(*arguments)
     assert found.state_bytes > 0
     least = found.working_bytes + found.state_bytes
     least += found.graph_bytes if case.problem.horizon else 0
-    with pytest.raises(bl.ArgumentError, match=f"too small.*at least {least} bytes"):
+    with pytest.raises(ArgumentError, match=f"too small.*at least {least} bytes"):
         bl.adjoint(*arguments, checkpointing=bl.Budget(least - 1))
     swept = bl.adjoint(*arguments, checkpointing=bl.Budget(least))
     _, gradient, observation_gradient = plain_gradients(*arguments)
@@ -134,10 +135,10 @@ def test_every_case_can_be_measured_and_swept_within_the_least_budget(case):
 # --- Budgets
 
 
-@pytest.mark.parametrize("storage", [None, bl.OnDisk(FOLDER)], ids=repr)
+@pytest.mark.parametrize("storage", [bl.InMemory(), bl.OnDisk(FOLDER)], ids=repr)
 def test_a_budget_is_the_plan_of_its_measurement(storage):
     arguments = tanh_problem(40, per_step=True)
-    found = bl.measure(*arguments)
+    found = bl.sweeps.measure(*arguments)
     size = 200 * KIB
     planned = bl.plan(
         40, size, found.state_bytes, found.graph_bytes, storage, working_bytes=found.working_bytes
@@ -159,9 +160,7 @@ def test_a_budget_serves_rollouts_and_solvers():
 
 
 def test_something_else_than_a_checkpointing_is_refused():
-    with pytest.raises(
-        bl.ArgumentError, match="must be a Checkpointing, a Budget or None, got int"
-    ):
+    with pytest.raises(ArgumentError, match="must be a Checkpointing, a Budget or None, got int"):
         bl.adjoint(*tanh_problem(3), checkpointing=5)
 
 

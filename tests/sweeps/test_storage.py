@@ -9,7 +9,8 @@ from problems import CASES, Custom, real
 from reference import assert_same, fresh, plain_gradients
 
 import bilevel as bl
-from bilevel.sweeps import storage
+from bilevel.errors import ArgumentError, StorageError
+from bilevel.sweeps import disk as storage
 
 C, U = 0.5 * real(1, 3), real(2, 3)
 STORAGES = [bl.InMemory, bl.OnHost, bl.OnDisk]
@@ -145,7 +146,7 @@ def test_a_full_disk_is_an_error_that_names_the_path_and_leaves_nothing(
     after, tmp_path, monkeypatch
 ):
     written = fill_up(monkeypatch, after)
-    with pytest.raises(bl.StorageError, match=r"No space left on device.*free space") as caught:
+    with pytest.raises(StorageError, match=r"No space left on device.*free space") as caught:
         bl.adjoint(problem_of(), U, C, checkpointing=on_disk(tmp_path))
     assert str(written[-1]) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -154,7 +155,7 @@ def test_a_full_disk_is_an_error_that_names_the_path_and_leaves_nothing(
 def test_a_disk_that_fills_up_in_a_backward_leaves_nothing(tmp_path, monkeypatch):
     final = bl.rollout(bl.Map(tanh), U, fresh(C), 9, checkpointing=on_disk(tmp_path))
     fill_up(monkeypatch, 0)
-    with pytest.raises(bl.StorageError, match="No space left on device"):
+    with pytest.raises(StorageError, match="No space left on device"):
         final.sum().backward()
     assert list(tmp_path.iterdir()) == []
 
@@ -164,13 +165,13 @@ def test_a_file_that_somebody_shortened_is_an_error(tmp_path):
     place.put(0, {"x": U})
     (path,) = tmp_path.glob("*/*")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(bl.StorageError, match=rf"could not be read from {path}.*too short"):
+    with pytest.raises(StorageError, match=rf"could not be read from {path}.*too short"):
         place.get(0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(bl.ArgumentError, match=r"folder of OnDisk must exist, got .*missing"):
+    with pytest.raises(ArgumentError, match=r"folder of OnDisk must exist, got .*missing"):
         bl.adjoint(problem_of(), U, C, checkpointing=on_disk(tmp_path / "missing"))
 
 
@@ -179,7 +180,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(storage.tempfile, "mkdtemp", refuse)
-    with pytest.raises(bl.StorageError, match=f"could be made in {tmp_path}: Permission denied"):
+    with pytest.raises(StorageError, match=f"could be made in {tmp_path}: Permission denied"):
         bl.adjoint(problem_of(), U, C, checkpointing=on_disk(tmp_path))
 
 

@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from problems import real, square
 
 import bilevel as bl
@@ -15,8 +14,8 @@ NORMALISERS = [
     bl.Softmax(0.3),
     bl.Sparsemax(),
     bl.Sparsemax(2.0),
-    bl.NormalisedSigmoid(),
-    bl.NormalisedSigmoid(0.5),
+    bl.tasks.NormalisedSigmoid(),
+    bl.tasks.NormalisedSigmoid(0.5),
 ]
 each_normaliser = pytest.mark.parametrize("normalise", NORMALISERS, ids=repr)
 alphas = st.lists(st.floats(-1000, 1000), min_size=3, max_size=3)
@@ -92,7 +91,7 @@ def test_softmax_and_sigmoid_are_what_their_names_say(temperature):
     alpha = real(4, 4, 2)
     e, s = (alpha / temperature).exp(), 1 / (1 + (-alpha / temperature).exp())
     torch.testing.assert_close(bl.Softmax(temperature)(alpha), e / e.sum(0), rtol=1e-13, atol=0)
-    found = bl.NormalisedSigmoid(temperature)(alpha)
+    found = bl.tasks.NormalisedSigmoid(temperature)(alpha)
     torch.testing.assert_close(found, s / s.sum(0), rtol=1e-13, atol=0)
 
 
@@ -106,4 +105,4 @@ def test_temperature_goes_from_one_task_to_all_alike():
 def test_sigmoids_that_all_underflow_still_have_their_ratios():
     alpha = torch.tensor([-2000.0, -2001.0], dtype=torch.float64)
     expected = torch.softmax(alpha, 0)
-    torch.testing.assert_close(bl.NormalisedSigmoid()(alpha), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(bl.tasks.NormalisedSigmoid()(alpha), expected, rtol=1e-12, atol=0)

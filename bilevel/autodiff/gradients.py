@@ -1,0 +1,238 @@
+"""Values and gradients of functions of trees, pullbacks and pushforwards."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.autodiff.graphs import is_taped, refuse_hidden, told_apart, variables
+from bilevel.checks import check_scalar
+from bilevel.errors import LostGradientError
+from bilevel.tree import Tree
+
+
+def grad(
+    outputs: Sequence[Tensor],
+    values: Tree,
+    cotangents: Sequence[Tensor] | None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> Tree:
+    """`torch.autograd.grad` on a tree: select what requires grad, differentiate, put back.
+
+    Args:
+        outputs: tensors that require grad; none gives no gradient.
+        values: the tree to differentiate in.
+        cotangents: one an output; None for a scalar.
+        create_graph: attach the result, so that it can be differentiated once more.
+        retain_graph: keep the graph; None is `create_graph`.
+
+    Returns:
+        The tree of gradients; None where a leaf requires no grad, or no output depends on it.
+    """
+    leaves, structure = tree.flatten(values)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+    found: list[Tensor | None] = [None] * len(leaves)
+    if outputs and places:
+        wanted = [leaves[i] for i in places]
+        gradients = torch.autograd.grad(
+            outputs,
+            wanted,
+            cotangents,
+            retain_graph=retain_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        for i, gradient in zip(places, gradients, strict=True):
+            found[i] = gradient
+    return tree.unflatten(structure, found)
+
+
+def pull(outputs: Tree, cotangent: Tree, inputs: Tree, *, keep: bool = False) -> Tree:
+    """Adjoint of the derivative of `outputs` in `inputs`, applied to `cotangent`; frees the graph.
+
+    Args:
+        outputs: computed from `inputs` with grad enabled.
+        cotangent: a vector of the space of `outputs`.
+        inputs: variable trees, or trees computed on the way to `outputs`.
+        keep: keep the graph, and attach the result, so that it can be pulled back once more.
+
+    Returns:
+        A vector of the space of `inputs`; None also where `outputs` do not depend on the leaf.
+    """
+    pairs = [
+        (y, v)
+        for y, v in zip(tree.leaves_of(outputs), tree.leaves_of(cotangent), strict=True)
+        if v is not None and y.requires_grad
+    ]
+    return grad([y for y, _ in pairs], inputs, [v for _, v in pairs], create_graph=keep)
+
+
+def value_and_gradient(
+    function: Callable[..., Tensor], *arguments: Tree, name: str
+) -> tuple[Tensor, tuple[Tree, ...]]:
+    """Value of a real scalar `function`, and its gradient in each argument.
+
+    Args:
+        function: of `arguments`.
+        arguments: trees.
+        name: what to call `function` in an error.
+
+    Returns:
+        The detached value, and one vector an argument; None where it does not depend on the leaf.
+    """
+    inputs = tuple(variables(argument) for argument in arguments)
+    with torch.enable_grad():
+        value = check_scalar(function(*inputs), name)
+        refuse_hidden(value, inputs, name)
+        return value.detach(), pull(value, torch.ones_like(value), inputs)
+
+
+def gradient(
+    function: Callable[[Tree, Tree], Tensor],
+    params: Tree,
+    control: Tree,
+    *,
+    name: str,
+    check: bool = False,
+) -> Tree:
+    """Gradient of `function(params, control)` in `params`; a function of both.
+
+    Where an argument requires grad the gradient is attached to its graph, so that it can be
+    differentiated once more; else no graph is left.
+
+    Args:
+        function: real scalar.
+        params: tree whose variables are differentiated.
+        control: tree.
+        name: what to call `function` in an error.
+        check: look for tensors closed over, and whether anything in `params` is read.
+
+    Returns:
+        A vector of the space of `params`, zero where `function` does not depend on the leaf.
+
+    Raises:
+        StructureError: if the value is no real scalar.
+        LostGradientError: if asked to check, and a gradient would be lost.
+    """
+    attached = torch.is_grad_enabled() and (is_taped(params) or is_taped(control))
+    with torch.enable_grad():
+        point = _point(params, attached=attached)
+        value = check_scalar(function(point, control), name)
+        if check:
+            refuse_hidden(value, ((params, control) if attached else (), point), name)
+        found = grad([value] if value.requires_grad else [], point, None, create_graph=attached)
+        if check and all(g is None for g in tree.leaves_of(found)):
+            raise LostGradientError(
+                f"the {name} does not depend on the params, so that nothing would be minimised: "
+                "use them, and look for a detach() or a no_grad() inside."
+            )
+        return tree.filled(found, point)
+
+
+def _point(params: Tree, *, attached: bool) -> Tree:
+    """`params` as tensors that a gradient can be taken in, each in one place only."""
+    seen: list[Tensor] = []
+
+    def own(x: Any) -> Any:
+        if not tree.is_variable(x):
+            return x.detach() if isinstance(x, Tensor) else x
+        if not (attached and x.requires_grad):
+            return x.detach().requires_grad_()
+        # A tensor in two places would collect the gradients of both.
+        twice = any(x is y for y in seen)
+        seen.append(x)
+        return x.view_as(x) if twice else x
+
+    return tree.map_leaves(own, params)
+
+
+def slopes(outputs: Sequence[Tensor], values: Tree) -> tuple[list[Tensor], Tree]:
+    """The pullback of `outputs` as a function of its cotangents, which are leaves of the graph.
+
+    Its derivative in a cotangent is the pushforward: that is linear, so that reverse derivatives of
+    what computed `outputs` are all it needs.
+
+    Args:
+        outputs: tensors that require grad.
+        values: the tree they were computed from.
+
+    Returns:
+        The cotangents, zero, and what they are pulled back to.
+    """
+    cotangents = [torch.zeros_like(y, requires_grad=True) for y in outputs]
+    return cotangents, grad(outputs, values, cotangents, create_graph=True)
+
+
+def tangents(
+    cotangents: list[Tensor], pulled: Tree, directions: Tree, *, retain_graph: bool
+) -> list[Tensor | None]:
+    """The derivative along directions of what `slopes` pulled back.
+
+    Args:
+        cotangents: of `slopes`.
+        pulled: of `slopes`.
+        directions: vectors of the space of the values; None stands for zero.
+        retain_graph: whether another direction will be asked for.
+
+    Returns:
+        One tensor an output; None where it does not move.
+    """
+    pairs = [
+        (p, d)
+        for p, d in zip(tree.leaves_of(pulled), tree.leaves_of(directions), strict=True)
+        if p is not None and d is not None and p.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(cotangents)
+    ps, ds = zip(*pairs, strict=True)
+    return grad(ps, cotangents, ds, retain_graph=retain_graph)
+
+
+def pushforward(
+    function: Callable[..., Tree], arguments: tuple[Tree, ...], directions: tuple[Tree, ...]
+) -> tuple[Tree, Tree]:
+    """Value of `function`, and its derivative in its arguments along `directions`.
+
+    The derivative is detached on purpose: third derivatives of some kernels of torch (batch
+    normalisation) are wrong in silence.
+
+    Args:
+        function: of trees.
+        arguments: where; attached ones keep the outputs attached.
+        directions: vectors of the spaces of the arguments; None in them stands for zero.
+
+    Returns:
+        The value, detached if every argument is; and a vector of its space, detached.
+
+    Raises:
+        LostGradientError: if nothing is attached and the value is nevertheless.
+    """
+    attached = is_taped(arguments)
+    with torch.enable_grad():
+        inputs = told_apart(arguments, set())
+        value = function(*inputs)
+        if not attached:
+            refuse_hidden(value, inputs, "the function")
+        outputs = [y for y in tree.leaves_of(value) if isinstance(y, Tensor) and y.requires_grad]
+        along = zip(tree.leaves_of(inputs), tree.leaves_of(tree.detach(directions)), strict=True)
+        moved = [(x, d) for x, d in along if tree.is_variable(x) and d is not None]
+        xs, ds = [x for x, _ in moved], [d for _, d in moved]
+        found = tangents(*slopes(outputs, xs), ds, retain_graph=attached)
+        return value if attached else tree.detach(value), spread(found, value)
+
+
+def spread(found: list[Tensor | None], outputs: Tree) -> Tree:
+    """Tangents of the outputs that require grad, in their places; zero for other variables."""
+    each = iter(found)
+
+    def at(y: Any) -> Tensor | None:
+        if not tree.is_variable(y):
+            return None
+        tangent = next(each) if y.requires_grad else None
+        return torch.zeros_like(y) if tangent is None else tangent
+
+    return tree.map_leaves(at, outputs)

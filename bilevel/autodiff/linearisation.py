@@ -1,0 +1,71 @@
+"""The derivative of a function at a point, for many products."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.autodiff.gradients import grad, slopes, spread, tangents
+from bilevel.autodiff.graphs import refuse_hidden, variables
+from bilevel.tree import Tree
+
+
+class Linearisation:
+    """The derivative of a function at a point, its graph built once; many products from it.
+
+    Attributes:
+        value: of the function there, detached.
+    """
+
+    def __init__(self, function: Callable[..., Tree], *arguments: Tree, name: str) -> None:
+        """Evaluate `function` and keep its graph.
+
+        Args:
+            function: of `arguments`; differentiable.
+            arguments: trees; what they were computed from is not differentiated.
+            name: what to call `function` in an error.
+
+        Raises:
+            LostGradientError: if the function closes over a tensor that requires grad.
+        """
+        self._inputs = tuple(variables(argument) for argument in arguments)
+        with torch.enable_grad():
+            self._outputs = function(*self._inputs)
+            refuse_hidden(self._outputs, self._inputs, name)
+        self.value = tree.detach(self._outputs)
+        leaves = tree.leaves_of(self._outputs)
+        self._places = [
+            i for i, y in enumerate(leaves) if isinstance(y, Tensor) and y.requires_grad
+        ]
+        self._ys = [leaves[i] for i in self._places]
+        self._slopes: dict[int, tuple[list[Tensor], Tree]] = {}
+
+    def pull(self, cotangent: Tree, argument: int = 0) -> Tree:
+        """The adjoint of the derivative in one argument, applied to a vector of the values.
+
+        Args:
+            cotangent: no None in places of variables.
+            argument: which.
+
+        Returns:
+            A vector of the space of the argument; None where the value does not depend on it.
+        """
+        vectors = tree.leaves_of(cotangent)
+        given = [vectors[i] for i in self._places]
+        return grad(self._ys, self._inputs[argument], given, retain_graph=True)
+
+    def push(self, direction: Tree, argument: int = 0) -> Tree:
+        """The derivative in one argument along a direction: that of the pullback in its cotangent.
+
+        Args:
+            direction: a vector of the space of the argument.
+            argument: which.
+
+        Returns:
+            A vector of the space of the values; zero where they do not depend on the argument.
+        """
+        if argument not in self._slopes:
+            self._slopes[argument] = slopes(self._ys, self._inputs[argument])
+        cotangents, pulled = self._slopes[argument]
+        return spread(tangents(cotangents, pulled, direction, retain_graph=True), self._outputs)

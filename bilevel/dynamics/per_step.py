@@ -1,0 +1,157 @@
+"""Who receives what of a control, and how the gradient is gathered from those parts."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.checks import check_whole
+from bilevel.errors import LostGradientError, StructureError
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True, eq=False)
+class PerStep:
+    """A control with one tree per step: `step` and running costs receive theirs, theta_t.
+
+    Any control that is not a `PerStep` is shared by all steps and given whole.
+
+    Attributes:
+        steps: theta_1, ..., theta_T.
+        initial: theta_0, what `Dynamics.init` receives.
+        shared: what every step shares; then `step` receives `(theta_t, shared)`.
+    """
+
+    steps: Sequence[Tree]
+    initial: Tree = None
+    shared: Tree = None
+
+    def __post_init__(self) -> None:
+        """Freeze the sequence of steps."""
+        object.__setattr__(self, "steps", tuple(self.steps))
+
+    @classmethod
+    def unstack(cls, stacked: Tree, initial: Tree = None, shared: Tree = None) -> "PerStep":
+        """One tree per entry of the leading axis, which every leaf of `stacked` has.
+
+        Args:
+            stacked: tree of tensors of shape ``(T, ...)``.
+            initial: theta_0.
+            shared: what every step shares.
+
+        Returns:
+            The control; differentiable in `stacked`.
+
+        Raises:
+            StructureError: if the leading axes differ or a leaf has none.
+
+        Example:
+            >>> import torch
+            >>> PerStep.unstack(torch.tensor([1.0, 2.0])).steps
+            (tensor(1.), tensor(2.))
+        """
+        leaves, structure = tree.flatten(stacked)
+        lengths = {x.shape[0] if isinstance(x, Tensor) and x.ndim else None for x in leaves}
+        if len(lengths) != 1 or None in lengths:
+            raise StructureError(
+                "PerStep.unstack needs every leaf to be a tensor with the same leading axis, got "
+                f"lengths {sorted(lengths, key=str)}."
+            )
+        rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
+        return cls([tree.unflatten(structure, list(row)) for row in rows], initial, shared)
+
+
+_register: Any = optree.register_pytree_node  # its types ask for a Collection, its code does not
+_register(
+    PerStep,
+    lambda c: ((c.steps, c.initial, c.shared), None, ("steps", "initial", "shared")),
+    lambda _, children: PerStep(*children),
+    path_entry_type=optree.GetAttrEntry,
+    namespace=tree.NAMESPACE,
+)
+
+
+def step_control(control: Tree, t: int) -> Tree:
+    """What step `t` (1..T) and the running cost at `t` receive of `control`."""
+    if not isinstance(control, PerStep):
+        return control
+    theta = control.steps[t - 1]
+    return theta if control.shared is None else (theta, control.shared)
+
+
+def initial_control(control: Tree) -> Tree:
+    """What `Dynamics.init` receives of `control`: theta_0, or all of a shared control."""
+    return control.initial if isinstance(control, PerStep) else control
+
+
+def check_control(control: Tree, horizon: int) -> None:
+    """Refuse a control that does not fit the horizon.
+
+    Args:
+        control: any control.
+        horizon: number of steps.
+
+    Raises:
+        ArgumentError: if the horizon is no whole number.
+        StructureError: if it has another number of steps, or a leaf that is not a tensor.
+    """
+    check_whole(horizon, "horizon")
+    if isinstance(control, PerStep) and len(control.steps) != horizon:
+        raise StructureError(
+            f"control.steps must have one entry per step, {horizon} for this horizon, "
+            f"got {len(control.steps)}."
+        )
+    tree.check_leaves(control, "control")
+
+
+class GradientSum:
+    """A gradient in a control, gathered from the parts of the control that steps receive."""
+
+    def __init__(self, control: Tree) -> None:
+        """Start from nothing; `control` is the variable tree whose parts will be named."""
+        self._control = control
+        self._leaves, self._structure = tree.flatten(control)
+        self._index = {id(leaf): i for i, leaf in enumerate(self._leaves)}
+        self._sums: list[Tensor | None] = [None] * len(self._leaves)
+
+    def add(self, part: Tree, vector: Tree) -> None:
+        """Add `vector`, None where nothing is to be added, in the places of `part`."""
+        for i, term in self._terms(part, vector):
+            total = self._sums[i]
+            self._sums[i] = term if total is None else total + term
+
+    def subtract(self, part: Tree, vector: Tree) -> None:
+        """Subtract `vector` in the places of `part`."""
+        for i, term in self._terms(part, vector):
+            total = self._sums[i]
+            self._sums[i] = -term if total is None else total - term
+
+    def _terms(self, part: Tree, vector: Tree) -> Iterator[tuple[int, Tensor]]:
+        for leaf, term in zip(tree.leaves_of(part), tree.leaves_of(vector), strict=True):
+            if term is not None:
+                yield self._index[id(leaf)], term
+
+    def sums(self) -> Tree:
+        """What was gathered, None where nothing was."""
+        return tree.unflatten(self._structure, self._sums)
+
+    def total(self) -> Tree:
+        """The gradient of the whole problem.
+
+        Returns:
+            A vector of the space of the control.
+
+        Raises:
+            LostGradientError: if nothing read some part of the control.
+        """
+        for i, (leaf, total) in enumerate(zip(self._leaves, self._sums, strict=True)):
+            if tree.is_variable(leaf) and total is None:
+                name = tree.leaf_names(self._control, "control")[i]
+                raise LostGradientError(
+                    f"{name} reaches no cost, neither directly nor through the dynamics, so that "
+                    "its gradient would be a silent zero: use it, or leave it out of the control."
+                )
+        return self.sums()

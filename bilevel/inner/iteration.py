@@ -1,0 +1,78 @@
+r"""The inner iteration as a dynamics: :math:`\theta^{(t)} = \Phi(\theta^{(t-1)}, \alpha)`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bilevel import autodiff, tree
+from bilevel.dynamics.dynamics import Dynamics
+from bilevel.errors import DivergenceError
+from bilevel.inner.problem import BilevelProblem
+from bilevel.optim.rules import InnerOptimizer
+from bilevel.settings import at_step
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True, eq=False)
+class InnerIteration(Dynamics):
+    """The inner steps of a bilevel problem as a dynamics; its control is the outer variable.
+
+    Attributes:
+        problem: the objectives.
+        optimizer: the rule.
+        batch: constant, or a `ByStep`.
+        offset: inner steps made before, where the iteration goes on from a state.
+        goes_on: whether the observation is a state of the optimiser instead of params to start at.
+    """
+
+    problem: BilevelProblem
+    optimizer: InnerOptimizer
+    batch: Any = None
+    offset: int = 0
+    goes_on: bool = False
+
+    def init(self, observation: Tree, control: Tree) -> Tree:  # noqa: D102
+        state = self._first(observation, control)
+        params, settings = self.optimizer.params(state), tree.detach(control)
+        self.optimizer.check(params, settings, self.offset + 1)
+        return state
+
+    def _first(self, observation: Tree, control: Tree) -> Tree:
+        if self.goes_on:
+            return observation
+        if self.problem.start is None:
+            return self.optimizer.begin(observation)
+        start = self.problem.start(observation, control)
+        tree.check_like(start, observation, "params", "start must return params like those given")
+        return self.optimizer.begin(start)
+
+    def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
+        try:
+            gradient = self.gradient(self.optimizer.params(state), control, t, check=t == 1)
+        except DivergenceError as error:
+            raise DivergenceError(f"inner step {t}: {error}") from error
+        return self.optimizer.update(state, gradient, control, self.offset + t)
+
+    def readout(self, state: Tree) -> Tree:  # noqa: D102
+        return self.optimizer.params(state)
+
+    def gradient(self, params: Tree, control: Tree, t: int, *, check: bool = False) -> Tree:
+        """Gradient of the inner objective in the params, with the batch of step `t`.
+
+        Args:
+            params: where.
+            control: the outer variable.
+            t: the step.
+            check: look whether the objective closes over a tensor that requires grad.
+
+        Returns:
+            A vector of the space of the params, attached to the graph of the arguments.
+        """
+        inner, batch = self.problem.inner, at_step(self.batch, self.offset + t)
+        return autodiff.gradient(
+            lambda p, c: inner(p, c, batch), params, control, name="inner objective", check=check
+        )
+
+    def residual(self, params: Tree, control: Tree, t: int) -> Tree:
+        """What vanishes at the inner solution, with the batch of step `t`."""
+        found = self.gradient(params, control, t)
+        return self.optimizer.residual(params, found, control, self.offset + t)

@@ -1,0 +1,115 @@
+"""What is shown of an outer loop while it runs, and said where it did not reach what it should."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+
+from bilevel.errors import ConvergenceError, ConvergenceWarning, UnsupportedError
+from bilevel.tree import Tree
+
+OnFailure = Literal["warn", "raise", "ignore"]
+ON_FAILURE = ("warn", "raise", "ignore")
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """What a callback sees after each iteration.
+
+    Attributes:
+        step: iterations done, from 1.
+        cost: J, or the outer objective F, before this iteration's update.
+        gradient_norm: before the update.
+        control: the present control, detached; it shares memory with the iteration.
+        optimizer: as made by the solver, for its state and learning rates.
+        found: the `Adjoint` or `Hypergradient` before the update.
+    """
+
+    step: int
+    cost: float
+    gradient_norm: float
+    control: Tree
+    optimizer: Optimizer
+    found: Any
+
+
+@contextmanager
+def progress_bar(total: int, *, show: bool) -> Iterator[Callable[[str], None]]:
+    """A bar of `total` steps on standard error, by rich or tqdm, whichever is installed.
+
+    Args:
+        total: number of steps.
+        show: whether there is a bar.
+
+    Yields:
+        What is called after each step with a text to show.
+
+    Raises:
+        UnsupportedError: if a bar is asked for and neither package is installed.
+    """
+    if not show:
+        yield lambda _text: None
+    elif find_spec("rich"):
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn as Remaining,
+        )
+
+        columns = BarColumn(), MofNCompleteColumn(), Remaining(), TextColumn("{task.description}")
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda text: bar.update(task, advance=1, description=text)
+    elif find_spec("tqdm"):
+        from tqdm import tqdm
+
+        with tqdm(total=total) as bar:
+
+            def advance(text: str) -> None:
+                bar.set_postfix_str(text, refresh=False)
+                bar.update()
+
+            yield advance
+    else:
+        raise UnsupportedError(
+            "progress=True needs rich or tqdm, and neither is installed: pip install rich, or "
+            "pass a callback."
+        )
+
+
+def report(message: str, on_failure: OnFailure, *, level: int = 3) -> None:
+    """Warn, raise, or be silent, as asked.
+
+    Args:
+        message: what was not reached.
+        on_failure: as the solver has it.
+        level: whose line the warning names, counted from here.
+
+    Raises:
+        ConvergenceError: if asked to.
+    """
+    if on_failure == "raise":
+        raise ConvergenceError(message)
+    if on_failure == "warn":
+        warnings.warn(message, ConvergenceWarning, stacklevel=level)
+
+
+def above_tolerance(norm: float, tolerance: float, steps: int, *, standstill: bool = False) -> str:
+    """What to say of a descent that did not converge."""
+    remedy = (
+        "no step along the direction lowers the cost any further: take a larger tolerance, float64,"
+        " or costs that are smooth."
+        if standstill
+        else "take more steps, another optimiser, or a larger tolerance."
+    )
+    return (
+        f"the gradient norm is {norm:.3g} after {steps} steps, above the tolerance "
+        f"{tolerance:.3g}: {remedy}"
+    )

@@ -1,0 +1,106 @@
+"""Numbers that a rule or a penalty is told: constant, learned, or changing with the step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.checks import check_range, refuse_setting
+from bilevel.errors import ArgumentError, StructureError
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class ByStep:
+    """A setting that changes with the inner step: a batch, a learning rate.
+
+    Attributes:
+        value: what step t = 1, 2, ... uses; a deterministic function of t, since sweeps ask again.
+            With a warm start t goes on counting where the last solve ended.
+
+    Raises:
+        ArgumentError: if it is not a function.
+
+    Example:
+        >>> batches = ["a", "b", "c"]
+        >>> at_step(ByStep(lambda t: batches[t % 3]), 4)
+        'b'
+    """
+
+    value: Callable[[int], Any]
+
+    def __post_init__(self) -> None:
+        """Check the field."""
+        if not callable(self.value):
+            raise ArgumentError(
+                f"ByStep takes a function of the step t = 1, 2, ..., got "
+                f"{type(self.value).__name__}; a constant is given as it is."
+            )
+
+
+# A number, a tensor, or a function of the control (so that it can be learned) that returns a scalar
+# tensor or a tree like the params; or a `ByStep` of any of them.
+Setting = float | Tensor | Callable[[Tree], Any] | ByStep
+
+
+def at_step(setting: Any, t: int) -> Any:
+    """What `setting` is at inner step `t`: itself, unless it is a `ByStep`."""
+    return setting.value(t) if isinstance(setting, ByStep) else setting
+
+
+def setting_at(setting: Setting, control: Tree, t: int) -> Any:
+    """A number, a tensor, or a tree like the params: `setting` at step `t` and a control."""
+    value = at_step(setting, t)
+    return value(control) if callable(value) else value
+
+
+def for_each(value: Any, params: Tree, name: str) -> Tree:
+    """The value of a setting for each leaf of the params; None for leaves that are no variables.
+
+    Args:
+        value: a number, a tensor, or a tree like the params.
+        params: the tree.
+        name: what the user calls the setting.
+
+    Returns:
+        A tree like the params.
+
+    Raises:
+        StructureError: if the value is another tree.
+    """
+    if isinstance(value, float | int | Tensor):
+        return tree.map_leaves(lambda x: value if tree.is_variable(x) else None, params)
+    structure, expected = tree.flatten(value)[1], tree.flatten(params)[1]
+    if structure != expected:
+        raise StructureError(
+            f"{name} must be a scalar, or a tree like the params, {expected}, got {structure}."
+        )
+    return value
+
+
+def check_setting(value: Any, name: str, **bounds: float) -> None:
+    """Refuse what is no setting, or is out of range; functions are checked when they are used.
+
+    Args:
+        value: a setting, or what one came to.
+        name: what the user calls it.
+        bounds: as in `check_range`; none leaves the range open.
+
+    Raises:
+        ArgumentError: naming the setting.
+    """
+    if isinstance(value, ByStep) or callable(value):
+        return
+    for x in tree.leaves_of(value):
+        # None in a tree stands in the place of a leaf that is no variable.
+        nothing = x is None and value is not None
+        if isinstance(x, bool) or not (nothing or isinstance(x, float | int | Tensor)):
+            raise ArgumentError(
+                f"{name} must be a number, a tensor or a function of the control, got "
+                f"{type(x).__name__}."
+            )
+    refuse_setting(value, name)
+    if bounds:
+        check_range(value, name, **bounds)
