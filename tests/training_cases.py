@@ -10,7 +10,8 @@ from applications.mri.operators import ifft2c, rss
 from applications.mri.reconstruction import Network
 from applications.mri.sampling import CartesianRandom
 from applications.mri.simulate import simulate
-from applications.mri.training import TrainingSettings, train
+from applications.mri.training import train
+from applications.mri.training_settings import TrainingSettings
 from bilevel import tree
 
 COILS, SIZE = 2, 24

@@ -1,7 +1,6 @@
 """Magnitude images by anatomy, bundled or from files, and their division into blocks of slices."""
 
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from applications.errors import InputError
+from applications.mri.bundled.paths import bundled
 from applications.mri.formats.nifti import Plane, is_nifti, read_images
 from applications.mri.hdf5 import dataset, opened
 
@@ -26,27 +26,6 @@ class Split:
     train: tuple[int, ...]
     validation: tuple[int, ...]
     test: tuple[int, ...]
-
-
-def bundled(name: str) -> Path:
-    """Path of a file that comes with the package.
-
-    Args:
-        name: of the file.
-
-    Returns:
-        Its path.
-    """
-    return Path(str(resources.files("applications.mri") / "bundled" / name))
-
-
-def bundled_scan_path() -> Path:
-    """Path of the bundled measured scan.
-
-    Returns:
-        A file of one brain slice, 8 coils, 230 x 180, undersampled 8-fold, without reference.
-    """
-    return bundled("real_brain_8coil_poisson_r8.h5")
 
 
 def load_anatomies(path: Path | str | None = None, plane: Plane | None = None) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from applications.errors import InputError
 from applications.mri.metrics import score
 from applications.mri.operators import ifft2c, rss
-from applications.mri.sampling import check_mask
+from applications.mri.physics.masks import check_mask
 
 _LARGEST_CALIBRATION = 24
 _KERNEL = 6

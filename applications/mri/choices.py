@@ -1,35 +1,13 @@
-"""Options that several commands have, and samplings as the command line names them."""
+"""Options that several commands have."""
 
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from applications.errors import InputError
-from applications.mri.mask_files import SUFFIXES, FromFile
 from applications.mri.network import PRESETS
-from applications.mri.sampling import (
-    CartesianEquispaced,
-    CartesianMagic,
-    CartesianRandom,
-    GaussianColumns,
-    GaussianPoints,
-    PoissonDisc,
-    Radial,
-    Sampling,
-)
-
-_NAMED: dict[str, type[Any]] = {
-    "random": CartesianRandom,
-    "equispaced": CartesianEquispaced,
-    "magic": CartesianMagic,
-    "gaussian": GaussianColumns,
-    "gaussian-2d": GaussianPoints,
-    "poisson": PoissonDisc,
-    "radial": Radial,
-}
-_FLAGS = {"center_fraction": "center"}
+from applications.mri.sampling.from_file import SUFFIXES
+from applications.mri.sampling.named import NAMED
 
 Preset = Annotated[str | None, typer.Option(help=f"Network: {', '.join(PRESETS)}; light.")]
 Init = Annotated[
@@ -40,7 +18,7 @@ TaskTexts = Annotated[
     list[str] | None, typer.Option(help="One more task: name=...,anatomy=...,acceleration=...")
 ]
 MaskOption = Annotated[
-    str, typer.Option(help=f"Sampling: {', '.join(_NAMED)}, or a file ({', '.join(SUFFIXES)}).")
+    str, typer.Option(help=f"Sampling: {', '.join(NAMED)}, or a file ({', '.join(SUFFIXES)}).")
 ]
 Acceleration = Annotated[
     float | None,
@@ -57,31 +35,3 @@ Width = Annotated[
     typer.Option(help="gaussian, gaussian-2d: standard deviation as share of the matrix; 0.167."),
 ]
 Spokes = Annotated[int | None, typer.Option(help="radial: number of spokes; 32.")]
-
-
-def chosen_sampling(mask: str, **options: float | None) -> Sampling:
-    """The sampling of a name or a file; an option that it does not have is an error, not ignored.
-
-    Args:
-        mask: name, or path of a file.
-        options: fields of the sampling; None leaves the default.
-
-    Returns:
-        The sampling.
-
-    Raises:
-        InputError: if there is no such name, an option does not belong to it, or the file is bad.
-    """
-    kind = _NAMED.get(mask)
-    if kind is None and Path(mask).suffix not in SUFFIXES:
-        raise InputError(
-            f"--mask must be one of {', '.join(_NAMED)}, or a file ending in one of "
-            f"{', '.join(SUFFIXES)}, got {mask!r}."
-        )
-    given = {name: value for name, value in options.items() if value is not None}
-    fitting = set() if kind is None else {field.name for field in fields(kind)}
-    for name in sorted(given.keys() - fitting):
-        raise InputError(
-            f"--{_FLAGS.get(name, name)} does not belong to --mask {mask}; leave it out."
-        )
-    return FromFile(Path(mask)) if kind is None else kind(**given)

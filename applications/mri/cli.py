@@ -9,15 +9,7 @@ from rich.table import Table
 
 from applications.command_line import Seed, Threads, guarded, progress_bars, use_threads
 from applications.files import make_place, write_json
-from applications.mri.choices import (
-    Acceleration,
-    Calibration,
-    Centre,
-    MaskOption,
-    Spokes,
-    Width,
-    chosen_sampling,
-)
+from applications.mri.choices import Acceleration, Calibration, Centre, MaskOption, Spokes, Width
 from applications.mri.coil_counts import changes, coil_fits
 from applications.mri.data import SliceDataset
 from applications.mri.demo import DemoSettings, run_demo
@@ -32,10 +24,10 @@ from applications.mri.evaluation import (
 from applications.mri.figures import draw_image
 from applications.mri.formats.nifti import Plane, is_nifti
 from applications.mri.images import check_image_path
-from applications.mri.mask_files import FromFile
 from applications.mri.meta_cli import meta_train, transfer
 from applications.mri.metrics import Convention
 from applications.mri.phantoms import SimulationSettings, simulate_folder
+from applications.mri.sampling import FromFile, chosen_sampling
 from applications.mri.scanning import reconstruct_scan
 from applications.mri.train_command import train_command
 from applications.mri.weights import PRETRAINED, weights_named

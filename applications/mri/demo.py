@@ -11,7 +11,7 @@ from torch import Tensor
 import bilevel as bl
 from applications.command_line import Report
 from applications.files import make_folder, write_json
-from applications.mri.anatomy import bundled_scan_path
+from applications.mri.bundled.paths import bundled_scan_path
 from applications.mri.data import SliceDataset, VolumeFile, fully_sampled, implied_mask
 from applications.mri.evaluation import (
     Evaluation,
@@ -26,9 +26,11 @@ from applications.mri.keeping import Keeper, describe
 from applications.mri.network import light
 from applications.mri.operators import ifft2c, rss
 from applications.mri.phantoms import SimulationSettings, simulate_folder
+from applications.mri.physics.masks import acceleration_of
 from applications.mri.reconstruction import Loss, Network
-from applications.mri.sampling import CartesianRandom, acceleration_of
-from applications.mri.training import TrainingSettings, train
+from applications.mri.sampling import CartesianRandom
+from applications.mri.training import train
+from applications.mri.training_settings import TrainingSettings
 from applications.mri.weights import PRETRAINED, Trained, pretrained
 
 _N_COILS = 8  # of the bundled scan

@@ -24,7 +24,8 @@ from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.data import SliceDataset, fully_sampled
 from applications.mri.metrics import Convention, Scores, mean_scores, score
 from applications.mri.operators import centre_crop, ifft2c, rss
-from applications.mri.sampling import Sampling, acceleration_of
+from applications.mri.physics.masks import acceleration_of
+from applications.mri.sampling import Sampling
 from applications.mri.weights import Trained
 
 Method = Callable[[Tensor, Tensor], Tensor]  # (kspace, mask) -> magnitude image, all unbatched

@@ -14,8 +14,9 @@ import bilevel as bl
 from applications.mri.coil_counts import coil_matrix, with_coils
 from applications.mri.data import Slice, SliceDataset, fully_sampled
 from applications.mri.operators import fft2c, ifft2c, rss
+from applications.mri.physics.masks import samples_columns
 from applications.mri.reconstruction import Loss, Network, Scan
-from applications.mri.sampling import Sampling, samples_columns
+from applications.mri.sampling import Sampling
 
 
 class Example(ABC):

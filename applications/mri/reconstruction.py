@@ -18,7 +18,7 @@ from applications.mri.consistency import (
 from applications.mri.layers import to_complex, to_planes
 from applications.mri.network import Architecture, InitialNet, Phase
 from applications.mri.operators import fft2c, ifft2c, rss, sample
-from applications.mri.sampling import check_mask, samples_columns
+from applications.mri.physics.masks import check_mask, samples_columns
 
 
 @dataclass(frozen=True, eq=False)

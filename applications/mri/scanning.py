@@ -13,8 +13,9 @@ from applications.mri.coil_counts import CoilFit, coil_fits, coil_matrix, with_c
 from applications.mri.data import Slice, VolumeFile, implied_mask, open_scan
 from applications.mri.images import image_writer
 from applications.mri.operators import centre_crop
+from applications.mri.physics.masks import acceleration_of
 from applications.mri.reconstruction import Reconstruction
-from applications.mri.sampling import Sampling, acceleration_of
+from applications.mri.sampling import Sampling
 from applications.mri.weights import Trained
 
 

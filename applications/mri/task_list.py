@@ -8,9 +8,8 @@ from typing import Any
 import yaml
 
 from applications.errors import InputError
-from applications.mri.choices import chosen_sampling
 from applications.mri.phantoms import ROLES
-from applications.mri.sampling import Sampling
+from applications.mri.sampling import Sampling, chosen_sampling
 
 _NUMBERS = {
     "acceleration": float,

@@ -24,7 +24,6 @@ from applications.mri.choices import (
     TaskFile,
     TaskTexts,
     Width,
-    chosen_sampling,
 )
 from applications.mri.coil_counts import changes, coil_fits
 from applications.mri.data import SliceDataset, VolumeFile
@@ -32,12 +31,14 @@ from applications.mri.examples import Source
 from applications.mri.keeping import Keeper, describe
 from applications.mri.precision import Precision
 from applications.mri.resuming import StateFile
+from applications.mri.sampling import chosen_sampling
 from applications.mri.schedules import Constant, Cosine, Schedule, Step
 from applications.mri.self_supervised import SelfSupervision
 from applications.mri.task_list import TaskSettings, listed_tasks
 from applications.mri.tasks import Task, open_each
 from applications.mri.tensorboard import tensorboard
-from applications.mri.training import TrainingSettings, TrainingState, train
+from applications.mri.training import TrainingState, train
+from applications.mri.training_settings import TrainingSettings
 from applications.mri.validation import Validation
 from applications.mri.weights import beginning
 

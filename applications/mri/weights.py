@@ -14,7 +14,7 @@ from torch import Tensor
 import bilevel as bl
 from applications.errors import InputError
 from applications.files import write_whole
-from applications.mri.anatomy import bundled
+from applications.mri.bundled.paths import bundled
 from applications.mri.network import Architecture, preset_named
 from applications.mri.reconstruction import Network
 

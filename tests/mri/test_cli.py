@@ -17,7 +17,8 @@ import torch
 from command_lines import call, refused, succeed
 from scan_files import as_bart, header, lines_of, write_cfl, write_ismrmrd
 
-from applications.mri.anatomy import bundled_scan_path, load_anatomies
+from applications.mri.anatomy import load_anatomies
+from applications.mri.bundled.paths import bundled_scan_path
 from applications.mri.data import SliceDataset, Volume, VolumeFile, implied_mask, write_volume
 from applications.mri.demo import swept_multipliers
 from applications.mri.evaluation import (
@@ -29,6 +30,7 @@ from applications.mri.evaluation import (
 from applications.mri.metrics import Convention, score
 from applications.mri.network import light, paper
 from applications.mri.operators import fft2c, ifft2c, rss
+from applications.mri.physics.masks import acceleration_of
 from applications.mri.reconstruction import Network
 from applications.mri.sampling import (
     CartesianEquispaced,
@@ -38,9 +40,9 @@ from applications.mri.sampling import (
     GaussianPoints,
     PoissonDisc,
     Radial,
-    acceleration_of,
 )
-from applications.mri.training import TrainingSettings, train
+from applications.mri.training import train
+from applications.mri.training_settings import TrainingSettings
 from applications.mri.weights import Trained, load_weights, pretrained, save_weights
 from bilevel import tree
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from applications.errors import InputError
-from applications.mri.anatomy import Split, bundled_scan_path, load_anatomies, resize, split
+from applications.mri.anatomy import Split, load_anatomies, resize, split
+from applications.mri.bundled.paths import bundled_scan_path
 from applications.mri.data import (
     SliceDataset,
     Volume,

@@ -26,8 +26,9 @@ from applications.mri.evaluation import (
 from applications.mri.metrics import Convention, Scores, score
 from applications.mri.network import light, paper
 from applications.mri.operators import centre_crop, ifft2c, rss
+from applications.mri.physics.masks import acceleration_of
 from applications.mri.reconstruction import Network
-from applications.mri.sampling import CartesianRandom, Sampling, acceleration_of
+from applications.mri.sampling import CartesianRandom, Sampling
 from applications.mri.simulate import simulate
 from applications.mri.weights import Trained
 

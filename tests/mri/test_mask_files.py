@@ -6,16 +6,16 @@ from matplotlib.image import imsave
 from scan_files import write_cfl
 
 from applications.errors import InputError
-from applications.mri.choices import chosen_sampling
-from applications.mri.mask_files import FromFile
 from applications.mri.sampling import (
     CartesianEquispaced,
     CartesianMagic,
     CartesianRandom,
+    FromFile,
     GaussianColumns,
     GaussianPoints,
     PoissonDisc,
     Radial,
+    chosen_sampling,
 )
 
 SHAPE = (6, 9)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from command_lines import succeed
 
-from applications.mri.anatomy import bundled, bundled_scan_path, load_anatomies, resize, split
+from applications.mri.anatomy import load_anatomies, resize, split
+from applications.mri.bundled.paths import bundled, bundled_scan_path
 from applications.mri.data import Volume, VolumeFile, implied_mask, write_volume
 from applications.mri.evaluation import network_methods
 from applications.mri.metrics import score

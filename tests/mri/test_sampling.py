@@ -7,6 +7,7 @@ import torch
 from scipy.spatial import cKDTree
 
 from applications.errors import InputError
+from applications.mri.physics.masks import acceleration_of, check_mask
 from applications.mri.sampling import (
     CartesianEquispaced,
     CartesianMagic,
@@ -15,8 +16,6 @@ from applications.mri.sampling import (
     GaussianPoints,
     PoissonDisc,
     Radial,
-    acceleration_of,
-    check_mask,
 )
 
 ALL = [

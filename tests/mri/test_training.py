@@ -26,7 +26,8 @@ from applications.mri.operators import fft2c, ifft2c, rss
 from applications.mri.reconstruction import Loss, Network
 from applications.mri.sampling import CartesianRandom, PoissonDisc, Sampling
 from applications.mri.schedules import Constant, Cosine, Step
-from applications.mri.training import TrainingSettings, train
+from applications.mri.training import train
+from applications.mri.training_settings import TrainingSettings
 from applications.mri.weights import load_weights
 from bilevel import tree
 

@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from applications.errors import InputError
+from applications.files import write_whole
 from applications.mri.network import light, paper
 from applications.mri.reconstruction import Network
-from applications.mri.weights import Trained, load_weights, save_weights, write_whole
+from applications.mri.weights import Trained, load_weights, save_weights
 from bilevel import tree
 
 PRESETS = {"paper": paper, "light": light}

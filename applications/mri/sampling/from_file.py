@@ -13,7 +13,8 @@ from torch import Tensor
 from applications.errors import InputError
 from applications.mri.formats.cfl import Cfl
 from applications.mri.hdf5 import opened
-from applications.mri.sampling import Sampling, check_mask
+from applications.mri.physics.masks import check_mask
+from applications.mri.sampling.base import Sampling
 
 SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".cfl", ".hdr", ".png")
 

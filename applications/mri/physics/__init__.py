@@ -1,0 +1,1 @@
+"""What an MRI scan is as mathematics: transforms, masks, coils."""
