@@ -1,5 +1,5 @@
 """Entry point of `python -m applications.mri`."""
 
-from applications.mri.cli import main
+from applications.mri.commands.app import main
 
 main()

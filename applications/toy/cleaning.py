@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from applications.errors import InputError, check_counts, check_positive
-from applications.methods import Method
-from applications.seeds import spread
+from applications.errors import InputError
+from applications.records import spread
+from applications.settings import Method, check_counts, check_positive
 from applications.toy.data import Convention
-from applications.toy.metrics import Cleaning
 from applications.toy.models import Model
 
 CLEANED = "learned weights"  # the way of training that cleaning is for
@@ -86,6 +85,44 @@ class CleaningSettings:
         if self.sizes is not None:
             return self.sizes
         return (600, 400, 797) if self.data is None else (5000, 5000, 10000)
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """Weights of samples against the truth.
+
+    Attributes:
+        f1: harmonic mean of precision and recall of "weight below one half" as the verdict that a
+            label is wrong; 1 is perfect.
+        precision: share of wrong labels among those so judged.
+        recall: share so judged of the wrong labels.
+        wrong_mass: share of the total weight that lies on wrong labels.
+    """
+
+    f1: float
+    precision: float
+    recall: float
+    wrong_mass: float
+
+
+def judge(weights: Tensor, wrong: Tensor) -> Cleaning:
+    """Compares weights with the truth.
+
+    Args:
+        weights: of the samples, shape ``(n,)``, in [0, 1].
+        wrong: whose labels are wrong, shape ``(n,)``, bool.
+
+    Returns:
+        The figures; a ratio of nothing to nothing is 1 where nothing was missed.
+    """
+    judged = weights < 0.5
+    hits, n_judged, n_wrong = (int(x.sum()) for x in (judged & wrong, judged, wrong))
+    return Cleaning(
+        2 * hits / (n_judged + n_wrong) if n_judged + n_wrong else 1.0,
+        hits / n_judged if n_judged else 1.0,
+        hits / n_wrong if n_wrong else 1.0,
+        float(weights[wrong].sum() / weights.sum()),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,15 +12,15 @@ from rich.table import Table
 
 from applications.command_line import Report, Seed, Threads, guarded, progress_bars, use_threads
 from applications.files import make_folder, write_json
-from applications.methods import Method
-from applications.seeds import spread
+from applications.records import spread
+from applications.settings import Method
 from applications.toy.cleaning import CleaningResult, CleaningSettings
-from applications.toy.cleaning_figure import draw_cleaning
 from applications.toy.data import Convention
-from applications.toy.figures import draw_task_weights
+from applications.toy.figures import draw_cleaning, draw_task_weights
 from applications.toy.hyper_cleaning import run_hyper_cleaning
 from applications.toy.models import Model
-from applications.toy.task_weights import Result, Settings, run_task_weights
+from applications.toy.task_results import Result, Settings
+from applications.toy.task_weights import run_task_weights
 from applications.toy.tasks import TaskSettings
 
 app = typer.Typer(

@@ -29,10 +29,9 @@ from torch import Tensor
 import bilevel as bl
 from applications.command_line import Report
 from applications.errors import InputError
-from applications.methods import Method
-from applications.toy.cleaning import CLEANED, CleaningResult, CleaningRun, CleaningSettings
+from applications.settings import Method
+from applications.toy.cleaning import CLEANED, CleaningResult, CleaningRun, CleaningSettings, judge
 from applications.toy.data import Corrupted, Dataset, corrupt, load_apart, split
-from applications.toy.metrics import judge
 from applications.toy.models import Params, accuracy, fit, fits, losses, objective, start
 
 _LOOK = 10  # steps of a fit between two looks at held-out data

@@ -6,7 +6,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from applications.errors import check_counts
+from applications.settings import check_counts
 from applications.toy.data import Convention, Dataset, corrupt, permute_labels, rotate, split
 
 

@@ -12,12 +12,11 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from typer.testing import CliRunner
 
 from applications.errors import InputError
-from applications.methods import Method
-from applications.toy.cleaning import CleaningSettings
+from applications.settings import Method
+from applications.toy.cleaning import CleaningSettings, judge
 from applications.toy.cli import app
 from applications.toy.data import Convention, load
 from applications.toy.hyper_cleaning import run_hyper_cleaning
-from applications.toy.metrics import judge
 from applications.toy.models import Model, accuracy, fit, logits, losses, penalty, start
 
 pytestmark = pytest.mark.xdist_group("hyper_cleaning")  # what its tests share is made once

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from applications.errors import InputError
 from applications.mri.formats.base import Facts, Format, Geometry, RawSlice, Reader
-from applications.mri.hdf5 import dataset, opened
+from applications.mri.formats.hdf5 import dataset, opened
 from applications.mri.physics.masks import check_mask
 
 SUFFIXES = (".h5", ".hdf5")

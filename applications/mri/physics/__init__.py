@@ -1,1 +1,4 @@
-"""What an MRI scan is as mathematics: transforms, masks, coils."""
+"""The physics of a scan: transforms, masks, coils, and what their data have in common.
+
+Read `masks`, `operators`, `coil_counts`, `consistency`.
+"""

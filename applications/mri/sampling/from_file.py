@@ -12,7 +12,7 @@ from torch import Tensor
 
 from applications.errors import InputError
 from applications.mri.formats.cfl import Cfl
-from applications.mri.hdf5 import opened
+from applications.mri.formats.hdf5 import opened
 from applications.mri.physics.masks import check_mask
 from applications.mri.sampling.base import Sampling
 
