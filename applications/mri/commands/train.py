@@ -31,7 +31,7 @@ from applications.mri.network.weights import beginning
 from applications.mri.sampling import chosen_sampling
 from applications.mri.tasks.task_list import TaskSettings, listed_tasks
 from applications.mri.tasks.tasks import Task, open_each
-from applications.mri.training.examples import Source
+from applications.mri.training.draws import Source
 from applications.mri.training.keeping import Keeper, tensorboard
 from applications.mri.training.precision import Precision
 from applications.mri.training.resuming import StateFile

@@ -14,8 +14,8 @@ from applications.mri.evaluation.methods import Method as Reconstructing
 from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import Scores
 from applications.mri.evaluation.scoring import evaluate
-from applications.mri.meta.batches import Batches, Bucket, TaskLosses
 from applications.mri.meta.learning import Learned, learn
+from applications.mri.meta.losses import TaskLosses
 from applications.mri.meta.results import Experiment, ExperimentSettings, Run
 from applications.mri.meta.settings import Ablation, MetaSettings
 from applications.mri.meta.solvers import meta_solver
@@ -23,6 +23,8 @@ from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, on_device, save_weights
 from applications.mri.tasks.task_facts import TaskFacts
 from applications.mri.tasks.tasks import Task, Tasks
+from applications.mri.training.draws import Minibatches
+from applications.mri.training.examples import PreparedExample
 from applications.records import describe
 
 
@@ -131,22 +133,22 @@ def adapt_models(
         The models by task.
     """
     validated = [task.name for task in tasks.of("validation")]
-    batches = Batches(
+    batches = Minibatches(
         begun.network,
-        tasks.of("train"),
+        tasks.sources("train", training.seed),
         "train",
         settings.adapt_slices,
         seed=training.seed,
         device=training.device,
     )
     found: dict[str, bl.PerStep] = {}
-    for i, task in enumerate(batches.tasks):
+    for i, task in enumerate(tasks.of("train")):
         model = learned.models.get(task.name, learned.models.get("all"))
         if model is None:
             continue
         sigma = learned.sigma[i]
         weight = sigma[validated.index(task.name)] if sigma.ndim else sigma
-        examples, steps = batches.task_batch(i, 0), settings.adapt_steps
+        examples, steps = batches.of_source(i, 0), settings.adapt_steps
         weight = max(float(weight), 1e-6)  # 0, which Sparsemax and rounding know, is no step size
         found[task.name] = adapted(begun.network, model, examples, training, steps, weight)
     return found
@@ -155,7 +157,7 @@ def adapt_models(
 def adapted(
     network: Network,
     model: bl.PerStep,
-    examples: Sequence[Bucket],
+    examples: Sequence[PreparedExample],
     training: MetaSettings,
     steps: int,
     weight: float = 1.0,

@@ -20,12 +20,13 @@ from torch import Tensor
 
 import bilevel as bl
 from applications.mri.meta.agreeing_descent import AgreeingDescent
-from applications.mri.meta.batches import Batch, Batches, TaskLosses
+from applications.mri.meta.losses import TaskLosses
 from applications.mri.meta.settings import Ablation, MetaSettings
 from applications.mri.meta.solvers import meta_solver, penalty_solver
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import on_device
 from applications.mri.tasks.tasks import Tasks
+from applications.mri.training.draws import Batch, Minibatches
 from applications.mri.training.schedules import Cosine
 
 
@@ -110,22 +111,23 @@ class _Training:
         self.settings, self.report = settings, report
         self.losses = TaskLosses(network, settings.loss, settings.checkpointing)
         draws = partial(
-            Batches,
+            Minibatches,
             network,
             size=settings.batch,
             crop=settings.crop,
             seed=settings.seed,
             device=settings.device,
         )
-        self.train = draws(tasks.of("train"), role="train", kept=settings.inner_steps)
-        self.validation = draws(tasks.of("validation"), role="validation")
+        train, validation = (tasks.sources(role, settings.seed) for role in ("train", "validation"))
+        self.train = draws(train, role="train", kept=settings.inner_steps)
+        self.validation = draws(validation, role="validation")
         self.names = [task.name for task in tasks.of("validation")]
         self.began = time.monotonic()
         self.rates = [self.rate(0)]  # of the network, an update
 
     @property
     def n_tasks(self) -> int:
-        return len(self.train.tasks)
+        return len(self.train.sources)
 
     def share(self) -> float:
         """Of the budget, spent."""

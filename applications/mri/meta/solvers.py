@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.mri.meta.batches import Batch, TaskLosses
+from applications.mri.meta.losses import TaskLosses
 from applications.mri.meta.settings import MetaSettings
 from applications.mri.network.weights import named
+from applications.mri.training.draws import Batch
 
 _REACH = 1e3  # of the step that measures a gradient: the farther, the less rounding matters
 

@@ -12,7 +12,6 @@ from applications.command_line import Report
 from applications.errors import InputError
 from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import Scores
-from applications.mri.meta.batches import Batches
 from applications.mri.meta.experiment import adapted, score_on
 from applications.mri.meta.learning import learn
 from applications.mri.meta.results import Table
@@ -21,6 +20,7 @@ from applications.mri.meta.transfer_results import Transfer, TransferSettings
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, load_weights
 from applications.mri.tasks.tasks import Task, Tasks, check_names
+from applications.mri.training.draws import Minibatches
 
 
 def measure_transfer(
@@ -92,15 +92,15 @@ def _curve(
     task: Task, begun: Trained, model: bl.PerStep, settings: TransferSettings
 ) -> dict[int, Scores]:
     training = settings.training
-    batches = Batches(
+    batches = Minibatches(
         begun.network,
-        (task,),
+        (task.source("train", training.seed),),
         "train",
         settings.slices,
         seed=training.seed,
         device=training.device,
     )
-    examples = batches.task_batch(0, 0)
+    examples = batches.of_source(0, 0)
     found = {}
     for steps in settings.steps:
         moved = adapted(begun.network, model, examples, training, steps)

@@ -11,6 +11,7 @@ from applications.mri.sampling import Sampling
 from applications.mri.simulation.anatomy import split
 from applications.mri.simulation.phantoms import ROLES, SimulationSettings, simulate_folder
 from applications.mri.tasks.task_list import TaskSettings
+from applications.mri.training.draws import Source, TargetNoise
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,22 @@ class Task:
     def name(self) -> str:
         """In figures and results."""
         return self.settings.name
+
+    def source(self, role: str, seed: int = 0, number: int = 0) -> Source:
+        """The slices of a role as a training draws them.
+
+        Args:
+            role: one that the task has.
+            seed: of the noise on references that the settings ask for, which only slices to train
+                on get.
+            number: of the task among others, which have other noise.
+
+        Returns:
+            The source.
+        """
+        level = self.settings.target_noise if role == "train" else 0.0
+        noise = TargetNoise(level, (seed, len(ROLES), number)) if level else None
+        return Source(self.parts[role], (self.sampling,), noise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +76,10 @@ class Tasks:
     def of(self, role: str) -> tuple[Task, ...]:
         """The tasks with a role: the N training tasks, the M validation tasks, those to test."""
         return tuple(task for task in self.every if role in task.parts)
+
+    def sources(self, role: str, seed: int = 0) -> tuple[Source, ...]:
+        """What a training draws from, by the tasks with a role; see `Task.source`."""
+        return tuple(task.source(role, seed, i) for i, task in enumerate(self.of(role)))
 
 
 def open_tasks(

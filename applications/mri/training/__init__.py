@@ -1,5 +1,5 @@
 """Training of the network by Algorithm 2, which can be interrupted and resumed.
 
-Read `examples`, `self_supervised`, `schedules`, `precision`, `validation`, `settings`, `resuming`,
-`training`, `keeping`.
+Read `examples`, `draws`, `self_supervised`, `schedules`, `precision`, `validation`, `settings`,
+`resuming`, `training`, `keeping`.
 """

@@ -1,17 +1,15 @@
-"""What an update trains on: slices in rounds of random order, undersampled on the way."""
+"""What is trained on: slices, undersampled on the way, as control problems for a network."""
 
 from abc import ABC, abstractmethod
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.mri.data import Slice, SliceDataset, fully_sampled
+from applications.mri.data import Slice, fully_sampled
 from applications.mri.network.reconstruction import Loss, Network
 from applications.mri.network.scan import Scan
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
@@ -21,7 +19,7 @@ from applications.mri.sampling import Sampling
 
 
 class Example(ABC):
-    """One slice, with all that was drawn for it."""
+    """One slice or several, with all that was drawn for them."""
 
     @abstractmethod
     def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Tensor]:
@@ -29,37 +27,21 @@ class Example(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """Slices that are undersampled alike.
+class PreparedExample(Example):
+    """Slices of one matrix size, undersampled and ready for a network.
 
     Attributes:
-        slices: fully sampled; undersampled for self-supervision.
-        samplings: one of them, drawn at random, undersamples each slice.
+        scan: of the network.
+        target: coil images of the full data, ``(batch, coils, rows, columns)``.
+        reference: magnitude images, ``(batch, rows, columns)``.
     """
 
-    slices: SliceDataset
-    samplings: tuple[Sampling, ...]
+    scan: Scan
+    target: Tensor
+    reference: Tensor
 
-
-class Pool:
-    """The slices of all sources, one source after the other, each with its samplings."""
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        """Join the sources."""
-        self.sources = tuple(sources)
-        self.files = tuple(file for source in self.sources for file in source.slices.files)
-        self._ends = list(accumulate(len(source.slices) for source in sources))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, index: int) -> tuple[Slice, tuple[Sampling, ...]]:
-        which = bisect_right(self._ends, index)
-        source = self.sources[which]
-        return source.slices[index - self._ends[which] + len(source.slices)], source.samplings
-
-
-Draw = Callable[[Slice, tuple[Sampling, ...], torch.Generator], Example]
+    def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Tensor]:  # noqa: D102
+        return network.training_problem(self.scan, self.target, self.reference, loss)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,33 +53,39 @@ class FullExample(Example):
         reference: their root sum of squares, ``(rows, columns)``.
         mask: boolean, ``(rows, columns)``.
         rows: what of it is trained on.
+        noise: added to the coil images that the training compares with, not to what is measured;
+            their root sum of squares is then the reference. None: no noise.
     """
 
     target: Tensor
     reference: Tensor
     mask: Tensor
     rows: slice
+    noise: Tensor | None = None
 
     def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Tensor]:  # noqa: D102
-        scan, matrix = self.scan(network)
-        target = with_coils(matrix, self.target)[None, :, self.rows]
-        return network.training_problem(scan, target, self.reference[None, self.rows], loss)
+        return self.prepared(network).problem(network, loss)
 
-    def scan(self, network: Network) -> tuple[Scan, Tensor]:
-        """What a network sees of it.
+    def prepared(self, network: Network) -> PreparedExample:
+        """The rows that are trained on, ready for a network.
 
         Args:
-            network: whose coil count the slice gets.
+            network: whose coil count the slice gets, by the `coil_matrix` of the measured data.
 
         Returns:
-            The rows that are trained on, and the `coil_matrix` of the measured data.
+            A batch of one.
         """
         kspace = fft2c(self.target) * self.mask
         matrix = coil_matrix(kspace, network.architecture.n_coils)
         scan, rows = network.prepare(with_coils(matrix, kspace)[None], self.mask), self.rows
         if rows != slice(0, self.target.shape[-2]):
             scan = scan.crop_rows(rows.start, rows.stop - rows.start)
-        return scan, matrix
+        target, reference = self.target, self.reference
+        if self.noise is not None:
+            target = target + self.noise
+            reference = rss(target)
+        target = with_coils(matrix, target)[None, :, rows]
+        return PreparedExample(scan, target, reference[None, rows])
 
 
 def draw_full(
@@ -143,41 +131,35 @@ def draw_full(
     return FullExample(images, reference, mask, rows)
 
 
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a stream of examples stands.
+def together(examples: Sequence[PreparedExample]) -> tuple[PreparedExample, ...]:
+    """Examples of one matrix size put together, in the order of first appearance.
 
-    Attributes:
-        generator: state of its generator.
-        remaining: slices that are left of the round.
+    Args:
+        examples: of any sizes.
+
+    Returns:
+        One a size.
     """
+    sizes: dict[torch.Size, list[PreparedExample]] = {}
+    for one in examples:
+        sizes.setdefault(one.target.shape[-2:], []).append(one)
+    return tuple(_joined(alike) for alike in sizes.values())
 
-    generator: Tensor
-    remaining: tuple[int, ...]
 
-
-class Examples(Iterator[Example]):
-    """Examples without end; every round takes each slice once, in a new random order."""
-
-    def __init__(self, pool: Pool, draw: Draw, seed: int, place: Place | None = None) -> None:
-        """Begin at a seed, or go on from a place."""
-        self._pool, self._draw = pool, draw
-        self._generator = torch.Generator().manual_seed(seed)
-        self._remaining: list[int] = []
-        if place is not None:
-            self._generator.set_state(place.generator)
-            self._remaining = list(place.remaining)
-
-    def __next__(self) -> Example:
-        if not self._remaining:
-            order = torch.randperm(len(self._pool), generator=self._generator)
-            self._remaining = order.tolist()
-        return self._draw(*self._pool[self._remaining.pop(0)], self._generator)
-
-    @property
-    def place(self) -> Place:
-        """Where the next example will be drawn from."""
-        return Place(self._generator.get_state(), tuple(self._remaining))
+def _joined(examples: Sequence[PreparedExample]) -> PreparedExample:
+    if len(examples) == 1:
+        return examples[0]
+    scans = [vars(one.scan) for one in examples]
+    # Options of the architecture are the same for all: a field is None in every scan or in none.
+    scan = {
+        name: None if scans[0][name] is None else torch.cat([scan[name] for scan in scans])
+        for name in scans[0]
+    }
+    return PreparedExample(
+        replace(examples[0].scan, **scan),
+        torch.cat([one.target for one in examples]),
+        torch.cat([one.reference for one in examples]),
+    )
 
 
 def moved(example: Any, device: str) -> Any:

@@ -16,7 +16,7 @@ from applications.errors import InputError
 from applications.files import write_whole
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import named, restored, stored
-from applications.mri.training.examples import Place
+from applications.mri.training.draws import Place
 from applications.mri.training.validation import Look, Looks
 
 _MAY_CHANGE = {"steps", "seconds", "checkpointing"}  # length, and what leaves the numbers alone

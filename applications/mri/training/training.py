@@ -10,11 +10,11 @@ from torch import Tensor
 
 import bilevel as bl
 from applications.errors import InputError
-from applications.mri.data import Slice, SliceDataset
+from applications.mri.data import SliceDataset
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import on_device
-from applications.mri.sampling import Sampling
-from applications.mri.training.examples import Example, Examples, Pool, Source, draw_full, moved
+from applications.mri.training.draws import Pool, Rounds, Source
+from applications.mri.training.examples import Example, moved
 from applications.mri.training.precision import in_precision
 from applications.mri.training.resuming import Snapshot
 from applications.mri.training.self_supervised import draw_split
@@ -138,7 +138,7 @@ class _Training:
             self.moments, self.costs, self.looks, spent = None, [], Looks(), 0.0
         self.control = on_device(begin, settings.device)
         self.started = time.monotonic() - spent
-        self.examples = Examples(slices, self.draw, settings.seed, place)
+        self.examples = Rounds(slices, self.draw, settings.seed, place)
         self.rate = settings.rate(len(self.costs), self.share())
 
     def run(self) -> TrainingResult:
@@ -168,18 +168,18 @@ class _Training:
 
     def draw(
         self,
-        one: Slice,
-        samplings: tuple[Sampling, ...],
+        source: Source,
+        index: int,
         generator: torch.Generator,
         *,
         looking: bool = False,
     ) -> Example:
         settings = self.settings
         if settings.self_supervision is not None:
-            return draw_split(one, generator, settings.self_supervision)
+            return draw_split(source.slices[index], generator, settings.self_supervision)
         whole = looking or self.share() >= 1 - settings.whole
         crop = 0 if whole else settings.crop
-        return draw_full(one, generator, samplings, crop, flips=not looking)
+        return source.example(index, generator, crop, flips=not looking)
 
     def build(self, example: Example) -> tuple[bl.ControlProblem, Tensor]:
         device, precision = self.settings.device, self.settings.precision

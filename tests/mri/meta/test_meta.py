@@ -7,9 +7,9 @@ import bilevel as bl
 from applications.errors import InputError
 from applications.mri.data import SliceDataset, Volume, fully_sampled, write_volume
 from applications.mri.evaluation.methods import network_methods
-from applications.mri.meta.batches import Batches, Bucket, TaskLosses
 from applications.mri.meta.experiment import adapt_models
 from applications.mri.meta.learning import column, learn
+from applications.mri.meta.losses import TaskLosses
 from applications.mri.meta.results import ExperimentSettings
 from applications.mri.meta.settings import Ablation, MetaSettings, Rule
 from applications.mri.meta.solvers import meta_solver, penalty_solver
@@ -22,6 +22,8 @@ from applications.mri.sampling import CartesianRandom
 from applications.mri.simulation.simulate import simulate
 from applications.mri.tasks.task_list import TaskSettings
 from applications.mri.tasks.tasks import open_tasks
+from applications.mri.training.draws import Minibatches
+from applications.mri.training.examples import PreparedExample
 from applications.mri.training.schedules import Cosine
 from applications.settings import Method
 from bilevel import tree
@@ -102,7 +104,9 @@ def double(values):
 def double_batch(batch):
     return tuple(
         tuple(
-            Bucket(replace(x.scan, **double(vars(x.scan))), *double((x.target, x.reference)))
+            PreparedExample(
+                replace(x.scan, **double(vars(x.scan))), *double((x.target, x.reference))
+            )
             for x in examples
         )
         for examples in batch
@@ -113,7 +117,9 @@ def double_batch(batch):
 def problem(tasks):
     """Losses, double minibatches by step, and weights off their start."""
     net = network()
-    train, validation = (Batches(net, tasks.of(role), role) for role in ("train", "validation"))
+    train, validation = (
+        Minibatches(net, tasks.sources(role), role) for role in ("train", "validation")
+    )
     control = double(net.controls())
     control = tree.map_leaves(
         lambda x: (
@@ -130,8 +136,8 @@ def problem(tasks):
 
 def test_the_loss_of_a_task_is_the_mean_training_loss_of_its_slices(tasks, folder):
     net = network()
-    mixed = open_tasks([task(folder, "mixed", of="mixed")], folder).of("train")
-    (examples,) = Batches(net, mixed, "train", size=3).draw(0)
+    mixed = open_tasks([task(folder, "mixed", of="mixed")], folder).sources("train")
+    (examples,) = Minibatches(net, mixed, "train", size=3).draw(0)
     assert sorted(tuple(one.target.shape) for one in examples) == [
         (1, COILS, 20, SIZE),
         (2, COILS, SIZE, SIZE),
@@ -148,7 +154,7 @@ def test_the_loss_of_a_task_is_the_mean_training_loss_of_its_slices(tasks, folde
 
 def test_a_minibatch_is_a_function_of_its_step_and_seed(tasks):
     def drawn(step, **settings):
-        batches = Batches(network(), tasks.of("train"), "train", **settings)
+        batches = Minibatches(network(), tasks.sources("train"), "train", **settings)
         batches.draw(step + 1)
         return batches.draw(step)[0][0]
 
@@ -172,8 +178,8 @@ def test_an_example_is_a_slice_of_the_task_with_the_coils_of_the_network(folder)
     full = ifft2c(fully_sampled(slices[20])[0])
     for n_coils in (2, 4):
         net = network(n_coils=n_coils)
-        batches = Batches(net, (one,), "train", size=3)
-        example = next(x for x in batches.task_batch(0, 0) if x.target.shape[-2] == 20)
+        batches = Minibatches(net, (one.source("train"),), "train", size=3)
+        example = next(x for x in batches.of_source(0, 0) if x.target.shape[-2] == 20)
         reference = example.reference[0]
         flips = [
             f for f in ((), (-2,), (-1,), (-2, -1)) if torch.equal(reference, rss(full.flip(f)))
@@ -191,7 +197,7 @@ def test_an_example_is_a_slice_of_the_task_with_the_coils_of_the_network(folder)
 
 def test_bad_references_are_noise_that_stays_the_same_for_a_slice(tasks):
     """Whatever the flips of the image are, by which the target differs from the noise."""
-    batches = Batches(network(), tasks.of("train"), "train", size=3)
+    batches = Minibatches(network(), tasks.sources("train"), "train", size=3)
     images = [ifft2c(one.kspace) for one in tasks.of("train")[1].parts["train"]]
     flips = ((), (-2,), (-1,), (-2, -1))
 
@@ -326,7 +332,7 @@ def test_equal_weights_are_trained_as_by_adam(tasks):
     settings = replace(SETTINGS, evaluations=8)
     found = learn(Ablation.UNIFORM, net, net.controls(), tasks, settings)
     losses = TaskLosses(net, LOSS, GRAPHS)
-    batches = Batches(net, tasks.of("train"), "train")
+    batches = Minibatches(net, tasks.sources("train"), "train")
     control = tree.map_leaves(lambda x: None if x is None else x.clone(), net.controls())
     leaves = [x.requires_grad_() for x in tree.leaves_of(control) if x is not None]
     adam = torch.optim.Adam(leaves, 0.01, betas=(0.9, 0.99))
@@ -384,7 +390,10 @@ def test_task_weights_stay_where_they_are_after_their_share_of_the_budget(tasks,
     assert torch.equal(once.alpha, found.alpha)
     assert float((found.sigma - 0.5).abs().max()) > 0.1
     # The second round is of the weighted sum with these weights, at the rate of its share.
-    losses, batches = TaskLosses(net, LOSS, GRAPHS), Batches(net, tasks.of("train"), "train")
+    losses, batches = (
+        TaskLosses(net, LOSS, GRAPHS),
+        Minibatches(net, tasks.sources("train"), "train"),
+    )
     model, rate = once.models["all"], 0.01 * Cosine().factor(6 / 9)
     leaves, structure = tree.flatten(model)
     for t in (3, 4):
@@ -429,7 +438,7 @@ def test_a_model_adapted_to_a_task_has_moved_by_its_weight(tasks):
         matrix = ablation == Ablation.MATRIX
         assert set(found) == ({"good"} if matrix else {"good", "noise"})
         model = learned.models["good" if matrix else "all"]
-        (examples, _) = Batches(net, tasks.of("train"), "train", 2).draw(0)
+        (examples, _) = Minibatches(net, tasks.sources("train"), "train", 2).draw(0)
         (one,) = examples
         problem, start = net.training_problem(one.scan, one.target, one.reference, LOSS)
         gradient = named(bl.adjoint(problem, start, model).gradient)

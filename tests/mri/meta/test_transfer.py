@@ -9,9 +9,9 @@ from applications.errors import InputError
 from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import Convention, Scores
 from applications.mri.evaluation.scoring import evaluate
-from applications.mri.meta.batches import Batches, TaskLosses
 from applications.mri.meta.experiment import adapted
 from applications.mri.meta.learning import learn
+from applications.mri.meta.losses import TaskLosses
 from applications.mri.meta.settings import Ablation, MetaSettings, Rule
 from applications.mri.meta.transfer import learned_correlation, measure_transfer, meta_models
 from applications.mri.meta.transfer_results import Transfer, TransferSettings
@@ -20,6 +20,7 @@ from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, load_weights, named, save_weights
 from applications.mri.tasks.task_list import read_task_list
 from applications.mri.tasks.tasks import Tasks, open_each, open_tasks
+from applications.mri.training.draws import Minibatches
 
 pytestmark = pytest.mark.xdist_group("transfer")  # what its tests share is made once
 
@@ -99,7 +100,7 @@ def test_curves_are_those_of_adapted_models(folder, run):
             assert curve["2"]["psnr"] != curve["0"]["psnr"]
     neck, _ = open_each(read_task_list(folder / "unseen.yaml"), out / "scans")
     network, models = meta_models(folder / "meta")
-    examples = Batches(network, (neck,), "train", 1).task_batch(0, 0)
+    examples = Minibatches(network, (neck.source("train"),), "train", 1).of_source(0, 0)
     moved = adapted(network, models["meta, vector"], examples, TRAINING, 2)
     method = network_methods(Trained(network, moved, {}))["ours"]
     scores = evaluate({"ours": method}, neck.parts["test"], neck.sampling, 2).mean["ours"]
@@ -123,7 +124,7 @@ def test_adaptation_goes_down_the_loss_of_its_slices(folder, run):
     _, out, _ = run
     neck, _ = open_each(read_task_list(folder / "unseen.yaml"), out / "scans")
     trained = load_weights(folder / "w.safetensors")
-    examples = Batches(trained.network, (neck,), "train", 2).task_batch(0, 0)
+    examples = Minibatches(trained.network, (neck.source("train"),), "train", 2).of_source(0, 0)
     losses = TaskLosses(trained.network)
     settings = replace(TRAINING, optimizer=Rule.SGD, learning_rate=0.1)
     moved = [
