@@ -22,9 +22,9 @@ import bilevel as bl
 from applications.mri.meta.agreeing_descent import AgreeingDescent
 from applications.mri.meta.losses import TaskLosses
 from applications.mri.meta.settings import Ablation, MetaSettings
-from applications.mri.meta.solvers import meta_solver, penalty_solver
+from applications.mri.meta.solvers import meta_solver, penalty_objective
 from applications.mri.network.reconstruction import Network
-from applications.mri.network.weights import on_device
+from applications.mri.network.weights import named, on_device
 from applications.mri.tasks.tasks import Tasks
 from applications.mri.training.draws import Batch, Minibatches
 from applications.mri.training.schedules import Cosine
@@ -228,34 +228,44 @@ class _Training:
         return self.learned(models, weights, solution.control, solution.values, warm.steps)
 
     def penalised(self) -> Learned:
-        """Network and task weights descend together on `penalty_problem`."""
+        """Network and task weights descend together on `penalty_objective`."""
         settings = self.settings
         weights = bl.TaskWeights(self.n_tasks, entropy=settings.entropy, floor=settings.floor)
-        solver = penalty_solver(self.losses, weights, settings.penalty)
-
-        def adam(leaves: list[Tensor]) -> torch.optim.Optimizer:
-            groups = [  # alpha comes first by its name
-                {"params": leaves[:1], "lr": settings.penalty_rate},
-                {"params": leaves[1:], "lr": self.rates[0], "betas": (0.9, 0.99)},
+        objective = penalty_objective(self.losses, weights, settings.penalty)
+        theta = on_device(self.control, settings.device, copy=True)
+        alpha = weights.initial(device=settings.device).requires_grad_()
+        leaves = [leaf.requires_grad_() for leaf in named(theta).values()]
+        adam = torch.optim.Adam(
+            [
+                {"params": [alpha], "lr": settings.penalty_rate},
+                {"params": leaves, "lr": self.rates[0], "betas": (0.9, 0.99)},
             ]
-            return torch.optim.Adam(groups)
-
-        def after(progress: bl.Progress) -> bool:
-            ended = self.advanced(progress.step)
-            progress.optimizer.param_groups[1]["lr"] = self.rates[-1]
-            return ended
-
-        batches = ((self.train.draw(p), self.validation.draw(p)) for p in count(1))
-        solution = solver.solve(
-            self.control,
-            {"alpha": weights.initial(device=self.settings.device), "theta": self.control},
-            adam,
-            steps=10**9,
-            batches=batches,
-            callback=after,
         )
-        alpha, model = solution.control["alpha"], solution.control["theta"]
-        return self.learned({"all": model}, weights, alpha, solution.values, solution.steps)
+        values: list[float] = []
+        ended = False
+        while not ended:
+            update = len(values) + 1
+            batches = self.train.draw(update), self.validation.draw(update)
+            adam.zero_grad()
+            try:
+                value = objective(theta, alpha, *batches)
+            except bl.DivergenceError as error:
+                raise bl.DivergenceError(f"iteration {update}: {error}") from error
+            value.backward()
+            values.append(_finite(value.detach(), update))
+            adam.step()
+            ended = self.advanced(update)
+            adam.param_groups[1]["lr"] = self.rates[-1]
+        return self.learned({"all": theta}, weights, alpha.detach(), values, len(values))
+
+
+def _finite(value: Tensor, update: int) -> float:
+    if not value.isfinite():
+        raise bl.DivergenceError(
+            f"iteration {update}: the penalised objective is {value.item()}; take a smaller "
+            "learning rate, or a smaller penalty."
+        )
+    return float(value)
 
 
 def column(stacked: bl.PerStep, j: int) -> bl.PerStep:

@@ -1,5 +1,6 @@
-"""The bilevel problems of meta-training: Algorithm 3, and the penalty method to compare with."""
+"""Algorithm 3 as a bilevel problem, and the objective of the penalty method to compare with."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -11,8 +12,6 @@ from applications.mri.meta.losses import TaskLosses
 from applications.mri.meta.settings import MetaSettings
 from applications.mri.network.weights import named
 from applications.mri.training.draws import Batch
-
-_REACH = 1e3  # of the step that measures a gradient: the farther, the less rounding matters
 
 
 def meta_solver(
@@ -49,15 +48,14 @@ def _own(losses: TaskLosses, j: int, control: bl.PerStep, batch: Batch) -> Tenso
     return losses.of_task(control, batch[j])
 
 
-def penalty_solver(losses: TaskLosses, weights: bl.TaskWeights, penalty: float) -> bl.BilevelSolver:
-    r"""Joint descent on theta and alpha, with a penalty in the place of the inner problem.
+def penalty_objective(
+    losses: TaskLosses, weights: bl.TaskWeights, penalty: float
+) -> Callable[[bl.PerStep, Tensor, Batch, Batch], Tensor]:
+    r"""What network and task weights descend on together, in the place of the bilevel problem.
 
     .. math::
-        \min_{\theta, \alpha} \sum_j l_{v_j}(\theta) + \frac{\lambda}{2}
+        \sum_j l_{v_j}(\theta) + \frac{\lambda}{2}
         \Big|\nabla_\theta \sum_i \sigma(\alpha)_i\, l_{\tau_i}(\theta)\Big|^2
-
-    One gradient step from theta measures the gradient; the multipliers of that step give the
-    Hessian of the training loss, times its gradient.
 
     Bian, Chen, Ye & Zhang 2021, An optimization-based meta-learning model for MRI reconstruction
     with diverse dataset, Journal of Imaging 7(11) 231, DOI 10.3390/jimaging7110231.
@@ -68,19 +66,16 @@ def penalty_solver(losses: TaskLosses, weights: bl.TaskWeights, penalty: float) 
         penalty: lambda.
 
     Returns:
-        A solver whose control is a mapping of `alpha` and `theta`, and whose params are like theta.
+        `(theta, alpha, batch to train on, batch to validate on) -> real scalar`, where theta, whose
+        leaves require grad, is differentiated twice.
     """
     weighted = bl.weighted_problem(losses, losses, weights)
 
-    def outer(moved: bl.PerStep, control: dict, batch: Batch) -> Tensor:
-        pairs = zip(named(moved).values(), named(control["theta"]).values(), strict=True)
-        squares = [((x - y) / _REACH).abs().square().sum() for x, y in pairs]
-        value = weighted.outer(control["theta"], control["alpha"], batch)
-        return value + penalty / 2 * torch.stack(squares).sum()
+    def objective(theta: bl.PerStep, alpha: Tensor, train: Batch, validation: Batch) -> Tensor:
+        inner = weighted.inner(theta, alpha, train)
+        leaves = list(named(theta).values())
+        gradient = torch.autograd.grad(inner, leaves, create_graph=True, materialize_grads=True)
+        squares = torch.stack([part.abs().square().sum() for part in gradient])
+        return weighted.outer(theta, alpha, validation) + penalty / 2 * squares.sum()
 
-    problem = bl.BilevelProblem(
-        inner=lambda params, control, batch: weighted.inner(params, control["alpha"], batch),
-        outer=outer,
-        start=lambda _params, control: control["theta"],
-    )
-    return bl.BilevelSolver(problem, bl.GradientDescent(_REACH), 1, bl.MLM(), certificate=None)
+    return objective
