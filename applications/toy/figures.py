@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import bilevel as bl
 from applications.pictures import blank_figure, save_figure
 from applications.records import spread
 from applications.toy.cleaning import CLEANED, CleaningResult
@@ -34,15 +35,17 @@ def draw_task_weights(path: Path, result: Result) -> None:
     width = 0.62 * m
     figure = blank_figure(7.6 + 2 * width, 2.9 + 0.3 * n)
     axes: Any = figure.subplots(1, 4, width_ratios=[width, width, 0.7, 4.6])
-    _heat(axes[0], truth, "Truth:\nequal weights on related tasks", result.validations, largest)
-    _heat(
-        axes[1], matrix, "Learned matrix:\none model a validation task", result.validations, largest
+    maps = (
+        (truth, result.validations, "Truth:\nequal weights on related tasks"),
+        (matrix, result.validations, "Learned matrix:\none model a validation task"),
+        (vector, ("all tasks",), "Learned\nvector"),
     )
-    _heat(axes[2], vector, "Learned\nvector", ("all tasks",), largest)
-    axes[0].set_yticks(range(n), result.tasks)
-    axes[0].set_ylabel("training task")
-    for axis in axes[:2]:
-        axis.set_xlabel("validation task")
+    for axis, (values, names, title) in zip(axes, maps, strict=False):
+        bl.Correlation(values, result.tasks, names).plot(axis, largest)
+        axis.set_title(title, fontsize=9)
+    for axis in axes[1:3]:  # the names are those of the first
+        axis.set(yticks=[], ylabel="")
+    axes[2].set_xlabel("")
     _bars(axes[3], result)
     k = len(result.runs)
     seeds = "1 seed" if k == 1 else f"mean over {k} seeds"
@@ -55,18 +58,6 @@ def draw_task_weights(path: Path, result: Result) -> None:
         fontsize=10,
     )
     save_figure(path, figure)
-
-
-def _heat(axis: Any, values: Tensor, title: str, names: tuple[str, ...], largest: float) -> None:
-    axis.imshow(values.tolist(), cmap="Blues", vmin=0, vmax=largest, aspect="auto")
-    for i, row in enumerate(values.tolist()):
-        for j, value in enumerate(row):
-            colour = "white" if value > 0.6 * largest else "black"
-            text = "0" if value < 5e-3 else f"{value:.2f}"
-            axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
-    axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    axis.set_yticks([])
-    axis.set_title(title, fontsize=9)
 
 
 def bar(axis: Any, row: int, found: Tensor, colour: str, hatch: str | None = None) -> None:

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import bilevel as bl
 from applications.mri.meta.results import Experiment, with_spread
 from applications.mri.meta.settings import Ablation
 from applications.mri.meta.transfer_results import Transfer
@@ -36,10 +39,10 @@ def draw_meta(path: Path, experiment: Experiment) -> None:
     axes: Any = figure.subplots(1, len(columns), squeeze=False, width_ratios=columns)[0]
     largest = max((float(one.matrix.max()) for one in shown), default=1.0)
     for axis, title, one in zip(axes, titles, shown, strict=False):
-        _heat(axis, one.matrix.tolist(), one.validations, title, largest)
-    if shown:
-        axes[0].set_yticks(range(n), experiment.trained)
-        axes[0].set_ylabel("training task")
+        one.plot(axis, largest)
+        axis.set_title(title, fontsize=9)
+    for axis in axes[1 : len(shown)]:  # the names are those of the first
+        axis.set(yticks=[], ylabel="")
     if bars:
         _bars(axes[-1], experiment)
     seeds = experiment.settings.seeds
@@ -50,19 +53,6 @@ def draw_meta(path: Path, experiment: Experiment) -> None:
         fontsize=10,
     )
     save_figure(path, figure)
-
-
-def _heat(
-    axis: Any, rows: list[list[float]], names: tuple[str, ...], title: str, largest: float
-) -> None:
-    axis.imshow(rows, cmap="Blues", vmin=0, vmax=largest, aspect="auto")
-    for i, row in enumerate(rows):
-        for j, value in enumerate(row):
-            colour = "white" if value > 0.6 * largest else "black"
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
-    axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    axis.set_yticks([])
-    axis.set_title(title, fontsize=9)
 
 
 def _bars(axis: Any, experiment: Experiment) -> None:
@@ -105,38 +95,21 @@ def draw_transfer(path: Path, found: Transfer) -> None:
     figure = blank_figure(1.6 + 2 * names + sum(widths), height)
     axes: Any = list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
     if learned:
-        rows = [[row[name] for name in validated] for row in learned.values()]
-        _heat_of_transfer(
-            axes.pop(0), rows, tuple(learned), validated, "learned weights", "Blues", "{:.2f}"
-        )
-    gains = [[found.gain(model, task) for task in tasks] for model in found.models]
-    labels = [f"{name} (unseen)" if name in found.unseen else name for name in tasks]
-    title = "measured transfer: PSNR [dB] above\nthe mean of models of single tasks"
-    _heat_of_transfer(axes.pop(0), gains, found.models, tuple(labels), title, "RdBu", "{:+.2f}")
+        rows = torch.tensor([[row[name] for name in validated] for row in learned.values()])
+        axis = axes.pop(0)
+        bl.Correlation(rows, tuple(learned), validated).plot(axis)
+        axis.set_title("learned weights", fontsize=9)
+    gains = torch.tensor([[found.gain(model, task) for task in tasks] for model in found.models])
+    labels = tuple(f"{name} (unseen)" if name in found.unseen else name for name in tasks)
+    axis = axes.pop(0)
+    bl.Correlation(gains, found.models, labels).plot(axis)
+    axis.set(xlabel="task", ylabel="model")
+    axis.set_title(
+        "measured transfer: PSNR [dB] above\nthe mean of models of single tasks", fontsize=9
+    )
     if adapted:
         _curves(axes[0], found, adapted)
     save_figure(path, figure)
-
-
-def _heat_of_transfer(
-    axis: Any,
-    rows: list[list[float]],
-    names: tuple[str, ...],
-    columns: tuple[str, ...],
-    title: str,
-    colours: str,
-    form: str,
-) -> None:
-    largest = max(abs(value) for row in rows for value in row) or 1.0
-    lowest = -largest if colours == "RdBu" else 0
-    axis.imshow(rows, cmap=colours, vmin=lowest, vmax=largest, aspect="auto")
-    for i, row in enumerate(rows):
-        for j, value in enumerate(row):
-            colour = "white" if abs(value) > 0.6 * largest else "black"
-            axis.text(j, i, form.format(value), ha="center", va="center", color=colour, fontsize=8)
-    axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(len(names)), names)
-    axis.set_title(title, fontsize=9)
 
 
 def _curves(axis: Any, found: Transfer, tasks: list[str]) -> None:
