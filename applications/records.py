@@ -1,9 +1,11 @@
-"""What records of results hold: settings as plain values, and the spread over seeds."""
+"""What experiments tell: their progress, settings as plain values, and the spread over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+Report = Callable[[str, float], None]  # (stage, share of it done)
 
 
 def spread(values: Tensor | Sequence[float]) -> float:

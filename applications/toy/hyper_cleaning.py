@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.command_line import Report
 from applications.errors import InputError
+from applications.records import Report
 from applications.settings import Method
 from applications.toy.cleaning import CLEANED, CleaningResult, CleaningRun, CleaningSettings, judge
 from applications.toy.data import Corrupted, Dataset, corrupt, load_apart, split

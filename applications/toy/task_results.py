@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from applications.records import spread
-from applications.settings import Method, check_counts, check_positive
+from applications.settings import Method, check_counts, check_positive, setting
 from applications.toy.tasks import TaskSettings
 
 
@@ -31,16 +31,16 @@ class Settings:
     """
 
     tasks: TaskSettings = field(default_factory=TaskSettings)
-    data: Path | None = None
-    seeds: int = 3
-    seed: int = 0
-    method: Method = Method.IMPLICIT
-    updates: int = 25
+    data: Path | None = setting(None, "Folder of IDX files; without it, scikit-learn's digits.")
+    seeds: int = setting(3, "Runs, each with a seed of its own.", least=1)
+    seed: int = setting(0, "Of everything that is random.")
+    method: Method = setting(Method.IMPLICIT, "Of hypergradients.")
+    updates: int = setting(25, "Of the weights.", least=1)
     learning_rate: float = 0.3
-    inner_steps: int = 20
-    entropy: float = 0.05
+    inner_steps: int = setting(20, "Of the model an update.", least=1)
+    entropy: float = setting(0.05, "Reward of even weights, against collapse to one task.", least=0)
     decay: float = 0.01
-    fit_steps: int = 300
+    fit_steps: int = setting(300, "Of each model compared.", least=1)
     adapt_steps: int = 100
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.command_line import Report
+from applications.records import Report
 from applications.toy import models
 from applications.toy.data import load
 from applications.toy.models import Model, Params, penalty, start

@@ -4,14 +4,17 @@ import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from torch import Tensor
 
 import bilevel as bl
-from applications.command_line import Report
+from applications.command_line import Threads, console, progress_bars, use_threads
 from applications.files import make_folder, write_json
 from applications.mri.bundled.paths import bundled_scan_path
+from applications.mri.commands.shared import print_scores
 from applications.mri.data import SliceDataset, VolumeFile, fully_sampled, implied_mask
 from applications.mri.evaluation.figures import Panel, draw_reconstructions
 from applications.mri.evaluation.methods import (
@@ -31,7 +34,8 @@ from applications.mri.simulation.phantoms import SimulationSettings, simulate_fo
 from applications.mri.training.keeping import Keeper
 from applications.mri.training.settings import TrainingSettings
 from applications.mri.training.training import train
-from applications.records import describe
+from applications.records import Report, describe
+from applications.settings import setting
 
 _N_COILS = 8  # of the bundled scan
 _WEIGHTS = "weights.safetensors"
@@ -52,9 +56,11 @@ class DemoSettings:
         size: rows and columns of the simulated slices.
     """
 
-    seconds: float | None = None
-    seed: int = 0
-    size: int = 128
+    seconds: float | None = setting(
+        None, "Train a network of its own so long, instead of the bundled weights.", least=1
+    )
+    seed: int = setting(0, "Of everything that is random.")
+    size: int = setting(128, "Rows and columns of the simulation.", least=32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +80,23 @@ class DemoResult:
     results: Path
     weights: Path | None
     seconds: float
+
+
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for figure, results and weights.")],
+    settings: DemoSettings,
+    threads: Threads = 0,
+) -> None:
+    """Simulate, evaluate and reconstruct a real scan, all on bundled data."""
+    use_threads(threads)
+    with progress_bars() as report:
+        found = run_demo(out, settings, report)
+    print_scores(found.evaluation, "Held-out slices, Cartesian random 4 x, mean over anatomies")
+    console.print(f"Figure   {found.figure}")
+    console.print(f"Results  {found.results}")
+    if found.weights is not None:
+        console.print(f"Weights  {found.weights}")
+    console.print(f"All of it took {found.seconds:.0f} s.")
 
 
 def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
@@ -140,11 +163,7 @@ def _trained(
 ) -> tuple[Trained, dict[str, object]]:
     """A network trained from nothing, saved, and how it was trained."""
     training = TrainingSettings(
-        samplings=(_SAMPLING,),
-        seconds=seconds,
-        crop=min(32, settings.size),
-        whole=0.1,
-        seed=settings.seed,
+        samplings=(_SAMPLING,), seconds=seconds, whole=0.1, seed=settings.seed
     )
     network = Network(light(_N_COILS), settings.seed)
     keeper = Keeper(out / _WEIGHTS, network, {"training": describe(training)}, report)

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import bilevel as bl
-from applications.command_line import Report
 from applications.files import make_folder, write_json
 from applications.mri.evaluation.baselines import zero_filled
 from applications.mri.evaluation.methods import Method as Reconstructing
@@ -25,7 +24,7 @@ from applications.mri.tasks.task_facts import TaskFacts
 from applications.mri.tasks.tasks import Task, Tasks
 from applications.mri.training.draws import Minibatches
 from applications.mri.training.examples import PreparedExample
-from applications.records import describe
+from applications.records import Report, describe
 
 
 def run_meta(

@@ -15,8 +15,17 @@ from applications.mri.meta.learning import Learned
 from applications.mri.meta.settings import Ablation, MetaSettings
 from applications.mri.tasks.task_facts import TaskFacts
 from applications.records import describe, spread
+from applications.settings import Written, setting
 
 Table = dict[str, dict[str, Scores]]  # by model, by test task
+
+
+def _ablations(text: str) -> tuple[Ablation, ...]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in list(Ablation):
+            raise InputError(f"--ablations must be some of {','.join(Ablation)}, got {name!r}.")
+    return tuple(Ablation(name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -35,10 +44,14 @@ class ExperimentSettings:
     """
 
     training: MetaSettings
-    ablations: tuple[Ablation, ...] = tuple(Ablation)
-    seeds: int = 1
-    adapt_steps: int = 0
-    adapt_slices: int = 4
+    ablations: tuple[Ablation, ...] = setting(
+        tuple(Ablation),
+        f"Ways to weigh tasks: {','.join(Ablation)}.",
+        written=Written(str, ",".join(Ablation), _ablations),
+    )
+    seeds: int = setting(1, "Runs.", least=1)
+    adapt_steps: int = setting(0, "Of the model towards each training task; 0: none.", least=0)
+    adapt_slices: int = setting(4, "That it is adapted on.", least=1)
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -7,7 +7,7 @@ import bilevel as bl
 from applications.errors import InputError
 from applications.mri.network.reconstruction import Loss
 from applications.mri.training.precision import check_device
-from applications.settings import Method, check_counts, check_positive
+from applications.settings import Method, Written, check_counts, check_positive, setting
 
 
 class Ablation(StrEnum):
@@ -72,26 +72,35 @@ class MetaSettings:
         InputError: if nothing limits the training, or a setting is out of range.
     """
 
-    seconds: float | None = None
-    evaluations: int | None = None
-    method: Method = Method.MLM
-    optimizer: Rule = Rule.ADAM
-    inner_steps: int = 5
-    learning_rate: float = 3e-3
+    seconds: float | None = setting(None, "Of each training, at most.")
+    evaluations: int | None = setting(
+        None, "Losses of a slice that each training evaluates, at most."
+    )
+    method: Method = setting(Method.MLM, "Of hypergradients.")
+    optimizer: Rule = setting(Rule.ADAM, "Of the network.")
+    inner_steps: int = setting(5, "Of the network an update.", least=1)
+    learning_rate: float = setting(3e-3, "Of the network at its peak.")
     warmup: int = 20
-    outer_rate: float = 0.7
-    outer_clip: float = 0.1
-    learn_share: float = 0.2
-    batch: int = 1
-    crop: int = 0
-    entropy: float = 0.0
-    floor: float = 0.0
-    penalty: float = 1.0
-    penalty_rate: float = 0.1
+    outer_rate: float = setting(0.7, "Length of a step of the task weights at most.")
+    outer_clip: float = setting(0.1, "Relative hypergradient whose step has that length.")
+    learn_share: float = setting(0.2, "Of the budget, in which task weights move.")
+    batch: int = setting(1, "Slices a task in a minibatch.", least=1)
+    crop: int = setting(32, "Rows of a training crop, 0: none.", least=0)
+    entropy: float = setting(0.0, "Reward of spread weights.", least=0)
+    floor: float = setting(0.0, "Least weight of a task.", least=0)
+    penalty: float = setting(1.0, "lambda of the penalty method.")
+    penalty_rate: float = setting(0.1, "Of Adam on its task weights.")
     loss: Loss = field(default_factory=Loss)
-    checkpointing: bl.Checkpointing = field(default_factory=bl.Checkpointing)
-    seed: int = 0
-    device: str = "cpu"
+    checkpointing: bl.Checkpointing = setting(
+        bl.Checkpointing,
+        "Keep the graphs of all phases: faster, and more memory.",
+        name="keep_graphs",
+        written=Written(
+            bool, False, lambda keep: bl.Checkpointing(block=None) if keep else bl.Checkpointing()
+        ),
+    )
+    seed: int = setting(0, "Of everything that is random.")
+    device: str = setting("cpu", "Where to train, cpu or cuda.")
 
     def __post_init__(self) -> None:
         """Check the fields."""

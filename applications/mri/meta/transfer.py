@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 
 import bilevel as bl
-from applications.command_line import Report
 from applications.errors import InputError
 from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import Scores
@@ -21,6 +20,7 @@ from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, load_weights
 from applications.mri.tasks.tasks import Task, Tasks, check_names
 from applications.mri.training.draws import Minibatches
+from applications.records import Report
 
 
 def measure_transfer(

@@ -10,6 +10,14 @@ from applications.mri.evaluation.metrics import Scores, mean_scores
 from applications.mri.meta.results import Table
 from applications.mri.meta.settings import MetaSettings
 from applications.records import describe
+from applications.settings import Written, only, setting
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--steps must be whole numbers, as 0,1,5,20, got {text!r}.") from None
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,14 @@ class TransferSettings:
         InputError: if there is no number of steps, or a number is negative.
     """
 
-    training: MetaSettings
-    steps: tuple[int, ...] = (0, 1, 5, 20)
-    slices: int = 2
+    training: MetaSettings = only(
+        *("seconds", "evaluations", "optimizer", "learning_rate", "batch", "crop"),
+        *("checkpointing", "seed", "device"),
+    )
+    steps: tuple[int, ...] = setting(
+        (0, 1, 5, 20), "Of adaptation.", written=Written(str, "0,1,5,20", _numbers)
+    )
+    slices: int = setting(2, "That models adapt on.", least=1)
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -11,7 +11,7 @@ from applications.mri.sampling.cartesian import (
 )
 from applications.mri.sampling.from_file import FromFile
 from applications.mri.sampling.gaussian import GaussianColumns, GaussianPoints
-from applications.mri.sampling.named import chosen_sampling
+from applications.mri.sampling.named import Masking, chosen_sampling
 from applications.mri.sampling.scattered import PoissonDisc, Radial
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "FromFile",
     "GaussianColumns",
     "GaussianPoints",
+    "Masking",
     "PoissonDisc",
     "Radial",
     "Sampling",

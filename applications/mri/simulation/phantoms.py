@@ -14,6 +14,7 @@ from applications.mri.formats.nifti import Plane
 from applications.mri.simulation.anatomy import load_anatomies, resize, split
 from applications.mri.simulation.coils import biot_savart_coils
 from applications.mri.simulation.simulate import simulate
+from applications.settings import setting
 
 ROLES = ("train", "validation", "test")
 
@@ -33,13 +34,13 @@ class SimulationSettings:
         names: of the anatomies to simulate; None: all there are.
     """
 
-    size: int = 128
-    n_coils: int = 8
-    noise_std: float = 0.01
-    repeats: int = 1
-    seed: int = 0
-    anatomies: Path | None = None
-    plane: Plane | None = None
+    size: int = setting(128, "Rows and columns.", least=16)
+    n_coils: int = setting(8, "Receive coils.", name="coils", least=1)
+    noise_std: float = setting(0.01, "Noise in units of image magnitude.", name="noise", least=0)
+    repeats: int = setting(1, "Training volumes an anatomy.", least=1)
+    seed: int = setting(0, "Of everything that is random.")
+    anatomies: Path | None = setting(None, "Magnitude images: NIfTI, or HDF5 of groups.")
+    plane: Plane | None = setting(None, "Slices of NIfTI; axial, stored: as they lie.")
     names: tuple[str, ...] | None = None
 
 

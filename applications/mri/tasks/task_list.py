@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from applications.errors import InputError
-from applications.mri.sampling import Sampling, chosen_sampling
+from applications.mri.sampling import Masking, Sampling
 from applications.mri.simulation.phantoms import ROLES
 
 _NUMBERS = {
@@ -92,14 +92,14 @@ class TaskSettings:
     def sampling(self) -> Sampling:
         """What undersamples the slices."""
         try:
-            return chosen_sampling(
+            return Masking(
                 self.mask,
-                acceleration=self.acceleration,
-                center_fraction=self.center,
-                calibration=self.calibration,
-                width=self.width,
-                spokes=self.spokes,
-            )
+                self.acceleration,
+                self.center,
+                self.calibration,
+                self.width,
+                self.spokes,
+            ).sampling
         except InputError as error:
             raise InputError(f"task {self.name!r}: {error}") from error
 

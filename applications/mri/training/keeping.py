@@ -10,13 +10,13 @@ from types import FrameType
 from typing import Any
 
 import bilevel as bl
-from applications.command_line import Report
 from applications.errors import InputError
 from applications.files import make_folder
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, save_weights
 from applications.mri.training.resuming import StateFile
 from applications.mri.training.training import AfterStep, TrainingState
+from applications.records import Report
 
 _SAVE_EVERY = 30.0  # seconds
 

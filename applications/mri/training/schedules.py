@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from applications.errors import InputError
@@ -67,3 +68,10 @@ class Step(Schedule):
 
     def factor(self, share: float) -> float:  # noqa: D102
         return self.by ** sum(share >= one for one in self.at)
+
+
+SCHEDULES: dict[str, Callable[[], Schedule]] = {
+    "cosine": Cosine,
+    "constant": Constant,
+    "step": Step,
+}

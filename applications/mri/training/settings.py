@@ -7,10 +7,10 @@ from applications.errors import InputError
 from applications.mri.network.reconstruction import Loss
 from applications.mri.sampling import CartesianRandom, Sampling
 from applications.mri.training.precision import Precision, check_device
-from applications.mri.training.schedules import Cosine, Schedule
+from applications.mri.training.schedules import SCHEDULES, Cosine, Schedule
 from applications.mri.training.self_supervised import SelfSupervision
 from applications.mri.training.validation import Validation
-from applications.settings import check_counts, check_positive
+from applications.settings import Written, check_counts, check_positive, chosen_by_name, setting
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,30 @@ class TrainingSettings:
     """
 
     samplings: tuple[Sampling, ...] = (CartesianRandom(4.0, 0.08),)
-    steps: int | None = None
-    seconds: float | None = None
-    learning_rate: float = 3e-3
-    schedule: Schedule = field(default_factory=Cosine)
+    steps: int | None = setting(None, "Updates at most.", least=1)
+    seconds: float | None = setting(None, "Seconds at most.", least=1)
+    learning_rate: float = setting(3e-3, "Of Adam at its peak.")
+    schedule: Schedule = setting(
+        Cosine,
+        f"Of the learning rate: {', '.join(SCHEDULES)}.",
+        written=chosen_by_name("schedule", SCHEDULES, "cosine"),
+    )
     warmup: int = 20
-    accumulate: int = 1
-    crop: int = 0
-    whole: float = 0.2
+    accumulate: int = setting(1, "Slices an update.", least=1)
+    crop: int = setting(32, "Rows of a training crop, 0: none.", least=0)
+    whole: float = setting(0.2, "Last share of the training that sees whole slices.")
     loss: Loss = field(default_factory=Loss)
     self_supervision: SelfSupervision | None = None
     validation: Validation = field(default_factory=Validation)
-    checkpointing: bl.Checkpointing | bl.Budget = field(default_factory=bl.Checkpointing)
-    device: str = "cpu"
-    precision: Precision = Precision.FLOAT32
-    seed: int = 0
+    checkpointing: bl.Checkpointing | bl.Budget = setting(
+        bl.Checkpointing,
+        "Memory of a sweep, such as '500 MiB'.",
+        name="budget",
+        written=Written(str, None, bl.Budget),
+    )
+    device: str = setting("cpu", "Where to train, cpu or cuda.")
+    precision: Precision = setting(Precision.FLOAT32, "Of the convolutions; bfloat16 needs a GPU.")
+    seed: int = setting(0, "Of everything that is random.")
 
     def __post_init__(self) -> None:
         """Check the fields."""

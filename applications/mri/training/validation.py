@@ -9,6 +9,7 @@ from torch import Tensor
 import bilevel as bl
 from applications.errors import InputError
 from applications.mri.training.examples import Example
+from applications.settings import Written, setting
 
 Build = Callable[[Example], tuple[bl.ControlProblem, Tensor]]
 
@@ -26,8 +27,14 @@ class Validation:
         InputError: if a field is less than 1.
     """
 
-    every: int = 100
-    patience: int | None = None
+    every: int = setting(
+        100,
+        "Updates between looks at validation scans; 100.",
+        name="validate_every",
+        least=1,
+        written=Written(int, None, int),
+    )
+    patience: int | None = setting(None, "Stop after so many looks without gain.", least=1)
 
     def __post_init__(self) -> None:
         """Check the fields."""

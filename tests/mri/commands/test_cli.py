@@ -609,7 +609,7 @@ def test_places_that_cannot_be_written_are_one_line_before_any_work(
     def worked(*_):
         pytest.fail("worked in vain")
 
-    for name in ("train.train", "app.evaluate", "app.reconstruct_scan"):
+    for name in ("train.train", "scans.evaluate", "scans.reconstruct_scan"):
         monkeypatch.setattr(f"applications.mri.commands.{name}", worked)
     monkeypatch.setattr("applications.mri.simulation.phantoms.write_volume", worked)
     (tmp_path / "file").write_text("kept")
@@ -731,7 +731,7 @@ import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 import applications.mri.training.keeping as keeping
 keeping._SAVE_EVERY = -1.0
-from applications.mri.commands.app import main
+from applications.mri.__main__ import main
 main()
 """
 

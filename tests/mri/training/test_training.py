@@ -330,8 +330,8 @@ def test_the_callback_sees_every_update(scans):
         ({"learning_rate": float("nan")}, "learning_rate must be > 0, got nan"),
         ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
         ({"crop": -1}, r"crop and warmup must be >= 0 and whole in \[0, 1\], got -1, 2 and 0.2"),
-        ({"warmup": -1}, "got 0, -1 and 0.2"),
-        ({"whole": 1.5}, "got 0, 2 and 1.5"),
+        ({"warmup": -1}, "got 32, -1 and 0.2"),
+        ({"whole": 1.5}, "got 32, 2 and 1.5"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
