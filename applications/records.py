@@ -1,5 +1,6 @@
 """What experiments tell: their progress, settings as plain values, and the spread over seeds."""
 
+import platform
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,6 +28,13 @@ def describe(settings: object) -> dict[str, object]:
     return {
         name: value if _is_plain(value) else repr(value) for name, value in vars(settings).items()
     }
+
+
+def machine() -> dict[str, object]:
+    """What a time was taken on."""
+    processor = platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return {"torch": torch.__version__, "threads": threads, "processor": processor}
 
 
 def _is_plain(value: object) -> bool:

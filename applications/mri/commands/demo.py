@@ -1,6 +1,5 @@
 """The main job on the bundled data: simulate, evaluate, reconstruct a real scan, draw; or train."""
 
-import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from applications.mri.simulation.phantoms import SimulationSettings, simulate_fo
 from applications.mri.training.keeping import Keeper
 from applications.mri.training.settings import TrainingSettings
 from applications.mri.training.training import train
-from applications.records import Report, describe
+from applications.records import Report, describe, machine
 from applications.settings import setting
 
 _N_COILS = 8  # of the bundled scan
@@ -127,10 +126,7 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
 
     report("tuning the baselines", 0.0)
     swept = sweep_regularisation(data["validation"], _SAMPLING, settings.seed + 1)
-    methods = {
-        **classical_methods(swept),
-        **network_methods(trained),
-    }
+    methods = classical_methods(swept) | network_methods(trained)
     evaluation = evaluate(
         methods,
         data["test"],
@@ -149,8 +145,7 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
         "training": about,
         "regularisation": {name: vars(one) for name, one in swept.items()},
         "evaluation": evaluation.as_json(),
-        "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        | {"processor": platform.processor() or platform.machine()},
+        "machine": machine(),
         "seconds": seconds,
     }
     write_json(results, content)

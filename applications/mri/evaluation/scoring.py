@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from applications.errors import InputError
-from applications.mri.data import SliceDataset, fully_sampled
+from applications.mri.data import SliceDataset, VolumeFile, fully_sampled
 from applications.mri.evaluation.methods import Method
 from applications.mri.evaluation.metrics import Convention, Scores, mean_scores, score
 from applications.mri.physics.masks import acceleration_of
@@ -103,25 +103,36 @@ def evaluate(
     volumes: list[VolumeScores] = []
     for i, file in enumerate(slices.files, start=1):
         mask = sampling.mask(file.shape, generator)
-        references: list[Tensor] = []
-        images: dict[str, list[Tensor]] = {name: [] for name in methods}
-        for index in range(file.n_slices):
-            kspace, reference = fully_sampled(file.read_slice(index))
-            references.append(reference)
-            undersampled = kspace * mask
-            for name, method in methods.items():
-                began = time.perf_counter()
-                image = _named(file.path, method, undersampled, mask)
-                seconds[name] += time.perf_counter() - began
-                images[name].append(centre_crop(image, (reference.shape[0], reference.shape[1])))
-        scores = {
-            name: score(torch.stack(references), torch.stack(found), convention)
-            for name, found in images.items()
-        }
+        scores = _volume_scores(methods, file, mask, convention, seconds)
         volumes.append(VolumeScores(file.path.stem, acceleration_of(mask), scores))
         if after_volume is not None:
             after_volume(i, len(slices.files))
     return Evaluation(volumes, {name: spent / len(slices) for name, spent in seconds.items()})
+
+
+def _volume_scores(
+    methods: dict[str, Method],
+    file: VolumeFile,
+    mask: Tensor,
+    convention: Convention,
+    seconds: dict[str, float],
+) -> dict[str, Scores]:
+    """Scores on one volume; the time that methods take is added to `seconds`."""
+    references: list[Tensor] = []
+    images: dict[str, list[Tensor]] = {name: [] for name in methods}
+    for index in range(file.n_slices):
+        kspace, reference = fully_sampled(file.read_slice(index))
+        references.append(reference)
+        undersampled = kspace * mask
+        for name, method in methods.items():
+            began = time.perf_counter()
+            image = _named(file.path, method, undersampled, mask)
+            seconds[name] += time.perf_counter() - began
+            images[name].append(centre_crop(image, (reference.shape[0], reference.shape[1])))
+    return {
+        name: score(torch.stack(references), torch.stack(found), convention)
+        for name, found in images.items()
+    }
 
 
 def _named(path: Path, method: Method, kspace: Tensor, mask: Tensor) -> Tensor:

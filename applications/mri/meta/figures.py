@@ -99,17 +99,20 @@ def draw_transfer(path: Path, found: Transfer) -> None:
         axis = axes.pop(0)
         bl.Correlation(rows, tuple(learned), validated).plot(axis)
         axis.set_title("learned weights", fontsize=9)
+    _gains(axes.pop(0), found, tasks)
+    if adapted:
+        _curves(axes[0], found, adapted)
+    save_figure(path, figure)
+
+
+def _gains(axis: Any, found: Transfer, tasks: tuple[str, ...]) -> None:
     gains = torch.tensor([[found.gain(model, task) for task in tasks] for model in found.models])
     labels = tuple(f"{name} (unseen)" if name in found.unseen else name for name in tasks)
-    axis = axes.pop(0)
     bl.Correlation(gains, found.models, labels).plot(axis)
     axis.set(xlabel="task", ylabel="model")
     axis.set_title(
         "measured transfer: PSNR [dB] above\nthe mean of models of single tasks", fontsize=9
     )
-    if adapted:
-        _curves(axes[0], found, adapted)
-    save_figure(path, figure)
 
 
 def _curves(axis: Any, found: Transfer, tasks: list[str]) -> None:

@@ -1,6 +1,5 @@
 """What is compared in meta-training, and what was found, as records and plain values."""
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -14,7 +13,7 @@ from applications.mri.evaluation.metrics import Scores, mean_scores
 from applications.mri.meta.learning import Learned
 from applications.mri.meta.settings import Ablation, MetaSettings
 from applications.mri.tasks.task_facts import TaskFacts
-from applications.records import describe, spread
+from applications.records import describe, machine, spread
 from applications.settings import Written, setting
 
 Table = dict[str, dict[str, Scores]]  # by model, by test task
@@ -158,8 +157,7 @@ class Experiment:
             "summary": summary,
             "zero_filled": _plain(self.zero_filled),
             "runs": [_run_json(run, self.correlation_of(run)) for run in self.runs],
-            "machine": {"torch": torch.__version__, "threads": torch.get_num_threads()}
-            | {"processor": platform.processor() or platform.machine()},
+            "machine": machine(),
         }
 
     def correlation_of(self, run: Run) -> dict[str, dict[str, float]]:

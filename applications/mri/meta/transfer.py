@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import bilevel as bl
 from applications.errors import InputError
@@ -56,16 +57,7 @@ def measure_transfer(
     check_names([*(task.name for task in trained), *models])
     if not scored:
         raise InputError("at least one task with the role test was needed, got none; add it.")
-    every: dict[str, bl.PerStep] = {}
-    validation = tasks.of("validation")[0].parts["validation"]  # which equal weights never read
-    for task in trained:
-        alone = Tasks((replace(task, parts={**task.parts, "validation": validation}),))
-        share = partial(report, f"training on {task.name}")
-        found = learn(
-            Ablation.UNIFORM, begun.network, begun.control, alone, settings.training, share
-        )
-        every[task.name] = found.models["all"]
-    every |= models
+    every = _trained_alone(tasks, begun, settings, report) | dict(models)
     scores: Table = {}
     curves: dict[str, dict[str, dict[int, Scores]]] = {}
     for i, (name, model) in enumerate(every.items()):
@@ -81,6 +73,22 @@ def measure_transfer(
     seen = tuple(task.name for task in tasks.of("test"))
     others = tuple(task.name for task in unseen if "test" in task.parts)
     return Transfer(settings, names, seen, others, scores, curves, learned)
+
+
+def _trained_alone(
+    tasks: Tasks, begun: Trained, settings: TransferSettings, report: Report
+) -> dict[str, bl.PerStep]:
+    """A model of each training task, by its name."""
+    every: dict[str, bl.PerStep] = {}
+    validation = tasks.of("validation")[0].parts["validation"]  # which equal weights never read
+    for task in tasks.of("train"):
+        alone = Tasks((replace(task, parts={**task.parts, "validation": validation}),))
+        share = partial(report, f"training on {task.name}")
+        found = learn(
+            Ablation.UNIFORM, begun.network, begun.control, alone, settings.training, share
+        )
+        every[task.name] = found.models["all"]
+    return every
 
 
 def _scored(task: Task, begun: Trained, model: bl.PerStep, settings: TransferSettings) -> Scores:
@@ -120,14 +128,7 @@ def learned_correlation(path: Path) -> dict[str, dict[str, float]]:
     Raises:
         InputError: if the file is not of that kind, or holds neither.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        runs = {(run["ablation"], run["seed"]): run["correlation"] for run in found["runs"]}
-        validated = found["validation"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: the results of meta-train were needed ({error}); give its folder."
-        ) from error
+    runs, validated = _runs(path)
     for way in (Ablation.MATRIX, Ablation.VECTOR):
         tables = [table for (name, _), table in runs.items() if name == way]
         if tables:
@@ -142,6 +143,18 @@ def learned_correlation(path: Path) -> dict[str, dict[str, float]]:
         f"{path}: learned weights were needed, a matrix or a vector, got "
         f"{', '.join(sorted({name for name, _ in runs})) or 'none'}; train them."
     )
+
+
+def _runs(path: Path) -> tuple[dict[tuple[str, int], Any], list[str]]:
+    """Correlations by way and seed, and the names of the validation tasks."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        runs = {(run["ablation"], run["seed"]): run["correlation"] for run in found["runs"]}
+        return runs, found["validation"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: the results of meta-train were needed ({error}); give its folder."
+        ) from error
 
 
 def meta_models(folder: Path) -> tuple[Network, dict[str, bl.PerStep]]:

@@ -132,16 +132,7 @@ def load_weights(path: Path | str) -> Trained:
             not those of its architecture.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: a weights file was needed, there is none; train one first.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: a complete safetensors file was needed ({error}); copy it again."
-        ) from error
+    tensors, metadata = _content(path)
     try:
         architecture = Architecture(**json.loads(metadata["architecture"]))
         record = json.loads(metadata.get("record", "{}"))
@@ -152,8 +143,26 @@ def load_weights(path: Path | str) -> Trained:
             "use weights that `train` wrote."
         ) from error
     control = network.controls()
-    template = named(control)
-    expected = {n: _kind(stored(v)) for n, v in template.items()}
+    _check_kinds(path, tensors, control)
+    return Trained(network, restored(tensors, control), record)
+
+
+def _content(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file."""
+    if not path.is_file():
+        raise InputError(f"{path}: a weights file was needed, there is none; train one first.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: a complete safetensors file was needed ({error}); copy it again."
+        ) from error
+
+
+def _check_kinds(path: Path, tensors: Mapping[str, Tensor], control: bl.PerStep) -> None:
+    expected = {n: _kind(stored(v)) for n, v in named(control).items()}
     found = {n: _kind(v) for n, v in tensors.items()}
     if expected != found:
         differing = sorted(n for n in expected | found if expected.get(n) != found.get(n))
@@ -162,7 +171,6 @@ def load_weights(path: Path | str) -> Trained:
             f"{path}: {len(differing)} tensors differ from the stored architecture, {first!r} must "
             f"be {expected.get(first)}, got {found.get(first)}; use weights that `train` wrote."
         )
-    return Trained(network, restored(tensors, control), record)
 
 
 def named(control: bl.PerStep) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ def _values(path: Path) -> NDArray[Any]:
         with path.open("rb") as file:  # np.load would leave a damaged archive open
             found = np.load(file, allow_pickle=False)
             return found if isinstance(found, np.ndarray) else found[_chosen(path, found.files)]
-    except InputError:
+    except (InputError, ModuleNotFoundError):
         raise
     except Exception as error:  # of NumPy, zipfile or Pillow
         raise InputError(

@@ -67,16 +67,7 @@ def simulate_folder(
         raise InputError(f"repeats must be at least 1, got {settings.repeats}.")
     generator = torch.Generator().manual_seed(settings.seed)
     anatomies = _chosen(load_anatomies(settings.anatomies, settings.plane), settings.names)
-    plan: list[tuple[str, str, Tensor]] = []
-    for name, images in anatomies.items():
-        roles = split(images.shape[0])
-        for role in ROLES:
-            chosen = resize(images[list(getattr(roles, role))], settings.size).clamp(0, 1)
-            repeats = settings.repeats if role == "train" else 1
-            plan += [
-                (role, name if repeats == 1 else f"{name}_{repeat}", chosen)
-                for repeat in range(repeats)
-            ]
+    plan = _plan(anatomies, settings)
     files: dict[str, list[Path]] = {role: [] for role in ROLES}
     for role in ROLES:
         make_folder(folder / role)
@@ -87,6 +78,23 @@ def simulate_folder(
         if done is not None:
             done(i, len(plan))
     return files
+
+
+def _plan(
+    anatomies: dict[str, Tensor], settings: SimulationSettings
+) -> list[tuple[str, str, Tensor]]:
+    """Role, name and images of every volume."""
+    plan: list[tuple[str, str, Tensor]] = []
+    for name, images in anatomies.items():
+        roles = split(images.shape[0])
+        for role in ROLES:
+            chosen = resize(images[list(getattr(roles, role))], settings.size).clamp(0, 1)
+            repeats = settings.repeats if role == "train" else 1
+            plan += [
+                (role, name if repeats == 1 else f"{name}_{repeat}", chosen)
+                for repeat in range(repeats)
+            ]
+    return plan
 
 
 def _chosen(anatomies: dict[str, Tensor], names: tuple[str, ...] | None) -> dict[str, Tensor]:

@@ -63,18 +63,7 @@ def simulate(
     Raises:
         InputError: if the image or the coils do not fit, or a setting is out of range.
     """
-    if image.ndim != 2 or image.is_complex() or not image.is_floating_point():
-        raise InputError(
-            f"image must be real floating point of shape (rows, columns), got {image.dtype} "
-            f"{tuple(image.shape)}; simulate one slice at a time."
-        )
-    if not bool(((image >= 0) & (image <= 1)).all()):
-        raise InputError(
-            f"image magnitudes must lie in [0, 1], got {image.min():g} to {image.max():g}; divide "
-            "by the maximum."
-        )
-    if not noise_std >= 0:
-        raise InputError(f"noise_std must be >= 0, got {noise_std}.")
+    _check(image, noise_std)
     shape = (image.shape[0], image.shape[1])
     angle = smooth_phase(shape, generator, phase)
     if coils is None:
@@ -91,6 +80,21 @@ def simulate(
     white = torch.view_as_complex(torch.randn(n_coils, *shape, 2, generator=generator))
     noise = torch.einsum("cd,dxy->cxy", factor.to(torch.complex64), white)
     return Simulation(fft2c(clean) + noise_std * noise, clean, rss(clean), complex_image, coils)
+
+
+def _check(image: Tensor, noise_std: float) -> None:
+    if image.ndim != 2 or image.is_complex() or not image.is_floating_point():
+        raise InputError(
+            f"image must be real floating point of shape (rows, columns), got {image.dtype} "
+            f"{tuple(image.shape)}; simulate one slice at a time."
+        )
+    if not bool(((image >= 0) & (image <= 1)).all()):
+        raise InputError(
+            f"image magnitudes must lie in [0, 1], got {image.min():g} to {image.max():g}; divide "
+            "by the maximum."
+        )
+    if not noise_std >= 0:
+        raise InputError(f"noise_std must be >= 0, got {noise_std}.")
 
 
 def smooth_phase(shape: tuple[int, int], generator: torch.Generator, strength: float) -> Tensor:

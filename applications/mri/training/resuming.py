@@ -97,20 +97,7 @@ class StateFile:
             InputError: if the file is missing, damaged, no training state, or of a training under
                 other conditions; the message lists the differences.
         """
-        if not self.path.is_file():
-            raise InputError(
-                f"{self.path}: the state of an interrupted training was needed, there is none; "
-                "train without --resume."
-            )
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                content = json.loads((file.metadata() or {})["training"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise InputError(
-                f"{self.path}: a complete training state was needed ({error}); train without "
-                "--resume."
-            ) from error
+        content, tensors = self._read()
         self._check(content)
         like = self.network.controls()
         moments: dict[int, dict[str, Tensor]] = {}
@@ -127,6 +114,23 @@ class StateFile:
             tuple(content["costs"]),
             Looks(looks, restored(_below("best", tensors), like) if looks else None),
         )
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if not self.path.is_file():
+            raise InputError(
+                f"{self.path}: the state of an interrupted training was needed, there is none; "
+                "train without --resume."
+            )
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                content = json.loads((file.metadata() or {})["training"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise InputError(
+                f"{self.path}: a complete training state was needed ({error}); train without "
+                "--resume."
+            ) from error
+        return content, tensors
 
     def remove(self) -> None:
         """Removes the file, if there is one: its training has ended."""
