@@ -1,6 +1,6 @@
 """Which k-space positions are measured: columns, Poisson discs, Gaussian density, radial spokes.
 
-Read `base`, `cartesian`, `scattered`, `gaussian`, `from_file`, `named`.
+Read `base`, `cartesian`, `darts`, `scattered`, `gaussian`, `from_file`, `named`.
 """
 
 from applications.mri.sampling.base import Sampling
