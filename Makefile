@@ -25,7 +25,7 @@ $(STAMPS)/%: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMPS)/mri
-	$(VENV)/bin/python -m applications.mri demo --out $(DEMO) $(DEMO_FLAGS)
+	$(VENV)/bin/bilevel-mri demo --out $(DEMO) $(DEMO_FLAGS)
 
 test: $(STAMPS)/test
 	$(VENV)/bin/python -m pytest -q -n auto --dist loadgroup

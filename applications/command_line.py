@@ -1,7 +1,7 @@
 """What the command lines of the applications share."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated, Any
@@ -11,21 +11,46 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from applications.errors import needing
+from applications.options import with_options
+from applications.records import Report
 from bilevel.errors import BilevelError
 
-Report = Callable[[str, float], None]  # (stage, share of it done)
+console = Console()
 Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
-Device = Annotated[str, typer.Option(help="Where to train, cpu or cuda.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")]
 
 
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that a user can mend are one line and exit code 2; Ctrl-C is exit code 130."""
+def command_line(
+    about: str, extra: str, commands: Mapping[str, Callable[..., None]]
+) -> typer.Typer:
+    """The command line of an application.
 
+    Errors that a user can mend are one line and exit code 2, a missing package among them; Ctrl-C
+    is exit code 130.
+
+    Args:
+        about: what it is, for the help.
+        extra: of `bilevel` that brings the packages it needs.
+        commands: by name, as `options.with_options` takes them.
+
+    Returns:
+        The application of typer.
+    """
+    app = typer.Typer(
+        add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=about
+    )
+    for name, function in commands.items():
+        app.command(name)(_guarded(with_options(function), extra))
+    return app
+
+
+def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
     @wraps(command)
     def run(**arguments: object) -> None:
         try:
-            command(**arguments)
+            with needing(extra):
+                command(**arguments)
         except BilevelError as error:
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             raise typer.Exit(2) from None
@@ -43,7 +68,7 @@ def use_threads(threads: int) -> None:
 
 
 @contextmanager
-def progress_bars(console: Console) -> Iterator[Report]:
+def progress_bars() -> Iterator[Report]:
     """A progress bar a stage, on the screen while it is worked on."""
     columns: list[Any] = [
         TextColumn("{task.description:28}"),

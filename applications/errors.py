@@ -1,4 +1,8 @@
-"""The errors a user of an application can mend; the command line prints them in one line."""
+"""The errors that a user of an application can mend, told in one line."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from bilevel.errors import BilevelError
 
@@ -7,31 +11,28 @@ class InputError(BilevelError, ValueError):
     """A file or a setting does not fit; the message names it, and the remedy."""
 
 
-def check_counts(settings: object, *names: str) -> None:
-    """Refuse fields that are less than 1.
+@contextmanager
+def needing(extra: str) -> Iterator[None]:
+    """End the program where a package is missing: one line that names the extra, exit code 2.
 
     Args:
-        settings: a record.
-        names: of its fields.
+        extra: of `bilevel` that brings what is imported.
+
+    Yields:
+        Nothing.
 
     Raises:
-        InputError: naming the field.
+        ModuleNotFoundError: if what is missing is a module of this project.
+        SystemExit: with exit code 2, if it is another.
     """
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(settings, name)}.")
-
-
-def check_positive(settings: object, *names: str) -> None:
-    """Refuse fields that are not positive.
-
-    Args:
-        settings: a record.
-        names: of its fields.
-
-    Raises:
-        InputError: naming the field.
-    """
-    for name in names:
-        if not getattr(settings, name) > 0:
-            raise InputError(f"{name} must be > 0, got {getattr(settings, name)}.")
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "applications", "bilevel"):
+            raise
+        sys.stderr.write(
+            f"error: the package {package} is needed and not installed; "
+            f'pip install "bilevel[{extra}]".\n'
+        )
+        raise SystemExit(2) from None

@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 
 from applications.mri.data import SliceDataset, fully_sampled
-from applications.mri.evaluation import (
-    Evaluation,
+from applications.mri.evaluation.methods import (
     Method,
     classical_methods,
-    evaluate,
     network_methods,
     sweep_regularisation,
 )
-from applications.mri.metrics import Scores
-from applications.mri.phantoms import SimulationSettings, simulate_folder
+from applications.mri.evaluation.metrics import Scores
+from applications.mri.evaluation.scoring import Evaluation, evaluate
+from applications.mri.network.weights import pretrained
 from applications.mri.sampling import (
     CartesianEquispaced,
     CartesianRandom,
@@ -35,7 +34,7 @@ from applications.mri.sampling import (
     Radial,
     Sampling,
 )
-from applications.mri.weights import pretrained
+from applications.mri.simulation.phantoms import SimulationSettings, simulate_folder
 from benchmarks.measure import machine
 
 SEEN: dict[str, Sampling] = {

@@ -8,12 +8,12 @@ import argparse
 import torch
 
 import bilevel as bl
-from applications.mri.anatomy import load_anatomies, resize
-from applications.mri.network import light, paper
-from applications.mri.operators import ifft2c
-from applications.mri.reconstruction import Loss, Network
+from applications.mri.network.architecture import light, paper
+from applications.mri.network.reconstruction import Loss, Network
+from applications.mri.physics.operators import ifft2c
 from applications.mri.sampling import CartesianRandom
-from applications.mri.simulate import simulate
+from applications.mri.simulation.anatomy import load_anatomies, resize
+from applications.mri.simulation.simulate import simulate
 from benchmarks.measure import machine, median_ratio, paired_times, peak_live_bytes
 
 

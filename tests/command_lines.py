@@ -2,7 +2,7 @@
 
 from typer.testing import CliRunner
 
-from applications.mri.cli import app
+from applications.mri.commands.app import app
 
 
 def call(*arguments):

@@ -4,7 +4,7 @@ import ismrmrd
 import numpy as np
 import torch
 
-from applications.mri.operators import fft2c
+from applications.mri.physics.operators import fft2c
 
 HEADER = """<?xml version="1.0"?>
 <ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">

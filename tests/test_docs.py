@@ -10,10 +10,10 @@ PAGES = "\n".join(
     path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "api").glob("*.rst"))
 )
 # The command line, and inner workings.
-HIDDEN = {"toy.__main__", "toy.cli"}
-HIDDEN |= {f"mri.{name}" for name in ("__main__", "choices", "cli", "darts", "hdf5")}
-HIDDEN |= {"mri.meta_cli", "mri.train_command"}
-HIDDEN |= {"mri.formats.ismrmrd_header", "mri.formats.ismrmrd_lines"}
+HIDDEN = {"mri.__main__", "toy.__main__", "toy.cli"}
+HIDDEN |= {f"mri.commands.{name}" for name in ("app", "meta", "scans", "shared", "train")}
+HIDDEN |= {f"mri.formats.{name}" for name in ("hdf5", "ismrmrd_header", "ismrmrd_lines")}
+HIDDEN |= {"mri.sampling.darts"}
 
 
 def described(kinds: str) -> set[str]:

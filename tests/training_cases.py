@@ -5,12 +5,13 @@ from dataclasses import replace
 import torch
 
 from applications.mri.data import SliceDataset, Volume, write_volume
-from applications.mri.network import paper
-from applications.mri.operators import ifft2c, rss
-from applications.mri.reconstruction import Network
+from applications.mri.network.architecture import paper
+from applications.mri.network.reconstruction import Network
+from applications.mri.physics.operators import ifft2c, rss
 from applications.mri.sampling import CartesianRandom
-from applications.mri.simulate import simulate
-from applications.mri.training import TrainingSettings, train
+from applications.mri.simulation.simulate import simulate
+from applications.mri.training.settings import TrainingSettings
+from applications.mri.training.training import train
 from bilevel import tree
 
 COILS, SIZE = 2, 24

@@ -1,5 +1,15 @@
-"""Entry point of `python -m applications.mri`."""
+"""Entry point of `bilevel-mri` and of `python -m applications.mri`."""
 
-from applications.mri.cli import main
+from applications.errors import needing
 
-main()
+with needing("mri"):
+    from applications.mri.commands.app import app
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

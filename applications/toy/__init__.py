@@ -1,1 +1,5 @@
-"""Classification with cross-entropy: weights of tasks and samples, learned by bilevel descent."""
+"""Classification with cross-entropy: weights of tasks and samples, learned by bilevel descent.
+
+Read `idx`, `data`, `models`, `tasks`, `task_results`, `task_weights`, `cleaning`, `hyper_cleaning`,
+`figures`, `cli`.
+"""

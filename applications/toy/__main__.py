@@ -1,5 +1,15 @@
-"""Entry point of `python -m applications.toy`."""
+"""Entry point of `bilevel-toy` and of `python -m applications.toy`."""
 
-from applications.toy.cli import main
+from applications.errors import needing
 
-main()
+with needing("toy"):
+    from applications.toy.cli import app
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,19 +1,33 @@
 """Settings and results of data hyper-cleaning."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from applications.errors import InputError, check_counts, check_positive
-from applications.methods import Method
-from applications.seeds import spread
+from applications.errors import InputError
+from applications.records import spread
+from applications.settings import Method, check_counts, check_positive, setting
 from applications.toy.data import Convention
-from applications.toy.metrics import Cleaning
 from applications.toy.models import Model
 
 CLEANED = "learned weights"  # the way of training that cleaning is for
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of samples; None: 5000, 5000, 10000 of a folder, and 600, 400, 797 of the digits.
+
+    Attributes:
+        train: with labels that are corrupted.
+        validation: with true labels.
+        test: that accuracies are of.
+    """
+
+    train: int | None = setting(None, "Training samples; 5000, digits 600.")
+    validation: int | None = setting(None, "Validation samples; 5000, digits 400.")
+    test: int | None = setting(None, "Test samples; 10000, digits 797.")
 
 
 @dataclass(frozen=True)
@@ -23,9 +37,8 @@ class CleaningSettings:
     Attributes:
         data: folder of IDX files; None for scikit-learn's digits.
         model: what is trained.
-        sizes: samples for training, validation and test; None for 5000, 5000, 10000 of a folder
-            and 600, 400, 797 of the digits. Test samples are of the part that a folder sets aside
-            for tests, `t10k`, where it has one.
+        sizes: samples for training, validation and test. Test samples are of the part that a folder
+            sets aside for tests, `t10k`, where it has one.
         share: of training labels that are corrupted.
         convention: how.
         seeds: runs, each with a split, labels and start of its own.
@@ -48,24 +61,29 @@ class CleaningSettings:
         fit_steps: of L-BFGS, at most.
     """
 
-    data: Path | None = None
-    model: Model = Model.LINEAR
-    sizes: tuple[int, int, int] | None = None
-    share: float = 0.5
-    convention: Convention = Convention.UNIFORM
-    seeds: int = 1
-    seed: int = 0
-    method: Method = Method.IMPLICIT
-    updates: int = 24
+    data: Path | None = setting(None, "Folder of IDX files; without it, scikit-learn's digits.")
+    model: Model = setting(Model.LINEAR, "What is trained.")
+    sizes: Sizes = field(default_factory=Sizes)
+    share: float = setting(0.5, "Of training labels that are corrupted.")
+    convention: Convention = setting(
+        Convention.UNIFORM,
+        "uniform: drawn anew from all classes, some right; exact: all wrong.",
+    )
+    seeds: int = setting(1, "Runs, each with a seed of its own.", least=1)
+    seed: int = setting(0, "Of everything that is random.")
+    method: Method = setting(Method.IMPLICIT, "Of hypergradients.")
+    updates: int = setting(24, "Of the weights, at most.", least=1)
     every: int = 8
     rate: float = 0.2
-    inner_steps: int = 10
+    inner_steps: int = setting(10, "Of the model an update.", least=1)
     folds: int = 2
-    learning_decay: float = 0.01
+    learning_decay: float = setting(
+        0.01, "Weight decay while weights are learned.", name="decay", least=0
+    )
     krylov_steps: int = 10
     damping: float = 0.03
     decays: tuple[float, ...] = (5e-3, 1e-3, 3e-4)
-    hidden: int = 300
+    hidden: int = setting(300, "mlp: hidden units.", least=1)
     fit_steps: int = 100
 
     def __post_init__(self) -> None:
@@ -82,10 +100,52 @@ class CleaningSettings:
 
     @property
     def parts(self) -> tuple[int, int, int]:
-        """The sizes, or their default."""
-        if self.sizes is not None:
-            return self.sizes
-        return (600, 400, 797) if self.data is None else (5000, 5000, 10000)
+        """Samples for training, validation and test."""
+        asked = self.sizes
+        train, validation, test = (600, 400, 797) if self.data is None else (5000, 5000, 10000)
+        return (
+            train if asked.train is None else asked.train,
+            validation if asked.validation is None else asked.validation,
+            test if asked.test is None else asked.test,
+        )
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """Weights of samples against the truth.
+
+    Attributes:
+        f1: harmonic mean of precision and recall of "weight below one half" as the verdict that a
+            label is wrong; 1 is perfect.
+        precision: share of wrong labels among those so judged.
+        recall: share so judged of the wrong labels.
+        wrong_mass: share of the total weight that lies on wrong labels.
+    """
+
+    f1: float
+    precision: float
+    recall: float
+    wrong_mass: float
+
+
+def judge(weights: Tensor, wrong: Tensor) -> Cleaning:
+    """Compares weights with the truth.
+
+    Args:
+        weights: of the samples, shape ``(n,)``, in [0, 1].
+        wrong: whose labels are wrong, shape ``(n,)``, bool.
+
+    Returns:
+        The figures; a ratio of nothing to nothing is 1 where nothing was missed.
+    """
+    judged = weights < 0.5
+    hits, n_judged, n_wrong = (int(x.sum()) for x in (judged & wrong, judged, wrong))
+    return Cleaning(
+        2 * hits / (n_judged + n_wrong) if n_judged + n_wrong else 1.0,
+        hits / n_judged if n_judged else 1.0,
+        hits / n_wrong if n_wrong else 1.0,
+        float(weights[wrong].sum() / weights.sum()),
+    )
 
 
 @dataclass(frozen=True, eq=False)

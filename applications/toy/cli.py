@@ -1,4 +1,4 @@
-"""The command line: `python -m applications.toy hyper-cleaning|task-weights`."""
+"""The command line `bilevel-toy task-weights|hyper-cleaning`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,135 +7,37 @@ from typing import Annotated, TypeVar
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from applications.command_line import Report, Seed, Threads, guarded, progress_bars, use_threads
+from applications.command_line import Threads, command_line, console, progress_bars, use_threads
 from applications.files import make_folder, write_json
-from applications.methods import Method
-from applications.seeds import spread
+from applications.records import Report, spread
 from applications.toy.cleaning import CleaningResult, CleaningSettings
-from applications.toy.cleaning_figure import draw_cleaning
-from applications.toy.data import Convention
-from applications.toy.figures import draw_task_weights
+from applications.toy.figures import draw_cleaning, draw_task_weights
 from applications.toy.hyper_cleaning import run_hyper_cleaning
-from applications.toy.models import Model
-from applications.toy.task_weights import Result, Settings, run_task_weights
-from applications.toy.tasks import TaskSettings
+from applications.toy.task_results import Result, Settings
+from applications.toy.task_weights import run_task_weights
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Classification with cross-entropy: weights learned by bilevel descent.",
-)
-console = Console()
-
-Data = Annotated[
-    Path | None, typer.Option(help="Folder of IDX files; without it, scikit-learn's digits.")
-]
-Seeds = Annotated[int, typer.Option(help="Runs, each with a seed of its own.", min=1)]
+Folder = Annotated[Path, typer.Option(help="Folder for results.json and figure.png.")]
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
-
-
-@app.callback()
-def _commands() -> None:
-    """Classification with cross-entropy: weights learned by bilevel descent."""
-
-
-@app.command()
-@guarded
-def task_weights(
-    out: Annotated[Path, typer.Option(help="Folder for results.json and figure.png.")],
-    data: Data = None,
-    seeds: Seeds = 3,
-    tasks: Annotated[int, typer.Option(help="Training tasks of each of four kinds.", min=1)] = 3,
-    validations: Annotated[
-        int, typer.Option(help="Validation tasks, upright and turned in turn.", min=1)
-    ] = 4,
-    train: Annotated[int, typer.Option(help="Samples of a training task.", min=1)] = 40,
-    validation: Annotated[int, typer.Option(help="Samples of a validation task.", min=1)] = 20,
-    test: Annotated[int, typer.Option(help="Test samples of a validation task.", min=1)] = 200,
-    method: Annotated[Method, typer.Option(help="Of hypergradients.")] = Method.IMPLICIT,
-    updates: Annotated[int, typer.Option(help="Of the weights.", min=1)] = 25,
-    inner_steps: Annotated[int, typer.Option(help="Of the model an update.", min=1)] = 20,
-    fit_steps: Annotated[int, typer.Option(help="Of each model compared.", min=1)] = 300,
-    entropy: Annotated[
-        float, typer.Option(help="Reward of even weights, against collapse to one task.", min=0)
-    ] = 0.05,
-    seed: Seed = 0,
-    threads: Threads = 0,
-) -> None:
+def task_weights(out: Folder, settings: Settings, threads: Threads = 0) -> None:
     """Learn which training tasks help which validation tasks, and compare what comes of it."""
     use_threads(threads)
-    settings = Settings(
-        TaskSettings(tasks, validations, train, validation, test),
-        data,
-        seeds,
-        seed,
-        method,
-        updates,
-        inner_steps=inner_steps,
-        fit_steps=fit_steps,
-        entropy=entropy,
-    )
     _carry_out(out, partial(run_task_weights, settings), draw_task_weights, _print)
 
 
-@app.command()
-@guarded
-def hyper_cleaning(
-    out: Annotated[Path, typer.Option(help="Folder for results.json and figure.png.")],
-    data: Data = None,
-    seeds: Seeds = 1,
-    model: Annotated[Model, typer.Option(help="What is trained.")] = Model.LINEAR,
-    train: Annotated[int | None, typer.Option(help="Training samples; 5000, digits 600.")] = None,
-    validation: Annotated[
-        int | None, typer.Option(help="Validation samples; 5000, digits 400.")
-    ] = None,
-    test: Annotated[int | None, typer.Option(help="Test samples; 10000, digits 797.")] = None,
-    share: Annotated[float, typer.Option(help="Of training labels that are corrupted.")] = 0.5,
-    convention: Annotated[
-        Convention,
-        typer.Option(help="uniform: drawn anew from all classes, some right; exact: all wrong."),
-    ] = Convention.UNIFORM,
-    method: Annotated[Method, typer.Option(help="Of hypergradients.")] = Method.IMPLICIT,
-    updates: Annotated[int, typer.Option(help="Of the weights, at most.", min=1)] = 24,
-    inner_steps: Annotated[int, typer.Option(help="Of the model an update.", min=1)] = 10,
-    decay: Annotated[
-        float, typer.Option(help="Weight decay while weights are learned.", min=0)
-    ] = 0.01,
-    hidden: Annotated[int, typer.Option(help="mlp: hidden units.", min=1)] = 300,
-    seed: Seed = 0,
-    threads: Threads = 0,
-) -> None:
+def hyper_cleaning(out: Folder, settings: CleaningSettings, threads: Threads = 0) -> None:
     """Learn which training labels are wrong from clean validation data, and train without them."""
     use_threads(threads)
-    standard = CleaningSettings(data).parts
-    parts = tuple(
-        own if given is None else given
-        for given, own in zip((train, validation, test), standard, strict=True)
-    )
-    settings = CleaningSettings(
-        data,
-        model,
-        (parts[0], parts[1], parts[2]),
-        share,
-        convention,
-        seeds,
-        seed,
-        method,
-        updates,
-        inner_steps=inner_steps,
-        learning_decay=decay,
-        hidden=hidden,
-    )
     _carry_out(out, partial(run_hyper_cleaning, settings), draw_cleaning, _print_cleaning)
 
+
+app = command_line(
+    "Classification with cross-entropy: weights learned by bilevel descent.",
+    "toy",
+    {"task-weights": task_weights, "hyper-cleaning": hyper_cleaning},
+)
 
 R = TypeVar("R", Result, CleaningResult)
 
@@ -148,7 +50,7 @@ def _carry_out(
 ) -> None:
     """Run an experiment, and leave its results in a folder and on the screen."""
     make_folder(out)
-    with progress_bars(console) as report:
+    with progress_bars() as report:
         result = run(report)
     write_json(out / "results.json", result.as_json())
     draw(out / "figure.png", result)

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+import bilevel as bl
 from applications.pictures import blank_figure, save_figure
-from applications.seeds import spread
-from applications.toy.task_weights import Result
+from applications.records import spread
+from applications.toy.cleaning import CLEANED, CleaningResult
+from applications.toy.task_results import Result
 
 LEARNED, GREY = "#4292c6", "#bdbdbd"  # what was learned, and what it is compared with
 _REFERENCE = ("oracle",)  # knows what is to be learned
@@ -32,15 +35,17 @@ def draw_task_weights(path: Path, result: Result) -> None:
     width = 0.62 * m
     figure = blank_figure(7.6 + 2 * width, 2.9 + 0.3 * n)
     axes: Any = figure.subplots(1, 4, width_ratios=[width, width, 0.7, 4.6])
-    _heat(axes[0], truth, "Truth:\nequal weights on related tasks", result.validations, largest)
-    _heat(
-        axes[1], matrix, "Learned matrix:\none model a validation task", result.validations, largest
+    maps = (
+        (truth, result.validations, "Truth:\nequal weights on related tasks"),
+        (matrix, result.validations, "Learned matrix:\none model a validation task"),
+        (vector, ("all tasks",), "Learned\nvector"),
     )
-    _heat(axes[2], vector, "Learned\nvector", ("all tasks",), largest)
-    axes[0].set_yticks(range(n), result.tasks)
-    axes[0].set_ylabel("training task")
-    for axis in axes[:2]:
-        axis.set_xlabel("validation task")
+    for axis, (values, names, title) in zip(axes, maps, strict=False):
+        bl.tasks.Correlation(values, result.tasks, names).plot(axis, largest)
+        axis.set_title(title, fontsize=9)
+    for axis in axes[1:3]:  # the names are those of the first
+        axis.set(yticks=[], ylabel="")
+    axes[2].set_xlabel("")
     _bars(axes[3], result)
     k = len(result.runs)
     seeds = "1 seed" if k == 1 else f"mean over {k} seeds"
@@ -53,18 +58,6 @@ def draw_task_weights(path: Path, result: Result) -> None:
         fontsize=10,
     )
     save_figure(path, figure)
-
-
-def _heat(axis: Any, values: Tensor, title: str, names: tuple[str, ...], largest: float) -> None:
-    axis.imshow(values.tolist(), cmap="Blues", vmin=0, vmax=largest, aspect="auto")
-    for i, row in enumerate(values.tolist()):
-        for j, value in enumerate(row):
-            colour = "white" if value > 0.6 * largest else "black"
-            text = "0" if value < 5e-3 else f"{value:.2f}"
-            axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
-    axis.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-    axis.set_yticks([])
-    axis.set_title(title, fontsize=9)
 
 
 def bar(axis: Any, row: int, found: Tensor, colour: str, hatch: str | None = None) -> None:
@@ -92,3 +85,64 @@ def _bars(axis: Any, result: Result) -> None:
         "What the weights are worth\n(dots: seeds; bars: mean ± standard deviation)", fontsize=9
     )
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_cleaning(path: Path, result: CleaningResult) -> None:
+    """Learned weights of right and wrong labels, the descent, and accuracies with their spread.
+
+    Args:
+        path: PNG file, replaced if it exists.
+        result: of all seeds.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    figure = blank_figure(12, 3.6)
+    axes: Any = figure.subplots(1, 3, width_ratios=[1, 0.8, 1.3])
+    _histogram(axes[0], result)
+    for run in result.runs:
+        axes[1].plot(range(1, len(run.values) + 1), run.values, color=LEARNED)
+        axes[1].axvline(run.updates, color=GREY, linewidth=1, linestyle="--")
+    axes[1].set(xlabel="update of the weights", ylabel="validation loss (outer objective)")
+    axes[1].set_title("The descent (dashed: updates\nchosen on held-out data)", fontsize=9)
+    _bars_of_cleaning(axes[2], result)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    k = len(result.runs)
+    wrong = float(torch.stack([run.wrong.double().mean() for run in result.runs]).mean())
+    figure.suptitle(
+        f"Data hyper-cleaning: {result.data}, {result.settings.model} model, "
+        f"{result.settings.parts[0]} training samples, {100 * wrong:.0f} % of the labels wrong; "
+        + ("1 seed" if k == 1 else f"{k} seeds"),
+        fontsize=10,
+    )
+    save_figure(path, figure)
+
+
+def _histogram(axis: Any, result: CleaningResult) -> None:
+    weights = torch.cat([run.weights for run in result.runs])
+    wrong = torch.cat([run.wrong for run in result.runs])
+    bins = np.linspace(0, 1, 26)
+    for chosen, colour, name in ((~wrong, LEARNED, "right"), (wrong, "#ef6548", "wrong")):
+        axis.hist(weights[chosen].numpy(), bins, color=colour, alpha=0.7, label=f"{name} labels")
+    axis.axvline(0.5, color="black", linewidth=1, linestyle=":")
+    axis.set(xlabel="learned weight", ylabel="training samples")
+    axis.set_title(f"Learned weights, F1 {float(result.cleaning('f1').mean()):.3f}", fontsize=9)
+    axis.legend(fontsize=8, frameon=False)
+
+
+def _bars_of_cleaning(axis: Any, result: CleaningResult) -> None:
+    """One bar a way of training, a dot a seed."""
+    ways = list(result.runs[0].accuracies)
+    lowest = 100.0
+    for i, way in enumerate(ways):
+        found = 100 * result.accuracy(way)
+        lowest = min(lowest, float(found.min()))
+        bar(axis, i, found, LEARNED if way == CLEANED else GREY)
+    left = max(0.0, 5 * np.floor(lowest / 5) - 5)
+    labels = [f"{way}  {100 * float(result.accuracy(way).mean()):.1f} %" for way in ways]
+    axis.set_yticks(range(len(ways)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(left, 100)
+    axis.set_xlabel(f"test accuracy [%] (axis from {left:.0f})")
+    axis.set_title("What the weights are worth", fontsize=9)

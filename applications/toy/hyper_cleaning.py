@@ -27,14 +27,12 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.command_line import Report
 from applications.errors import InputError
-from applications.methods import Method
-from applications.toy.cleaning import CLEANED, CleaningResult, CleaningRun, CleaningSettings
+from applications.records import Report
+from applications.settings import Method
+from applications.toy.cleaning import CLEANED, CleaningResult, CleaningRun, CleaningSettings, judge
 from applications.toy.data import Corrupted, Dataset, corrupt, load_apart, split
-from applications.toy.metrics import judge
 from applications.toy.models import Params, accuracy, fit, fits, losses, objective, start
-from bilevel.solution import Solution
 
 _LOOK = 10  # steps of a fit between two looks at held-out data
 _PATIENCE = 30  # steps without gain that end a fit
@@ -179,7 +177,9 @@ class _Experiment:
         params = fit(self.start, *samples, chosen.decay, chosen.steps)
         return replace(chosen, params=params)
 
-    def learn(self, done: Callable[[float], None]) -> tuple[Tensor, Solution, int, float]:
+    def learn(
+        self, done: Callable[[float], None]
+    ) -> tuple[Tensor, bl.solution.Solution, int, float]:
         """Weights by bilevel descent, those of the look that was best on held-out data."""
         settings, solver = self.settings, self.solver()
         noisy, n = self.noisy.data, len(self.noisy.data)

@@ -8,156 +8,20 @@ task (`TaskWeights(N, M)`).
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.command_line import Report
-from applications.errors import check_counts, check_positive
-from applications.methods import Method
-from applications.seeds import spread
+from applications.records import Report
 from applications.toy import models
 from applications.toy.data import load
 from applications.toy.models import Model, Params, penalty, start
-from applications.toy.tasks import Samples, Tasks, TaskSettings, make_tasks
+from applications.toy.task_results import Learned, Result, Run, Settings
+from applications.toy.tasks import Samples, Tasks, make_tasks
 
 Losses = Callable[[Params, object], Tensor]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The experiment.
-
-    Attributes:
-        tasks: how many, and how large.
-        data: folder of IDX files; None for scikit-learn's digits.
-        seeds: runs, each with tasks of its own.
-        seed: of the first run.
-        method: how hypergradients are found.
-        updates: of the weights, by Adam.
-        learning_rate: of Adam.
-        inner_steps: of the model an update, from where the last ones ended.
-        entropy: of `TaskWeights`.
-        decay: times half the squared weights of the model is added to every training loss.
-        fit_steps: of every final model, from zero, whatever it is trained on.
-        adapt_steps: from the model of the learned vector towards each training task.
-    """
-
-    tasks: TaskSettings = field(default_factory=TaskSettings)
-    data: Path | None = None
-    seeds: int = 3
-    seed: int = 0
-    method: Method = Method.IMPLICIT
-    updates: int = 25
-    learning_rate: float = 0.3
-    inner_steps: int = 20
-    entropy: float = 0.05
-    decay: float = 0.01
-    fit_steps: int = 300
-    adapt_steps: int = 100
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        check_counts(self, "seeds", "updates", "inner_steps", "fit_steps", "adapt_steps")
-        check_positive(self, "learning_rate", "decay")
-
-
-@dataclass(frozen=True, eq=False)
-class Learned:
-    """Weights found by bilevel descent.
-
-    Attributes:
-        sigma: shape ``(N,)`` or ``(N, M)``, columns of sum 1.
-        related_mass: share of each column on related tasks; one number for a vector.
-        values: the outer objective before each update.
-        error_estimate: of the hypergradient at these weights after `fit_steps`, by its
-            certificate, relative: large where little is left to descend.
-        seconds: that the descent took.
-    """
-
-    sigma: Tensor
-    related_mass: Tensor
-    values: list[float]
-    error_estimate: float
-    seconds: float
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One seed.
-
-    Attributes:
-        seed: of the tasks.
-        vector: weights of one model for all validation tasks.
-        matrix: weights of one model a validation task.
-        accuracies: on test data, shape ``(M,)``, by way of training.
-    """
-
-    seed: int
-    vector: Learned
-    matrix: Learned
-    accuracies: dict[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """All seeds.
-
-    Attributes:
-        settings: of the experiment.
-        data: name of the data set.
-        tasks: names of the training tasks.
-        validations: names of the validation tasks.
-        related: whether training task i is of the kind of validation task j, shape ``(N, M)``.
-        runs: one a seed.
-    """
-
-    settings: Settings
-    data: str
-    tasks: tuple[str, ...]
-    validations: tuple[str, ...]
-    related: Tensor
-    runs: tuple[Run, ...]
-
-    def accuracy(self, way: str) -> Tensor:
-        """Test accuracy of each seed, in the mean over validation tasks, shape ``(seeds,)``."""
-        return torch.stack([run.accuracies[way].mean() for run in self.runs])
-
-    def as_json(self) -> dict:
-        """Everything, in plain values."""
-        settings = asdict(self.settings)
-        settings["data"] = None if self.settings.data is None else str(self.settings.data)
-        summary = {
-            way: {"mean": float(found.mean()), "spread": spread(found)}
-            for way, found in ((way, self.accuracy(way)) for way in self.runs[0].accuracies)
-        }
-        return {
-            "settings": settings,
-            "data": self.data,
-            "tasks": self.tasks,
-            "validations": self.validations,
-            "related": self.related.int().tolist(),
-            "accuracy": summary,
-            "runs": [
-                {
-                    "seed": run.seed,
-                    "vector": _plain(run.vector),
-                    "matrix": _plain(run.matrix),
-                    "accuracies": {way: x.tolist() for way, x in run.accuracies.items()},
-                }
-                for run in self.runs
-            ],
-        }
-
-
-def _plain(learned: Learned) -> dict:
-    return {
-        name: value.tolist() if isinstance(value, Tensor) else value
-        for name, value in vars(learned).items()
-    }
 
 
 def run_task_weights(settings: Settings, report: Report) -> Result:

@@ -6,7 +6,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from applications.errors import check_counts
+from applications.settings import check_counts, setting
 from applications.toy.data import Convention, Dataset, corrupt, permute_labels, rotate, split
 
 
@@ -49,11 +49,11 @@ class TaskSettings:
         test: samples on which a validation task's model is judged.
     """
 
-    tasks: int = 3
-    validations: int = 4
-    train: int = 40
-    validation: int = 20
-    test: int = 200
+    tasks: int = setting(3, "Training tasks of each of four kinds.", least=1)
+    validations: int = setting(4, "Validation tasks, upright and turned in turn.", least=1)
+    train: int = setting(40, "Samples of a training task.", least=1)
+    validation: int = setting(20, "Samples of a validation task.", least=1)
+    test: int = setting(200, "Test samples of a validation task.", least=1)
 
     def __post_init__(self) -> None:
         """Check the fields."""

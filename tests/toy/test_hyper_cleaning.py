@@ -12,18 +12,17 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from typer.testing import CliRunner
 
 from applications.errors import InputError
-from applications.methods import Method
-from applications.toy.cleaning import CleaningSettings
+from applications.settings import Method
+from applications.toy.cleaning import CleaningSettings, Sizes, judge
 from applications.toy.cli import app
 from applications.toy.data import Convention, load
 from applications.toy.hyper_cleaning import run_hyper_cleaning
-from applications.toy.metrics import judge
 from applications.toy.models import Model, accuracy, fit, logits, losses, penalty, start
 
 pytestmark = pytest.mark.xdist_group("hyper_cleaning")  # what its tests share is made once
 
 SMALL = CleaningSettings(
-    sizes=(200, 60, 500),
+    sizes=Sizes(200, 60, 500),
     updates=12,
     every=6,
     rate=0.4,
@@ -179,14 +178,14 @@ def test_too_few_samples_are_refused():
     with pytest.raises(
         InputError, match=r"3 validation samples were needed, one a fold and one .* got 2"
     ):
-        run(replace(SMALL, sizes=(20, 2, 20)))
+        run(replace(SMALL, sizes=Sizes(20, 2, 20)))
 
 
 def test_the_part_that_a_folder_sets_aside_is_what_is_tested_on(tmp_path):
     digits = load()
     write_idx(tmp_path, "train", digits[:300])
     write_idx(tmp_path, "t10k", digits[300:500])
-    settings = replace(QUICK, data=tmp_path, sizes=(200, 60, 200))
+    settings = replace(QUICK, data=tmp_path, sizes=Sizes(200, 60, 200))
     tested = run(settings).runs[0].accuracies
     # With other images for tests the models are the same, and no test image is one of theirs.
     write_idx(tmp_path, "t10k", replace(digits[300:500], labels=(digits.labels[300:500] + 1) % 10))

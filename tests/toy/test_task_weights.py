@@ -6,10 +6,11 @@ import torch
 from typer.testing import CliRunner
 
 from applications.errors import InputError
-from applications.methods import Method
+from applications.settings import Method
 from applications.toy.cli import app
 from applications.toy.data import load
-from applications.toy.task_weights import Settings, run_task_weights
+from applications.toy.task_results import Settings
+from applications.toy.task_weights import run_task_weights
 from applications.toy.tasks import TaskSettings, make_tasks
 
 pytestmark = pytest.mark.xdist_group("task_weights")  # what its tests share is made once

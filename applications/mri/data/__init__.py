@@ -1,16 +1,14 @@
-"""Scans: read slice by slice, in any format, and written in the layout of fastMRI."""
+"""Scans: read slice by slice, in any format, and written in the layout of fastMRI.
 
-from applications.mri.data.reading import (
-    Slice,
-    SliceDataset,
-    VolumeFile,
-    fully_sampled,
-    implied_mask,
-    open_scan,
-)
+Read `volumes`, `slices`, `writing`, `coil_fits`, `images`.
+"""
+
+from applications.mri.data.slices import SliceDataset, fully_sampled, implied_mask
+from applications.mri.data.volumes import FORMATS, Slice, VolumeFile, open_scan, open_volumes
 from applications.mri.data.writing import Volume, write_volume
 
 __all__ = [
+    "FORMATS",
     "Slice",
     "SliceDataset",
     "Volume",
@@ -18,5 +16,6 @@ __all__ = [
     "fully_sampled",
     "implied_mask",
     "open_scan",
+    "open_volumes",
     "write_volume",
 ]

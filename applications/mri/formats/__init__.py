@@ -1,6 +1,9 @@
-"""File formats of scans and images, each in a file of its own."""
+"""File formats of scans and images, each in a file of its own.
+
+Read `base`, `hdf5`, `cfl`, `fastmri`, `m4raw`, `ismrmrd_header`, `ismrmrd_lines`, `ismrmrd`,
+`nifti`.
+"""
 
 from applications.mri.formats.base import Facts, Format, Geometry, RawSlice, Reader
-from applications.mri.formats.opening import FORMATS, open_volumes
 
-__all__ = ["FORMATS", "Facts", "Format", "Geometry", "RawSlice", "Reader", "open_volumes"]
+__all__ = ["Facts", "Format", "Geometry", "RawSlice", "Reader"]

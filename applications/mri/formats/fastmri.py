@@ -12,8 +12,8 @@ from torch import Tensor
 
 from applications.errors import InputError
 from applications.mri.formats.base import Facts, Format, Geometry, RawSlice, Reader
-from applications.mri.hdf5 import dataset, opened
-from applications.mri.sampling import check_mask
+from applications.mri.formats.hdf5 import dataset, opened
+from applications.mri.physics.masks import check_mask
 
 SUFFIXES = (".h5", ".hdf5")
 

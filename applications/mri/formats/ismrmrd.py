@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from applications.errors import InputError
 from applications.mri.formats.base import Facts, Format, RawSlice, Reader
+from applications.mri.formats.hdf5 import opened
 from applications.mri.formats.ismrmrd_header import (
     Encoding,
     checked_encoding,
@@ -35,7 +36,6 @@ from applications.mri.formats.ismrmrd_lines import (
     readout_of,
     repeated_line,
 )
-from applications.mri.hdf5 import opened
 
 _VOLUME = ("repetition", "contrast", "phase", "set")
 

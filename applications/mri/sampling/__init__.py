@@ -1,29 +1,29 @@
-"""Which k-space positions are measured: columns, Poisson discs, Gaussian density, radial spokes."""
+"""Which k-space positions are measured: columns, Poisson discs, Gaussian density, radial spokes.
 
-from applications.mri.sampling.base import (
-    Sampling,
-    acceleration_of,
-    check_mask,
-    samples_columns,
-)
+Read `base`, `cartesian`, `darts`, `scattered`, `gaussian`, `from_file`, `named`.
+"""
+
+from applications.mri.sampling.base import Sampling
 from applications.mri.sampling.cartesian import (
     CartesianEquispaced,
     CartesianMagic,
     CartesianRandom,
 )
+from applications.mri.sampling.from_file import FromFile
 from applications.mri.sampling.gaussian import GaussianColumns, GaussianPoints
+from applications.mri.sampling.named import Masking, chosen_sampling
 from applications.mri.sampling.scattered import PoissonDisc, Radial
 
 __all__ = [
     "CartesianEquispaced",
     "CartesianMagic",
     "CartesianRandom",
+    "FromFile",
     "GaussianColumns",
     "GaussianPoints",
+    "Masking",
     "PoissonDisc",
     "Radial",
     "Sampling",
-    "acceleration_of",
-    "check_mask",
-    "samples_columns",
+    "chosen_sampling",
 ]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from applications.errors import InputError
-from applications.mri.darts import poisson_discs
 from applications.mri.sampling.base import Sampling, check_acceleration, check_shape
+from applications.mri.sampling.darts import poisson_discs
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Files that come with the package: magnitude images, one measured scan, trained weights."""

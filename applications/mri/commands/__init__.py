@@ -1,0 +1,4 @@
+"""The command line `bilevel-mri`.
+
+Read `shared`, `demo`, `scans`, `train`, `meta`, `app`.
+"""

@@ -1,0 +1,220 @@
+"""The main job on the bundled data: simulate, evaluate, reconstruct a real scan, draw; or train."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+import bilevel as bl
+from applications.command_line import Threads, console, progress_bars, use_threads
+from applications.files import make_folder, write_json
+from applications.mri.bundled.paths import bundled_scan_path
+from applications.mri.commands.shared import print_scores
+from applications.mri.data import SliceDataset, VolumeFile, fully_sampled, implied_mask
+from applications.mri.evaluation.figures import Panel, draw_reconstructions
+from applications.mri.evaluation.methods import (
+    Method,
+    classical_methods,
+    network_methods,
+    sweep_regularisation,
+)
+from applications.mri.evaluation.scoring import Evaluation, evaluate
+from applications.mri.network.architecture import light
+from applications.mri.network.reconstruction import Loss, Network
+from applications.mri.network.weights import PRETRAINED, Trained, pretrained
+from applications.mri.physics.masks import acceleration_of
+from applications.mri.physics.operators import ifft2c, rss
+from applications.mri.sampling import CartesianRandom
+from applications.mri.simulation.phantoms import SimulationSettings, simulate_folder
+from applications.mri.training.keeping import Keeper
+from applications.mri.training.settings import TrainingSettings
+from applications.mri.training.training import train
+from applications.records import Report, describe, machine
+from applications.settings import setting
+
+_N_COILS = 8  # of the bundled scan
+_WEIGHTS = "weights.safetensors"
+_SAMPLING = CartesianRandom(4.0, 0.08)  # evaluated and drawn, and trained for
+_SHOWN = (
+    "brain_t1_axial",
+    "neck_t2star_axial",
+)  # where the object is small, and where it fills the view
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """The demo's few choices.
+
+    Attributes:
+        seconds: of training a network of its own [s]; None takes the bundled weights.
+        seed: of everything.
+        size: rows and columns of the simulated slices.
+    """
+
+    seconds: float | None = setting(
+        None, "Train a network of its own so long, instead of the bundled weights.", least=1
+    )
+    seed: int = setting(0, "Of everything that is random.")
+    size: int = setting(128, "Rows and columns of the simulation.", least=32)
+
+
+@dataclass(frozen=True, eq=False)
+class DemoResult:
+    """What the demo found, besides the files it wrote.
+
+    Attributes:
+        evaluation: of all methods on the held-out slices.
+        figure: PNG.
+        results: JSON.
+        weights: safetensors, or None if nothing was trained.
+        seconds: all of it [s].
+    """
+
+    evaluation: Evaluation
+    figure: Path
+    results: Path
+    weights: Path | None
+    seconds: float
+
+
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for figure, results and weights.")],
+    settings: DemoSettings,
+    threads: Threads = 0,
+) -> None:
+    """Simulate, evaluate and reconstruct a real scan, all on bundled data."""
+    use_threads(threads)
+    with progress_bars() as report:
+        found = run_demo(out, settings, report)
+    print_scores(found.evaluation, "Held-out slices, Cartesian random 4 x, mean over anatomies")
+    console.print(f"Figure   {found.figure}")
+    console.print(f"Results  {found.results}")
+    if found.weights is not None:
+        console.print(f"Weights  {found.weights}")
+    console.print(f"All of it took {found.seconds:.0f} s.")
+
+
+def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
+    """Simulate, perhaps train, evaluate, reconstruct, draw.
+
+    Args:
+        out: folder for everything, made if need be.
+        settings: the choices.
+        report: told of progress.
+
+    Returns:
+        Scores and files.
+
+    Raises:
+        InputError: if the folder cannot be written.
+    """
+    started = time.monotonic()
+    make_folder(out)
+    simulation = SimulationSettings(settings.size, _N_COILS, seed=settings.seed)
+    files = simulate_folder(
+        out / "data", simulation, lambda done, n: report("simulating scans", done / n)
+    )
+    data = {role: SliceDataset(paths) for role, paths in files.items()}
+    if settings.seconds is None:
+        trained, about = pretrained(), {"weights": PRETRAINED}
+    else:
+        trained, about = _trained(out, data["train"], settings, settings.seconds, report)
+
+    report("tuning the baselines", 0.0)
+    swept = sweep_regularisation(data["validation"], _SAMPLING, settings.seed + 1)
+    methods = classical_methods(swept) | network_methods(trained)
+    evaluation = evaluate(
+        methods,
+        data["test"],
+        _SAMPLING,
+        settings.seed + 2,
+        lambda done, n: report("evaluating held-out slices", done / n),
+    )
+    report("drawing", 0.0)
+    figure = out / "figure.png"
+    _draw(figure, trained, methods, data["test"], settings)
+    report("drawing", 1.0)
+    seconds = time.monotonic() - started
+    results = out / "results.json"
+    content = {
+        "settings": asdict(settings) | {"simulation": describe(simulation)},
+        "training": about,
+        "regularisation": {name: vars(one) for name, one in swept.items()},
+        "evaluation": evaluation.as_json(),
+        "machine": machine(),
+        "seconds": seconds,
+    }
+    write_json(results, content)
+    weights = None if settings.seconds is None else out / _WEIGHTS
+    return DemoResult(evaluation, figure, results, weights, seconds)
+
+
+def _trained(
+    out: Path, slices: SliceDataset, settings: DemoSettings, seconds: float, report: Report
+) -> tuple[Trained, dict[str, object]]:
+    """A network trained from nothing, saved, and how it was trained."""
+    training = TrainingSettings(
+        samplings=(_SAMPLING,), seconds=seconds, whole=0.1, seed=settings.seed
+    )
+    network = Network(light(_N_COILS), settings.seed)
+    keeper = Keeper(out / _WEIGHTS, network, {"training": describe(training)}, report)
+    with keeper:
+        found = train(network, network.controls(), slices, training, keeper)
+    keeper.finish(found.control)
+    spent = {"updates": len(found.costs), "seconds_spent": found.seconds, "costs": found.costs}
+    return Trained(network, found.control, {}), describe(training) | spent
+
+
+def swept_multipliers(trained: Trained, file: VolumeFile, index: int, mask: Tensor) -> list[Tensor]:
+    """Magnitudes of lambda_0, ..., lambda_T of the training loss for one slice.
+
+    Args:
+        trained: network and weights.
+        file: fully sampled scan.
+        index: slice.
+        mask: undersamples it.
+
+    Returns:
+        Root sums of squares over the coils, each ``(rows, columns)``.
+    """
+    kspace, reference = fully_sampled(file.read_slice(index))
+    network = trained.network
+    scan = network.prepare(kspace[None], mask)
+    problem, start = network.training_problem(scan, ifft2c(kspace)[None], reference[None], Loss())
+    found = bl.adjoint(problem, start, trained.control, keep_multipliers=True)
+    return [rss(one)[0] for one in found.multipliers or []]
+
+
+def _draw(
+    path: Path,
+    trained: Trained,
+    methods: dict[str, Method],
+    test: SliceDataset,
+    settings: DemoSettings,
+) -> None:
+    shown = {name: methods[name] for name in ("zero-filled", "l1-wavelet", "ours")}
+    generator = torch.Generator().manual_seed(settings.seed + 2)  # the masks of the evaluation
+    masks = [_SAMPLING.mask(file.shape, generator) for file in test.files]
+    panels: list[Panel] = []
+    chosen = [i for i, f in enumerate(test.files) if f.path.stem in _SHOWN] or [0]
+    for i in chosen:
+        file, mask = test.files[i], masks[i]
+        one = file.read_slice(0)
+        undersampled = one.kspace * mask
+        images = {name: method(undersampled, mask) for name, method in shown.items()}
+        title = f"{file.path.stem}, {acceleration_of(mask):.1f} x"
+        panels.append(Panel(title, images, one.reference))
+    scan = VolumeFile(bundled_scan_path()).read_slice(0)
+    mask = implied_mask(scan.kspace)
+    images = {name: method(scan.kspace, mask) for name, method in shown.items()}
+    real = Panel(f"real scan, {acceleration_of(mask):.1f} x", images)
+    multipliers = swept_multipliers(trained, test.files[chosen[0]], 0, masks[chosen[0]])
+    title = (
+        "Held-out slices, a real scan, and the multipliers of the training loss at the first slice"
+    )
+    every = max(1, (len(multipliers) - 1) // 4)  # five of them
+    draw_reconstructions(path, panels, real, dict(list(enumerate(multipliers))[::every]), title)

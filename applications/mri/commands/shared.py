@@ -1,0 +1,77 @@
+"""Options that several commands have, and how scores are printed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from applications.command_line import console
+from applications.mri.evaluation.scoring import Evaluation, table_rows
+from applications.mri.network.architecture import PRESETS
+from applications.mri.network.weights import Trained, beginning
+from applications.mri.tasks.task_list import TaskSettings, listed_tasks
+from applications.settings import setting
+
+
+@dataclass(frozen=True)
+class TaskLists:
+    """Tasks as the command line names them.
+
+    Attributes:
+        tasks: YAML file.
+        task: further ones, one a text.
+    """
+
+    tasks: Path | None = setting(None, "Task list, YAML.")
+    task: list[str] | None = setting(None, "One more task: name=...,anatomy=...,acceleration=...")
+
+    @property
+    def empty(self) -> bool:
+        """Whether no task is named."""
+        return self.tasks is None and not self.task
+
+    def listed(self) -> list[TaskSettings]:
+        """All of them; none is an InputError."""
+        return listed_tasks(self.tasks, self.task or [])
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The network that is trained, and the weights it begins with.
+
+    Attributes:
+        preset: of the network.
+        coils: of the network.
+        init: weights.
+    """
+
+    preset: str | None = setting(None, f"Network: {', '.join(PRESETS)}; light.")
+    coils: int | None = setting(
+        None, "Of the network; 8, of train as many as the scans have.", least=1
+    )
+    init: str | None = setting(None, "Weights to begin with; pretrained: the bundled ones.")
+
+    @property
+    def named(self) -> bool:
+        """Whether any of it is chosen."""
+        return any(option is not None for option in (self.preset, self.coils, self.init))
+
+    def weights(self) -> Callable[[int], Trained]:
+        """The weights for a seed, see `beginning`."""
+        return beginning(self.init, self.preset, self.coils)
+
+
+def print_scores(evaluation: Evaluation, title: str) -> None:
+    """A table of the means, on the screen.
+
+    Args:
+        evaluation: what is printed.
+        title: of the table.
+    """
+    table = Table(title=title, caption=f"Metrics: {evaluation.convention}")
+    for name in ("method", "PSNR [dB]", "gain [dB]", "SSIM", "NMSE", "s / slice"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in table_rows(evaluation):
+        table.add_row(*row)
+    console.print(table)

@@ -1,0 +1,207 @@
+"""Scans of any format of `applications.mri.formats`, read slice by slice."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from applications.errors import InputError
+from applications.mri.formats import Facts, Reader, cfl, fastmri, ismrmrd, m4raw
+from applications.mri.formats.nifti import is_nifti
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice of a file.
+
+    Attributes:
+        kspace: complex64, shape ``(coils, rows, columns)``.
+        mask: boolean, shape ``(rows, columns)``, or None where the file has none.
+        reference: float32, shape ``(rows, columns)`` or a centred crop of it, or None.
+        max: largest reference value of the volume, the data range of its metrics, or None.
+        path: the file.
+        index: the slice in the file.
+    """
+
+    kspace: Tensor
+    mask: Tensor | None
+    reference: Tensor | None
+    max: float | None
+    path: Path
+    index: int
+
+
+@dataclass(frozen=True)
+class VolumeFile:
+    """A volume whose file has been checked and whose slices are read one at a time.
+
+    The format is told from the file; see `applications.mri.formats`. No file stays open between
+    calls, so that the object can be sent to the workers of a data loader.
+
+    Attributes:
+        path: the file, or what the files of a scan have in common.
+        volume: which, where a file holds several: repetitions, echoes and the like.
+        readers: of all volumes, where they have been opened already.
+        block: numbers of the slices that count, as if the volume had no others; None: all.
+        n_volumes: number of volumes in the file.
+        facts: all that is known of the volume.
+
+    Raises:
+        InputError: if the file is missing, unreadable, or in no known format, or has no such
+            volume.
+    """
+
+    path: Path
+    volume: int = 0
+    readers: tuple[Reader, ...] = field(default=(), repr=False, compare=False)
+    block: tuple[int, ...] | None = None
+    n_volumes: int = field(init=False)
+    facts: Facts = field(init=False)
+
+    def __post_init__(self) -> None:
+        path = Path(self.path)
+        readers = self.readers or open_volumes(path)
+        if not 0 <= self.volume < len(readers):
+            raise InputError(
+                f"{path}: volume must lie in 0 to {len(readers) - 1}, got {self.volume}."
+            )
+        facts = readers[self.volume].facts
+        outside = [i for i in self.block or () if not 0 <= i < facts.n_slices]
+        if outside or self.block == ():
+            raise InputError(
+                f"{path}: a block must name slices in 0 to {facts.n_slices - 1}, at least one, got "
+                f"{self.block}."
+            )
+        for name, value in (
+            ("path", path),
+            ("readers", readers),
+            ("n_volumes", len(readers)),
+            ("facts", facts),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def n_slices(self) -> int:
+        """Number of slices."""
+        return self.facts.n_slices if self.block is None else len(self.block)
+
+    @property
+    def n_coils(self) -> int:
+        """Number of coils."""
+        return self.facts.n_coils
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Matrix size ``(rows, columns)`` of k-space."""
+        return self.facts.shape
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Centred part ``(rows, columns)`` of the image that was to be shown."""
+        return self.facts.image_shape or self.facts.shape
+
+    @property
+    def reference_shape(self) -> tuple[int, int] | None:
+        """``(rows, columns)`` of the reference images, or None."""
+        return self.facts.reference_shape
+
+    @property
+    def acquisition(self) -> str:
+        """Sequence and contrast, ``"unknown"`` if not stated."""
+        return self.facts.acquisition
+
+    @property
+    def max(self) -> float | None:
+        """Largest reference value of the volume, or None."""
+        return self.facts.max
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a fully sampled reference image exists for each slice."""
+        return self.facts.reference_shape is not None
+
+    def read_slice(self, index: int) -> Slice:
+        """Reads one slice.
+
+        Args:
+            index: from 0 to ``n_slices - 1``.
+
+        Returns:
+            The slice.
+
+        Raises:
+            InputError: if there is no such slice, or it holds values that are not finite.
+        """
+        if not 0 <= index < self.n_slices:
+            raise InputError(
+                f"{self.path}: slice must lie in 0 to {self.n_slices - 1}, got {index}."
+            )
+        index = index if self.block is None else self.block[index]
+        reader = self.readers[self.volume]
+        raw = reader.read(index)
+        _check_finite(reader.path, "kspace", raw.kspace, index)
+        reference = raw.reference
+        if reference is not None:
+            _check_finite(reader.path, "reconstruction_rss", reference, index)
+            reference = torch.from_numpy(reference.astype(np.float32))
+        kspace = torch.from_numpy(raw.kspace)
+        return Slice(kspace, raw.mask, reference, self.max, self.path, index)
+
+
+def open_scan(path: Path) -> tuple[VolumeFile, ...]:
+    """All volumes of a scan.
+
+    Args:
+        path: the file, or what the files of a scan have in common.
+
+    Returns:
+        The volumes, at least one.
+
+    Raises:
+        InputError: if the file is missing, unreadable, or in no known format.
+    """
+    readers = open_volumes(path)
+    return tuple(VolumeFile(path, volume, readers) for volume in range(len(readers)))
+
+
+def _check_finite(path: Path, name: str, values: NDArray[Any], index: int) -> None:
+    bad = int(np.count_nonzero(~np.isfinite(values)))
+    if bad:
+        raise InputError(
+            f"{path}: {name} must be finite, slice {index} holds {bad} values that are not; export "
+            "it again or leave the slice out."
+        )
+
+
+# A format that recognises less stands before one that recognises more.
+FORMATS = (m4raw.FORMAT, cfl.FORMAT, ismrmrd.FORMAT, fastmri.FORMAT)
+
+
+def open_volumes(path: Path) -> tuple[Reader, ...]:
+    """All volumes of a scan, in the format that recognises it.
+
+    Args:
+        path: file, or what the files of a scan have in common.
+
+    Returns:
+        One reader a volume, at least one.
+
+    Raises:
+        InputError: if no format recognises the path, or the file is bad.
+    """
+    for one in FORMATS:
+        if one.recognises(path):
+            return one.volumes(path)
+    if is_nifti(path):
+        raise InputError(
+            f"{path}: k-space was needed, NIfTI holds images; simulate a scan of them with "
+            "simulate --anatomies."
+        )
+    there = "is none of them" if path.exists() else "does not exist"
+    raise InputError(
+        f"{path}: a scan was needed, one of {', '.join(one.name for one in FORMATS)}; this {there}."
+    )

@@ -1,0 +1,104 @@
+"""Figures of reconstructions, their errors and their multipliers, drawn without a screen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from applications.files import write_whole
+from applications.mri.evaluation.metrics import Convention, score
+from applications.pictures import blank_figure, save_figure
+
+_ERROR_GAIN = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One slice as several methods show it.
+
+    Attributes:
+        title: what it is.
+        images: magnitude images by method.
+        reference: magnitude image, or None where no reference exists.
+    """
+
+    title: str
+    images: Mapping[str, Tensor]
+    reference: Tensor | None = None
+
+
+def draw_reconstructions(
+    path: Path, panels: Sequence[Panel], real: Panel, multipliers: Mapping[int, Tensor], title: str
+) -> None:
+    """Images and errors times 5, a real scan beside them, the multipliers |lambda_t| below.
+
+    Args:
+        path: PNG file, replaced if it exists.
+        panels: slices with a reference, one or more, all with the same methods.
+        real: a scan without reference.
+        multipliers: root sums of squares over the coils of lambda_t of one slice, by t.
+        title: of the figure.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    methods = list(panels[0].images)
+    n_columns = max(len(methods) + 2, len(multipliers))
+    n_rows = max(2 * len(panels), len(real.images)) + 1
+    figure = blank_figure(2.3 * n_columns, 2.45 * n_rows + 0.4)
+    axes: Any = figure.subplots(n_rows, n_columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, panel in enumerate(panels):
+        reference = panel.images[methods[-1]] if panel.reference is None else panel.reference
+        images, errors = axes[2 * i], axes[2 * i + 1]
+        peak = _peak(reference)
+        _show(images[0], reference, f"{panel.title}\nreference", peak)
+        for column, name in enumerate(methods, start=1):
+            image = panel.images[name]
+            _show(images[column], image, f"{name}\n{_psnr(reference, image)}", peak)
+            error = _ERROR_GAIN * (image - reference).abs()
+            _show(errors[column], error, f"error x {_ERROR_GAIN}", peak)
+    for row, (name, image) in enumerate(real.images.items()):
+        _show(axes[row][len(methods) + 1], image, f"{real.title}\n{name}", _peak(image))
+    for column, (t, multiplier) in enumerate(multipliers.items()):
+        label = rf"$|\lambda_{{{t}}}|$, max {float(multiplier.max()):.1e}"
+        _show(axes[-1][column], multiplier, label, _peak(multiplier), cmap="magma")
+    figure.suptitle(title, fontsize=10)
+    save_figure(path, figure, dpi=110)
+
+
+def draw_image(path: Path, image: Tensor) -> None:
+    """One magnitude image as a PNG file, one pixel a pixel.
+
+    Args:
+        path: PNG file, replaced if it exists.
+        image: shape ``(rows, columns)``.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    from matplotlib.image import imsave
+
+    drawn = BytesIO()
+    imsave(drawn, image.numpy(), cmap="gray", vmin=0, vmax=_peak(image), format="png")
+    write_whole(path, drawn.getvalue())
+
+
+def _show(axis: Any, image: Tensor, label: str, peak: float, cmap: str = "gray") -> None:
+    axis.imshow(image.numpy(), cmap=cmap, vmin=0, vmax=peak, interpolation="nearest")
+    axis.set_title(label, fontsize=8)
+
+
+def _peak(image: Tensor) -> float:
+    """White: nearly the largest value, so that single bright pixels do not darken the rest."""
+    return float(np.quantile(image.numpy(), 0.998)) or 1.0
+
+
+def _psnr(reference: Tensor, image: Tensor) -> str:
+    found = score(reference[None], image[None], Convention.SLICE)
+    return f"{found.psnr:.1f} dB ({found.convention})"

@@ -1,0 +1,160 @@
+"""Scores methods of reconstruction on the same undersampled volumes."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from applications.errors import InputError
+from applications.mri.data import SliceDataset, VolumeFile, fully_sampled
+from applications.mri.evaluation.methods import Method
+from applications.mri.evaluation.metrics import Convention, Scores, mean_scores, score
+from applications.mri.physics.masks import acceleration_of
+from applications.mri.physics.operators import centre_crop
+from applications.mri.sampling import Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeScores:
+    """Scores of every method on one volume.
+
+    Attributes:
+        name: of the file.
+        acceleration: achieved by its mask.
+        scores: by method, in the order they were given.
+    """
+
+    name: str
+    acceleration: float
+    scores: dict[str, Scores]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Scores of several volumes.
+
+    Attributes:
+        volumes: one record a volume.
+        seconds: time a slice by method [s]; what methods share counts for the first that needs it.
+    """
+
+    volumes: list[VolumeScores]
+    seconds: dict[str, float]
+
+    @property
+    def mean(self) -> dict[str, Scores]:
+        """Mean over volumes by method."""
+        return {
+            name: mean_scores(volume.scores[name] for volume in self.volumes)
+            for name in self.volumes[0].scores
+        }
+
+    @property
+    def convention(self) -> Convention:
+        """By which all scores were taken."""
+        return next(iter(self.volumes[0].scores.values())).convention
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values; an infinite PSNR is inf, which `files.write_json` makes null."""
+        return {
+            "convention": self.convention,
+            "mean": {name: vars(scores) for name, scores in self.mean.items()},
+            "volumes": [
+                {
+                    "name": v.name,
+                    "acceleration": v.acceleration,
+                    "scores": {name: vars(scores) for name, scores in v.scores.items()},
+                }
+                for v in self.volumes
+            ],
+            "seconds_per_slice": self.seconds,
+        }
+
+
+def evaluate(
+    methods: dict[str, Method],
+    slices: SliceDataset,
+    sampling: Sampling,
+    seed: int,
+    after_volume: Callable[[int, int], None] | None = None,
+    convention: Convention = Convention.FASTMRI,
+) -> Evaluation:
+    """Scores methods, with one mask a volume.
+
+    Args:
+        methods: by name.
+        slices: fully sampled scans.
+        sampling: undersamples them.
+        seed: of the masks.
+        after_volume: told of the volumes done and to be done.
+        convention: of the scores.
+
+    Returns:
+        The scores.
+
+    Raises:
+        InputError: if a scan is undersampled already, or a method cannot use it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    seconds = dict.fromkeys(methods, 0.0)
+    volumes: list[VolumeScores] = []
+    for i, file in enumerate(slices.files, start=1):
+        mask = sampling.mask(file.shape, generator)
+        scores = _volume_scores(methods, file, mask, convention, seconds)
+        volumes.append(VolumeScores(file.path.stem, acceleration_of(mask), scores))
+        if after_volume is not None:
+            after_volume(i, len(slices.files))
+    return Evaluation(volumes, {name: spent / len(slices) for name, spent in seconds.items()})
+
+
+def _volume_scores(
+    methods: dict[str, Method],
+    file: VolumeFile,
+    mask: Tensor,
+    convention: Convention,
+    seconds: dict[str, float],
+) -> dict[str, Scores]:
+    """Scores on one volume; the time that methods take is added to `seconds`."""
+    references: list[Tensor] = []
+    images: dict[str, list[Tensor]] = {name: [] for name in methods}
+    for index in range(file.n_slices):
+        kspace, reference = fully_sampled(file.read_slice(index))
+        references.append(reference)
+        undersampled = kspace * mask
+        for name, method in methods.items():
+            began = time.perf_counter()
+            image = _named(file.path, method, undersampled, mask)
+            seconds[name] += time.perf_counter() - began
+            images[name].append(centre_crop(image, (reference.shape[0], reference.shape[1])))
+    return {
+        name: score(torch.stack(references), torch.stack(found), convention)
+        for name, found in images.items()
+    }
+
+
+def _named(path: Path, method: Method, kspace: Tensor, mask: Tensor) -> Tensor:
+    """What a method makes of a slice; an error names the file."""
+    try:
+        return method(kspace, mask)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def table_rows(evaluation: Evaluation) -> Sequence[tuple[str, ...]]:
+    """The means as text: method, PSNR, gain over the first method, SSIM, NMSE, time a slice."""
+    mean = evaluation.mean
+    base = next(iter(mean.values())).psnr
+    return [
+        (
+            name,
+            f"{scores.psnr:.2f}",
+            f"{scores.psnr - base:+.2f}",
+            f"{scores.ssim:.3f}",
+            f"{scores.nmse:.4f}",
+            f"{evaluation.seconds[name]:.2f}",
+        )
+        for name, scores in mean.items()
+    ]

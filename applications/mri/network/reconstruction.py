@@ -1,0 +1,159 @@
+"""The network as a `bilevel.Dynamics`: what enters it, what it is trained for, what it gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from applications.mri.network.architecture import Architecture
+from applications.mri.network.layers import to_complex, to_planes
+from applications.mri.network.modules import InitialNet, Phase
+from applications.mri.network.scan import Scan, prepared
+from applications.mri.physics.operators import rss, sample
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What the network makes of a scan, in the units of the scan.
+
+    Attributes:
+        image: |J u(T)|, or what the option `rss_skip` makes of it, ``(batch, rows, columns)``.
+        coil_images: u(T), ``(batch, coils, rows, columns)``.
+        data_residual: |P F u(T) - f| / |f|, ``(batch,)``; above 1 nothing at all would be nearer to
+            what was measured.
+    """
+
+    image: Tensor
+    coil_images: Tensor
+    data_residual: Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    r"""Weights of the training loss, means over pixels.
+
+    .. math:: a\,|u(T) - u^*|^2 + b\,\big||J u(T)| - RSS(u^*)\big| + c\,|u(0) - u^*|
+
+    The term in u(0) is the running cost at t = 1. The defaults are the paper's.
+
+    Attributes:
+        state: a.
+        combined: b.
+        initial: c.
+    """
+
+    state: float = 1.0
+    combined: float = 1.0
+    initial: float = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """The dynamics of an architecture, and how scans enter and images leave it.
+
+    Attributes:
+        architecture: sizes and options.
+        seed: of the initial weights.
+    """
+
+    architecture: Architecture
+    seed: int = 0
+    _phases: bl.Phases = field(init=False, repr=False)
+    _combine: Callable[..., Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Draw the initial weights."""
+        generator = torch.Generator().manual_seed(self.seed)
+        a = self.architecture
+        initial = InitialNet(a, generator)
+        phases = [Phase(a, generator) for _ in range(a.n_phases)]
+        object.__setattr__(self, "_phases", bl.Phases(phases, initial))
+        object.__setattr__(self, "_combine", bl.functional(phases[-1].combine)[1])
+
+    def controls(self) -> bl.PerStep:
+        """The initial weights, theta_0 to theta_T."""
+        return self._phases.controls()
+
+    def prepare(self, kspace: Tensor, mask: Tensor) -> Scan:
+        """`scan.prepared` for this architecture."""
+        return prepared(kspace, mask, self.architecture)
+
+    def dynamics(self, scan: Scan) -> bl.Phases:
+        """The maps g and g0 for one batch of scans, whose observation is `scan.start`."""
+        return replace(self._phases, context=(scan.kspace, scan.mask, scan.normal, scan.phases))
+
+    def image(self, scan: Scan, state: Tensor, control: bl.PerStep) -> Tensor:
+        """The magnitude image of u(T), by the J of theta_T.
+
+        Args:
+            scan: what the state was made from.
+            state: u(T), ``(batch, coils, rows, columns)``.
+            control: all weights.
+
+        Returns:
+            Over `scan.scale`, ``(batch, rows, columns)``.
+        """
+        seen = state if scan.phases is None else state * scan.phases.conj()
+        prefix = "combine."
+        weights = {
+            name.removeprefix(prefix): value
+            for name, value in control.steps[-1].items()
+            if name.startswith(prefix)
+        }
+        image = to_complex(self._combine(weights, to_planes(seen)))[:, 0]
+        return (image + rss(state) if self.architecture.rss_skip else image).abs()
+
+    def training_problem(
+        self, scan: Scan, target: Tensor, reference: Tensor, loss: Loss
+    ) -> tuple[bl.ControlProblem, Tensor]:
+        """The control problem of one batch, and its observation.
+
+        Args:
+            scan: undersampled.
+            target: coil images u* of the full data, ``(batch, coils, rows, columns)``, in the units
+                of the scanner.
+            reference: RSS(u*), ``(batch, rows, columns)``.
+            loss: weights of the terms.
+
+        Returns:
+            What `bilevel.ControlSolver` takes from `build`.
+        """
+        target, reference = target / scan.scale, reference / scan.scale[:, 0]
+
+        def terminal(state: Tensor, control: bl.PerStep) -> Tensor:
+            difference = torch.view_as_real(state - target)
+            cost = 2 * loss.state * difference.square().mean()  # the mean is over complex values
+            cost = (
+                cost + loss.combined * (self.image(scan, state, control) - reference).abs().mean()
+            )
+            return cost
+
+        def running(state: Tensor, _control: object, t: int) -> Tensor:
+            if t != 1:
+                return torch.zeros((), device=state.device)
+            return loss.initial * (state - target).abs().mean()
+
+        problem = bl.ControlProblem(
+            self.dynamics(scan), terminal, self.architecture.n_phases, running
+        )
+        return problem, scan.start
+
+    def reconstruct(self, scan: Scan, control: bl.PerStep) -> Reconstruction:
+        """Runs the phases.
+
+        Args:
+            scan: from `prepare`.
+            control: trained weights.
+
+        Returns:
+            The images, in the units of the scanner.
+        """
+        with torch.no_grad():
+            horizon = self.architecture.n_phases
+            state = bl.rollout(self.dynamics(scan), scan.start, control, horizon)
+            image = self.image(scan, state, control)
+            defect = (sample(state, scan.mask) - scan.kspace).flatten(1).norm(dim=1)
+            residual = defect / scan.kspace.flatten(1).norm(dim=1).clamp_min(1e-30)
+        return Reconstruction(image * scan.scale[:, 0], state * scan.scale, residual)

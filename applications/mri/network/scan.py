@@ -1,0 +1,140 @@
+"""Measured data made ready for the network."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from applications.errors import InputError
+from applications.mri.network.architecture import Architecture
+from applications.mri.physics.consistency import (
+    bounded,
+    calibrate,
+    consistent_image,
+    inconsistency_normal,
+    low_resolution_phase,
+)
+from applications.mri.physics.masks import check_mask, samples_columns
+from applications.mri.physics.operators import fft2c, ifft2c, rss
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """Measured data made ready for the network; what is constant for a sample.
+
+    Attributes:
+        kspace: f over `scale`, zeros where nothing was measured, ``(batch, coils, rows, columns)``.
+        mask: boolean, ``(batch, 1, rows, columns)``.
+        start: the k-space that g0 receives: `kspace`, or filled by self-consistency.
+        normal: N of the self-consistency, ``(batch, rows, columns, coils, coils)``, or None.
+        phases: of the low-resolution coil images, complex of magnitude 1, the shape of `kspace`, or
+            None.
+        scale: what the measured k-space was divided by, ``(batch, 1, 1, 1)``.
+    """
+
+    kspace: Tensor
+    mask: Tensor
+    start: Tensor
+    normal: Tensor | None
+    phases: Tensor | None
+    scale: Tensor
+
+    def crop_rows(self, top: int, n_rows: int) -> "Scan":
+        """The scan of some image rows alone.
+
+        Args:
+            top: first row.
+            n_rows: number of rows.
+
+        Returns:
+            The smaller scan; exact, since a mask of whole columns treats all image rows alike.
+
+        Raises:
+            InputError: if the mask does not sample whole columns.
+        """
+        if not samples_columns(self.mask):
+            raise InputError("a crop of rows needs masks that sample whole columns.")
+        rows = slice(top, top + n_rows)
+
+        def crop(kspace: Tensor) -> Tensor:
+            return fft2c(ifft2c(kspace)[..., rows, :])
+
+        return Scan(
+            crop(self.kspace),
+            self.mask[..., rows, :],
+            crop(self.start),
+            None if self.normal is None else self.normal[:, rows],
+            None if self.phases is None else self.phases[..., rows, :],
+            self.scale,
+        )
+
+
+def prepared(kspace: Tensor, mask: Tensor, architecture: Architecture) -> Scan:
+    """Makes measured data ready.
+
+    Args:
+        kspace: complex, shape ``(batch, coils, rows, columns)``; values outside the mask are
+            ignored.
+        mask: boolean, shape ``(rows, columns)`` or ``(batch, rows, columns)``.
+        architecture: coil count and options of the network.
+
+    Returns:
+        The scan, complex64.
+
+    Raises:
+        InputError: if the coil count is not the network's, the mask does not fit or keeps nothing,
+            or k-space is not finite.
+    """
+    a = architecture
+    masks = _checked(kspace, mask, a.n_coils)
+    f = kspace.to(torch.complex64) * masks[:, None]
+    scale = torch.ones(len(f), 1, 1, 1, device=f.device)
+    if a.scale_input:
+        scale = rss(ifft2c(f)).amax((-2, -1))[:, None, None, None]
+        if not bool((scale > 0).all()):
+            raise InputError("kspace is zero wherever the mask samples; check the mask.")
+    f = f / scale
+    start, normal = f, None
+    if a.self_consistency:
+        start, normal = _filled(f, masks, a.self_consistency)
+    phases = None
+    if a.demodulate:
+        found = [low_resolution_phase(x, m) for x, m in zip(f, masks, strict=True)]
+        phases = torch.stack(found)
+    return Scan(f, masks[:, None], start, normal, phases, scale)
+
+
+def _checked(kspace: Tensor, mask: Tensor, n_coils: int) -> Tensor:
+    """One mask a sample, if everything fits."""
+    if kspace.ndim != 4 or not kspace.is_complex():
+        raise InputError(
+            "kspace must be complex of shape (batch, coils, rows, columns), got "
+            f"{kspace.dtype} {tuple(kspace.shape)}."
+        )
+    if kspace.shape[1] != n_coils:
+        raise InputError(
+            f"the network was built for {n_coils} coils, kspace has {kspace.shape[1]}; "
+            "use weights trained for that count."
+        )
+    batch, _, rows, columns = kspace.shape
+    masks = mask if mask.ndim == 3 else mask[None].expand(batch, *mask.shape)
+    if len(masks) != batch:
+        raise InputError(
+            f"mask must have shape {(rows, columns)}, or one mask for each of the {batch} "
+            f"samples, got {tuple(mask.shape)}; draw it anew."
+        )
+    for one in masks:
+        check_mask(one, (rows, columns))
+    if not bool(torch.isfinite(kspace).all()):
+        raise InputError("kspace must be finite; leave out the slice, or export it again.")
+    return masks
+
+
+def _filled(f: Tensor, masks: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """k-space filled by self-consistency, and N of each phase's step towards it."""
+    pairs = zip(f, masks, strict=True)
+    normal = torch.stack([inconsistency_normal(calibrate(x, m)) for x, m in pairs])
+    filled = [
+        consistent_image(x, m, k, iterations) for x, m, k in zip(f, masks, normal, strict=True)
+    ]
+    return fft2c(torch.stack(filled)), torch.stack([bounded(one) for one in normal])

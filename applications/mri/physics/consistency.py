@@ -1,0 +1,212 @@
+r"""Self-consistency of coils (SPIRiT): a k-space value is a sum over its neighbours in all coils.
+
+The weights, one small kernel per pair of coils, are fitted to the fully sampled centre of a scan.
+In the image domain they are one c x c matrix a pixel, :math:`K`, and consistent coil images satisfy
+:math:`K u = u`. No sensitivity map is formed, none has to be unique, so that an object larger than
+the field of view does no harm.
+
+Lustig & Pauly 2010, SPIRiT: iterative self-consistent parallel imaging reconstruction from
+arbitrary k-space, DOI 10.1002/mrm.22428.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from applications.errors import InputError
+from applications.mri.physics.operators import ifft2c, sample, sample_adjoint
+
+
+def calibrate(
+    kspace: Tensor, mask: Tensor, kernel: int = 5, regularisation: float = 0.02
+) -> Tensor:
+    r"""Fits the kernels to the fully sampled centre of k-space, by regularised least squares.
+
+    Args:
+        kspace: measured, complex, shape ``(coils, rows, columns)``.
+        mask: boolean, shape ``(rows, columns)``.
+        kernel: side of the kernels [positions], odd.
+        regularisation: weight of the squared kernel relative to the mean energy of its inputs.
+
+    Returns:
+        K, complex64, shape ``(rows, columns, coils, coils)``: ``(K u)_o = sum_i K_oi u_i`` a pixel.
+
+    Raises:
+        InputError: if the centre is too small for the kernel.
+    """
+    top, bottom, left, right = fully_sampled_centre(mask)
+    if min(bottom - top, right - left) < kernel:
+        raise InputError(
+            f"a fully sampled centre of {kernel} x {kernel} positions was needed to calibrate the "
+            f"coils, the mask has {bottom - top} x {right - left}; sample more of the centre, or "
+            "use a network without self_consistency."
+        )
+    n_coils = kspace.shape[0]
+    centre = kspace[:, top:bottom, left:right].to(torch.complex128)
+    patches = centre.unfold(1, kernel, 1).unfold(2, kernel, 1)
+    rows = patches.permute(1, 2, 0, 3, 4).reshape(-1, n_coils * kernel**2)
+    gram = rows.mH @ rows
+    shift = regularisation * gram.diagonal().real.mean()
+    weights = torch.zeros(n_coils, n_coils * kernel**2, dtype=gram.dtype, device=gram.device)
+    for coil in range(n_coils):
+        own = coil * kernel**2 + kernel**2 // 2  # a value must not explain itself
+        others = torch.arange(len(gram), device=gram.device) != own
+        matrix = gram[others][:, others]
+        matrix.diagonal().add_(shift)
+        weights[coil, others] = torch.linalg.solve(matrix, gram[others, own])
+    kernels = weights.reshape(n_coils, n_coils, kernel, kernel)
+    return _image_domain(kernels, (kspace.shape[1], kspace.shape[2])).to(torch.complex64)
+
+
+def fully_sampled_centre(mask: Tensor) -> tuple[int, int, int, int]:
+    """A fully sampled rectangle around the zero frequency that no side can be moved out of.
+
+    It grows from the centre by one position a side in turn, so that it stays square while it can.
+
+    Args:
+        mask: boolean, shape ``(rows, columns)``.
+
+    Returns:
+        ``top, bottom, left, right``, as slices take them; an empty rectangle if the zero frequency
+        is missing.
+    """
+    rows, columns = mask.shape
+    top, left = rows // 2, columns // 2
+    if not bool(mask[top, left]):
+        return top, top, left, left
+    box = [top, top + 1, left, left + 1]
+    limits, outwards = (0, rows, 0, columns), (-1, 1, -1, 1)
+    growing = True
+    while growing:
+        growing = False
+        for side in (0, 2, 1, 3):  # top, left, bottom, right
+            if box[side] == limits[side]:
+                continue
+            wider = box.copy()
+            wider[side] += outwards[side]
+            if bool(mask[wider[0] : wider[1], wider[2] : wider[3]].all()):
+                box, growing = wider, True
+    return box[0], box[1], box[2], box[3]
+
+
+def low_resolution_phase(kspace: Tensor, mask: Tensor) -> Tensor:
+    r"""Phase of each coil image at the resolution of the fully sampled centre, :math:`e^{i\phi}`.
+
+    Args:
+        kspace: complex, shape ``(coils, rows, columns)``.
+        mask: boolean, shape ``(rows, columns)``.
+
+    Returns:
+        Complex of magnitude 1, 1 where the image is 0; shape of ``kspace``.
+    """
+    top, bottom, left, right = fully_sampled_centre(mask)
+    centre = torch.zeros_like(kspace)
+    # A window that falls to 0 at the edge of the centre keeps its sharp edge out of the image.
+    window = torch.outer(*(_hann(n, kspace.real) for n in (bottom - top, right - left)))
+    centre[:, top:bottom, left:right] = kspace[:, top:bottom, left:right] * window
+    image = ifft2c(centre)
+    magnitude = image.abs()
+    return torch.where(magnitude > 0, image / magnitude.clamp_min(1e-30), 1.0 + 0j)
+
+
+def inconsistency_normal(matrices: Tensor) -> Tensor:
+    """``N = (K - I)^H (K - I)`` a pixel: N u is half the gradient of ``|K u - u|^2``.
+
+    Args:
+        matrices: K, shape ``(rows, columns, coils, coils)``.
+
+    Returns:
+        N, Hermitian and positive semidefinite, the same shape.
+    """
+    defect = matrices - torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return defect.mH @ defect
+
+
+def bounded(normal: Tensor, largest: float = 2.0) -> Tensor:
+    """N, scaled down where a gradient step of size 1 would not contract.
+
+    Kernels that were fitted to a centre with little but noise can have eigenvalues of 10 and more,
+    on which steps of a size that other scans are reconstructed by diverge.
+
+    Args:
+        normal: N of `inconsistency_normal`.
+        largest: eigenvalue that is allowed. Eigenvalues are taken at 64 to 127 positions an axis;
+            N is a polynomial of few waves, so that they miss the largest by some thousandths.
+
+    Returns:
+        N itself, or N over the same number everywhere.
+    """
+    rows, columns = (max(1, n // 64) for n in normal.shape[:2])
+    found = float(torch.linalg.eigvalsh(normal[::rows, ::columns])[..., -1].max())
+    return normal if found <= largest else normal * (largest / found)
+
+
+def times(matrices: Tensor, state: Tensor) -> Tensor:
+    """One matrix-vector product a pixel.
+
+    Args:
+        matrices: shape ``(..., rows, columns, coils, coils)``.
+        state: shape ``(..., coils, rows, columns)``.
+
+    Returns:
+        ``sum_i matrices_oi state_i``, the shape of ``state``.
+    """
+    product = matrices @ state.movedim(-3, -1).unsqueeze(-1)
+    return product.squeeze(-1).movedim(-1, -3).contiguous()
+
+
+def consistent_image(kspace: Tensor, mask: Tensor, normal: Tensor, iterations: int) -> Tensor:
+    r"""Coil images by conjugate gradients on the measured data and the self-consistency.
+
+    .. math:: \min_u \|P F u - f\|^2 + \|(K - I) u\|^2
+
+    from the zero-filled images; few iterations regularise.
+
+    Args:
+        kspace: f, complex, shape ``(coils, rows, columns)``, zeros where nothing was measured.
+        mask: boolean, shape ``(rows, columns)``.
+        normal: N of `inconsistency_normal`.
+        iterations: of conjugate gradients.
+
+    Returns:
+        u, shape of ``kspace``.
+    """
+
+    def apply(u: Tensor) -> Tensor:
+        return sample_adjoint(sample(u, mask), mask) + times(normal, u)
+
+    u = ifft2c(kspace)
+    floor = torch.finfo(kspace.real.dtype).eps ** 2 * _energy(u)
+    residual = u - apply(u)
+    direction, energy = residual, _energy(residual)
+    for _ in range(iterations):
+        if energy <= floor:
+            break
+        product = apply(direction)
+        length = energy / torch.vdot(direction.flatten(), product.flatten()).real
+        u, residual = u + length * direction, residual - length * product
+        before, energy = energy, _energy(residual)
+        direction = residual + (energy / before) * direction
+    return u
+
+
+def _energy(u: Tensor) -> Tensor:
+    return torch.vdot(u.flatten(), u.flatten()).real
+
+
+def _image_domain(kernels: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Fourier transform of correlation kernels ``(o, i, k, k)`` on the pixels of the image."""
+    offsets = torch.arange(kernels.shape[-1], device=kernels.device) - kernels.shape[-1] // 2
+    waves = []
+    for n in shape:
+        position = (torch.arange(n, device=kernels.device, dtype=torch.float64) - n // 2) / n
+        # The correlation sum_d w_d f(k + d) multiplies the image by sum_d w_d exp(-2 pi i d r / n).
+        angle = -2 * math.pi * offsets[:, None] * position
+        waves.append(torch.polar(torch.ones_like(angle), angle))
+    return torch.einsum("oiab,ay,bx->yxoi", kernels, *waves)
+
+
+def _hann(n: int, like: Tensor) -> Tensor:
+    """Hann window of n positions without its zeros."""
+    return torch.hann_window(n + 2, periodic=False, dtype=like.dtype, device=like.device)[1:-1]

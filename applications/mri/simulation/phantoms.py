@@ -1,0 +1,122 @@
+"""Folders of simulated scans from magnitude images of anatomies."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from applications.errors import InputError
+from applications.files import make_folder
+from applications.mri.data import Volume, write_volume
+from applications.mri.formats.nifti import Plane
+from applications.mri.simulation.anatomy import load_anatomies, resize, split
+from applications.mri.simulation.coils import biot_savart_coils
+from applications.mri.simulation.simulate import simulate
+from applications.settings import setting
+
+ROLES = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """What to simulate.
+
+    Attributes:
+        size: rows and columns of the images, at most those of the anatomies.
+        n_coils: receive coils.
+        noise_std: of real and imaginary part, in units of image magnitude, see `simulate`.
+        repeats: training volumes an anatomy, each with coils, phases and noise of its own.
+        seed: of all of it.
+        anatomies: HDF5 or NIfTI file of magnitude images; None for the bundled ones.
+        plane: of the slices of a NIfTI volume, None for axial ones.
+        names: of the anatomies to simulate; None: all there are.
+    """
+
+    size: int = setting(128, "Rows and columns.", least=16)
+    n_coils: int = setting(8, "Receive coils.", name="coils", least=1)
+    noise_std: float = setting(0.01, "Noise in units of image magnitude.", name="noise", least=0)
+    repeats: int = setting(1, "Training volumes an anatomy.", least=1)
+    seed: int = setting(0, "Of everything that is random.")
+    anatomies: Path | None = setting(None, "Magnitude images: NIfTI, or HDF5 of groups.")
+    plane: Plane | None = setting(None, "Slices of NIfTI; axial, stored: as they lie.")
+    names: tuple[str, ...] | None = None
+
+
+def simulate_folder(
+    folder: Path, settings: SimulationSettings, done: Callable[[int, int], None] | None = None
+) -> dict[str, list[Path]]:
+    """Writes `folder/<role>/<anatomy>[_<repeat>].h5` in the layout of fastMRI, fully sampled.
+
+    The slices of a volume share its coils. Training, validation and test slices come from blocks of
+    each anatomy with gaps between them; see `anatomy.split`.
+
+    Args:
+        folder: made if need be; files of the same names are replaced.
+        settings: what to simulate.
+        done: told of the volumes written and to be written.
+
+    Returns:
+        The files by role.
+
+    Raises:
+        InputError: if a setting is out of range, or the folder cannot be written.
+    """
+    if settings.repeats < 1:
+        raise InputError(f"repeats must be at least 1, got {settings.repeats}.")
+    generator = torch.Generator().manual_seed(settings.seed)
+    anatomies = _chosen(load_anatomies(settings.anatomies, settings.plane), settings.names)
+    plan = _plan(anatomies, settings)
+    files: dict[str, list[Path]] = {role: [] for role in ROLES}
+    for role in ROLES:
+        make_folder(folder / role)
+    for i, (role, name, images) in enumerate(plan, start=1):
+        path = folder / role / f"{name}.h5"
+        write_volume(path, _volume(name, images, settings, generator))
+        files[role].append(path)
+        if done is not None:
+            done(i, len(plan))
+    return files
+
+
+def _plan(
+    anatomies: dict[str, Tensor], settings: SimulationSettings
+) -> list[tuple[str, str, Tensor]]:
+    """Role, name and images of every volume."""
+    plan: list[tuple[str, str, Tensor]] = []
+    for name, images in anatomies.items():
+        roles = split(images.shape[0])
+        for role in ROLES:
+            chosen = resize(images[list(getattr(roles, role))], settings.size).clamp(0, 1)
+            repeats = settings.repeats if role == "train" else 1
+            plan += [
+                (role, name if repeats == 1 else f"{name}_{repeat}", chosen)
+                for repeat in range(repeats)
+            ]
+    return plan
+
+
+def _chosen(anatomies: dict[str, Tensor], names: tuple[str, ...] | None) -> dict[str, Tensor]:
+    for name in names or ():
+        if name not in anatomies:
+            raise InputError(
+                f"the anatomy must be one of {', '.join(anatomies)}, got {name!r}; choose one."
+            )
+    return {name: x for name, x in anatomies.items() if names is None or name in names}
+
+
+def _volume(
+    name: str, images: Tensor, settings: SimulationSettings, generator: torch.Generator
+) -> Volume:
+    shape = (images.shape[-2], images.shape[-1])
+    coils = biot_savart_coils(shape, settings.n_coils, generator)
+    simulated = [
+        simulate(image, settings.n_coils, generator, settings.noise_std, coils) for image in images
+    ]
+    return Volume(
+        torch.stack([one.kspace for one in simulated]),
+        torch.stack([one.reference for one in simulated]),
+        acquisition=name,
+        patient_id="simulated",
+    )

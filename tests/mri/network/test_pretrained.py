@@ -1,0 +1,90 @@
+"""The weights that come with the package: what they are, and that they do what they are for."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from command_lines import succeed
+
+from applications.mri.bundled.paths import bundled, bundled_scan_path
+from applications.mri.data import Volume, VolumeFile, implied_mask, write_volume
+from applications.mri.evaluation.methods import network_methods
+from applications.mri.evaluation.metrics import score
+from applications.mri.network.architecture import light
+from applications.mri.network.weights import pretrained
+from applications.mri.physics.operators import fft2c, ifft2c, rss
+from applications.mri.sampling import CartesianRandom, PoissonDisc
+from applications.mri.simulation.anatomy import load_anatomies, resize, split
+from applications.mri.simulation.simulate import simulate
+from applications.mri.tasks.task_list import read_task_list
+
+SIZE = 128
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_they_are_small_and_tell_how_they_were_made():
+    trained = pretrained()
+    assert trained.network.architecture == light(8)
+    files = list(bundled("anatomy.h5").parent.iterdir())
+    assert bundled("pretrained.safetensors").stat().st_size < 2e6
+    assert sum(file.stat().st_size for file in files) < 8e6
+    listed = read_task_list(bundled("pretrained.yaml"))
+    assert list(trained.record["samplings"]) == [one.name for one in listed]
+    assert {one.anatomy for one in listed} == set(load_anatomies())
+    assert not any("test" in one.roles for one in listed)
+    log = np.genfromtxt(bundled("pretrained.csv"), delimiter=",", names=True)
+    assert log["seconds"][-1] <= trained.record["seconds"] == 3600
+    assert log["mean_loss"][-1] < 0.5 * log["mean_loss"][0]
+
+
+@pytest.mark.parametrize("anatomy", ["brain_t2", "head_neck_t1_sagittal"])
+@pytest.mark.parametrize("sampling", [PoissonDisc(8, 16), CartesianRandom(4, 0.08)], ids=repr)
+def test_a_held_out_slice_gains_much_over_what_they_start_from(anatomy, sampling):
+    images = load_anatomies()[anatomy]
+    held_out = images[split(len(images)).test[0]]
+    full = simulate(resize(held_out, SIZE), 8, seeded(1))
+    mask = sampling.mask((SIZE, SIZE), seeded(2))
+    methods = network_methods(pretrained())
+    with torch.no_grad():
+        found = {name: method(full.kspace * mask, mask) for name, method in methods.items()}
+    psnr = {name: score(full.reference[None], image[None]).psnr for name, image in found.items()}
+    assert psnr["ours"] > psnr["self-consistent start"] + 2
+
+
+def reconstruct(kspace):
+    mask, trained = implied_mask(kspace), pretrained()
+    with torch.no_grad():
+        scan = trained.network.prepare(kspace[None], mask)
+        return trained.network.reconstruct(scan, trained.control), mask
+
+
+def test_the_real_scan_keeps_its_data():
+    scan = VolumeFile(bundled_scan_path()).read_slice(0)
+    found, mask = reconstruct(scan.kspace)
+    measured = scan.kspace[:, mask]
+    defect = fft2c(found.coil_images[0])[:, mask] - measured
+    assert defect.norm() < 0.1 * measured.norm()
+
+
+def test_noise_does_not_make_the_phases_diverge_and_is_told(tmp_path):
+    noise = torch.randn(8, SIZE, SIZE, dtype=torch.complex64, generator=seeded(0))
+    mask = PoissonDisc(8, 16).mask((SIZE, SIZE), seeded(1))
+    write_volume(tmp_path / "scan.h5", Volume((noise * mask)[None], mask=mask))
+    text = succeed("reconstruct", "--scan", tmp_path / "scan.h5", "--out", tmp_path / "image.h5")
+    assert "Look at slice 0 before use" in text
+    with h5py.File(tmp_path / "image.h5") as file:
+        assert float(file["reconstruction"][()].max()) < 2 * float(rss(ifft2c(noise * mask)).max())
+
+
+def test_they_are_what_reconstruct_takes_unless_told_otherwise(tmp_path):
+    kspace = VolumeFile(bundled_scan_path()).read_slice(0).kspace[:, 83:147, 58:122]
+    write_volume(tmp_path / "scan.h5", Volume(kspace[None]))
+    text = succeed("reconstruct", "--scan", tmp_path / "scan.h5", "--out", tmp_path / "image.h5")
+    assert "Coils" not in text
+    assert "Look at" not in text
+    with h5py.File(tmp_path / "image.h5") as file:
+        found = torch.from_numpy(file["reconstruction"][()])
+    torch.testing.assert_close(found, reconstruct(kspace)[0].image)
