@@ -55,45 +55,10 @@ from bilevel.testing import check_hypergradient
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "MLM",
-    "AgainstMinimiser",
-    "AgainstSteps",
-    "BilevelError",
-    "BilevelProblem",
-    "BilevelSolver",
-    "Budget",
-    "ByStep",
-    "Checkpointing",
-    "Compiled",
-    "ControlProblem",
-    "ControlSolver",
-    "ConvergenceWarning",
-    "Dynamics",
-    "Implicit",
-    "InMemory",
-    "Looped",
-    "Map",
-    "NewtonCG",
-    "OnDisk",
-    "OnHost",
-    "OneStep",
-    "PerStep",
-    "Phases",
-    "Softmax",
-    "Sparsemax",
-    "TaskWeights",
-    "Unrolled",
-    "Vmapped",
-    "adapt",
-    "adjoint",
-    "check_hypergradient",
-    "functional",
-    "hvp",
-    "kkt",
-    "lagrangian",
-    "plan",
-    "rollout",
-    "total_cost",
-    "weighted_problem",
-]
+__all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelProblem"]
+__all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
+__all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "Implicit", "InMemory", "Looped"]
+__all__ += ["Map", "NewtonCG", "OnDisk", "OnHost", "OneStep", "PerStep", "Phases", "Softmax"]
+__all__ += ["Sparsemax", "TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint"]
+__all__ += ["check_hypergradient", "functional", "hvp", "kkt", "lagrangian", "plan", "rollout"]
+__all__ += ["total_cost", "weighted_problem"]

@@ -19,18 +19,7 @@ def is_whole(value: Any, least: float = 0) -> bool:
 def check_whole(
     value: Any, name: str, least: int = 0, *, optional: bool = False, advice: str = ""
 ) -> None:
-    """Refuse what is no whole number from `least` on.
-
-    Args:
-        value: what came.
-        name: what the user calls it.
-        least: smallest number allowed.
-        optional: whether None is allowed.
-        advice: what to do, where the range does not say it.
-
-    Raises:
-        ArgumentError: naming the setting.
-    """
+    """Refuse what is no whole number from `least` on, or None where that is optional."""
     if is_whole(value, least) or (optional and value is None):
         return
     needed = f"a whole number >= {least}{', or None' if optional else ''}"
@@ -46,22 +35,12 @@ def check_range(
     below: float | None = None,
     most: float | None = None,
 ) -> None:
-    """Refuse numbers outside a range, and those that are not finite.
-
-    Args:
-        value: a number, a tensor, or a tree of them; None in it counts as nothing.
-        name: what the user calls it.
-        above: bound that is not allowed itself.
-        least: bound that is allowed itself.
-        below: upper bound that is not allowed itself.
-        most: upper bound that is allowed itself.
-
-    Raises:
-        ArgumentError: naming the setting, the range and what came.
-    """
+    """Refuse numbers outside a range, and those that are not finite."""
     for x in tree.leaves_of(value):
         if x is None:
             continue
+        if isinstance(x, bool) or not isinstance(x, float | int | Tensor):
+            raise ArgumentError(f"{name} must be a number, got {type(x).__name__}.")
         low, high = (float(x.min()), float(x.max())) if isinstance(x, Tensor) else (x, x)
         if (
             (above is None or low > above)
@@ -78,51 +57,21 @@ def check_range(
 
 
 def check_kind(value: Any, kind: Any, name: str, wanted: str) -> None:
-    """Refuse what is not of a kind; a class in the place of its instance is named as such.
-
-    Args:
-        value: what came.
-        kind: a type, or a union of types.
-        name: what the user calls it.
-        wanted: what it should be, in words.
-
-    Raises:
-        ArgumentError: naming both.
-    """
+    """Refuse what is not of a kind; a class in the place of its instance is named as such."""
     if not isinstance(value, kind):
         came = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise ArgumentError(f"{name} must be {wanted}, got {came}.")
 
 
 def check_choice(value: Any, choices: Sequence[str], name: str) -> None:
-    """Refuse anything but one of a few words.
-
-    Args:
-        value: what came.
-        choices: the words.
-        name: what the user calls it.
-
-    Raises:
-        ArgumentError: listing them.
-    """
+    """Refuse anything but one of a few words."""
     if value not in choices:
         *first, last = map(repr, choices)
         raise ArgumentError(f"{name} must be {', '.join(first)} or {last}, got {value!r}.")
 
 
 def check_scalar(value: Any, name: str) -> Tensor:
-    """`value` if it is a real scalar tensor.
-
-    Args:
-        value: what an objective returned.
-        name: which objective.
-
-    Returns:
-        `value`.
-
-    Raises:
-        StructureError: if it is anything else.
-    """
+    """`value` if it is a real scalar tensor."""
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
         raise StructureError(
             f"{name} must return a real scalar tensor of shape (), got {tree.kind(value)}."
@@ -131,15 +80,7 @@ def check_scalar(value: Any, name: str) -> Tensor:
 
 
 def refuse_setting(value: Tree, name: str) -> None:
-    """Refuse a setting that requires grad: it is no argument, so its gradient would be lost.
-
-    Args:
-        value: what was given, or what a function of a detached control returned.
-        name: what the user calls it.
-
-    Raises:
-        ArgumentError: if it requires grad.
-    """
+    """Refuse a setting that requires grad: it is no argument, so its gradient would be lost."""
     if any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves_of(value)):
         raise ArgumentError(
             f"{name} is a tensor that requires grad, which no gradient would reach: make it part "

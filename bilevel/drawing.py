@@ -6,20 +6,7 @@ from bilevel.errors import UnsupportedError
 
 
 def new_figure(width: float, height: float, *, name: str, instead: str) -> Any:
-    """An empty figure.
-
-    Args:
-        width: in inches.
-        height: in inches.
-        name: what asks for it.
-        instead: the attributes that hold what it would show.
-
-    Returns:
-        A `matplotlib.figure.Figure`.
-
-    Raises:
-        UnsupportedError: if matplotlib is not installed.
-    """
+    """An empty figure."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

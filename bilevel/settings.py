@@ -32,7 +32,6 @@ class ByStep:
     value: Callable[[int], Any]
 
     def __post_init__(self) -> None:
-        """Check the field."""
         if not callable(self.value):
             raise ArgumentError(
                 f"ByStep takes a function of the step t = 1, 2, ..., got "
@@ -57,19 +56,7 @@ def setting_at(setting: Setting, control: Tree, t: int) -> Any:
 
 
 def for_each(value: Any, params: Tree, name: str) -> Tree:
-    """The value of a setting for each leaf of the params; None for leaves that are no variables.
-
-    Args:
-        value: a number, a tensor, or a tree like the params.
-        params: the tree.
-        name: what the user calls the setting.
-
-    Returns:
-        A tree like the params.
-
-    Raises:
-        StructureError: if the value is another tree.
-    """
+    """The value of a setting for each leaf of the params; None for leaves that are no variables."""
     if isinstance(value, float | int | Tensor):
         return tree.map_leaves(lambda x: value if tree.is_variable(x) else None, params)
     structure, expected = tree.flatten(value)[1], tree.flatten(params)[1]
@@ -81,16 +68,7 @@ def for_each(value: Any, params: Tree, name: str) -> Tree:
 
 
 def check_setting(value: Any, name: str, **bounds: float) -> None:
-    """Refuse what is no setting, or is out of range; functions are checked when they are used.
-
-    Args:
-        value: a setting, or what one came to.
-        name: what the user calls it.
-        bounds: as in `check_range`; none leaves the range open.
-
-    Raises:
-        ArgumentError: naming the setting.
-    """
+    """Refuse what is no setting, or is out of range; functions are checked when they are used."""
     if isinstance(value, ByStep) or callable(value):
         return
     for x in tree.leaves_of(value):

@@ -67,7 +67,6 @@ class BilevelSolver:
     on_failure: OnFailure = "warn"
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_kind(self.problem, BilevelProblem, "problem", "a BilevelProblem")
         rule = "an inner optimiser such as bilevel.optim.SGD(0.1)"
         check_kind(self.optimizer, InnerOptimizer, "optimizer", rule)

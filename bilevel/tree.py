@@ -101,16 +101,7 @@ def subtract(a: Tree, b: Tree) -> Tree:
 
 
 def moved(values: Tree, direction: Tree, size: Any) -> Tree:
-    """`values - size * direction`; None in the direction leaves a leaf as it is.
-
-    Args:
-        values: a tree.
-        direction: a vector of its space.
-        size: a number, a scalar tensor, or a tree like the values.
-
-    Returns:
-        The tree; differentiable in all arguments.
-    """
+    """`values - size * direction`; None in the direction leaves a leaf as it is."""
     if isinstance(size, float | int):
         if isinstance(values, Tensor):
             return torch.sub(values, direction, alpha=size)
@@ -123,15 +114,7 @@ def moved(values: Tree, direction: Tree, size: Any) -> Tree:
 
 
 def inner(a: Tree, b: Tree) -> Tensor:
-    """`Re<a, b>`, summed over the variables; differentiable.
-
-    Args:
-        a: vector or tree of states.
-        b: the same structure; a leaf that is no variable on either side is left out.
-
-    Returns:
-        Real scalar.
-    """
+    """`Re<a, b>`, summed over the variables; differentiable."""
     terms = [
         torch.real(x.conj() * y).sum()
         for x, y in zip(leaves_of(a), leaves_of(b), strict=True)
@@ -147,15 +130,7 @@ def norm(vector: Tree) -> float:
 
 
 def check_leaves(tree: Tree, name: str) -> None:
-    """Refuse a leaf whose gradient would be lost because it is not a tensor.
-
-    Args:
-        tree: what the user passed.
-        name: what the user calls it.
-
-    Raises:
-        StructureError: if a leaf is neither a tensor nor an integer, a bool or None.
-    """
+    """Refuse a leaf whose gradient would be lost because it is not a tensor."""
     for i, leaf in enumerate(leaves_of(tree)):
         if not (leaf is None or isinstance(leaf, Tensor | int)):
             raise StructureError(
@@ -187,17 +162,7 @@ def kind(leaf: Any) -> str:
 
 
 def check_like(found: Tree, expected: Tree, name: str, source: str) -> None:
-    """Refuse a tree that differs from another in structure, shape, dtype or device.
-
-    Args:
-        found: the tree to check.
-        expected: the tree it must match; values do not count.
-        name: what to call the tree in the message.
-        source: who made it and what it must match.
-
-    Raises:
-        StructureError: naming the leaf that differs.
-    """
+    """Refuse a tree that differs from another in structure, shape, dtype or device."""
     if alike(found, expected):
         return
     found_leaves, found_structure = flatten(found)

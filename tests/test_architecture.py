@@ -196,7 +196,7 @@ def test_a_file_imports_only_from_files_above_it(name):
 def test_a_room_hands_on_what_stands_in_it_and_says_what_it_is_for(room):
     body = parsed(SOURCES[room]).body
     assert isinstance(body[0], ast.Expr)  # the docstring
-    assert {type(node) for node in body[1:]} <= {ast.ImportFrom, ast.Assign}
+    assert {type(node) for node in body[1:]} <= {ast.ImportFrom, ast.Assign, ast.AugAssign}
     assert all(name.startswith(f"{room}.") for name in own_imports(parsed(SOURCES[room])))
 
 
@@ -303,7 +303,7 @@ def test_the_search_for_differentiation_finds_that_of_autodiff():
 def test_the_front_door_only_hands_on_and_lists_all_of_it_in_order():
     body = parsed(SOURCES["bilevel"]).body
     assert isinstance(body[0], ast.Expr)  # the docstring
-    assert {type(node) for node in body[1:]} <= {ast.ImportFrom, ast.Assign}
+    assert {type(node) for node in body[1:]} <= {ast.ImportFrom, ast.Assign, ast.AugAssign}
     handed_on = {
         alias.name
         for node in body

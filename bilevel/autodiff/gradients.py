@@ -74,16 +74,7 @@ def pull(outputs: Tree, cotangent: Tree, inputs: Tree, *, keep: bool = False) ->
 def value_and_gradient(
     function: Callable[..., Tensor], *arguments: Tree, name: str
 ) -> tuple[Tensor, tuple[Tree, ...]]:
-    """Value of a real scalar `function`, and its gradient in each argument.
-
-    Args:
-        function: of `arguments`.
-        arguments: trees.
-        name: what to call `function` in an error.
-
-    Returns:
-        The detached value, and one vector an argument; None where it does not depend on the leaf.
-    """
+    """Value of a real scalar `function`, and its gradient in each argument."""
     inputs = tuple(variables(argument) for argument in arguments)
     with torch.enable_grad():
         value = check_scalar(function(*inputs), name)
@@ -151,18 +142,9 @@ def _point(params: Tree, *, attached: bool) -> Tree:
 
 
 def slopes(outputs: Sequence[Tensor], values: Tree) -> tuple[list[Tensor], Tree]:
-    """The pullback of `outputs` as a function of its cotangents, which are leaves of the graph.
-
-    Its derivative in a cotangent is the pushforward: that is linear, so that reverse derivatives of
-    what computed `outputs` are all it needs.
-
-    Args:
-        outputs: tensors that require grad.
-        values: the tree they were computed from.
-
-    Returns:
-        The cotangents, zero, and what they are pulled back to.
-    """
+    """The pullback of `outputs` as a function of its cotangents, which are leaves of the graph."""
+    # Its derivative in a cotangent is the pushforward: that is linear, so that reverse derivatives
+    # of what computed `outputs` are all it needs.
     cotangents = [torch.zeros_like(y, requires_grad=True) for y in outputs]
     return cotangents, grad(outputs, values, cotangents, create_graph=True)
 
@@ -170,17 +152,8 @@ def slopes(outputs: Sequence[Tensor], values: Tree) -> tuple[list[Tensor], Tree]
 def tangents(
     cotangents: list[Tensor], pulled: Tree, directions: Tree, *, retain_graph: bool
 ) -> list[Tensor | None]:
-    """The derivative along directions of what `slopes` pulled back.
-
-    Args:
-        cotangents: of `slopes`.
-        pulled: of `slopes`.
-        directions: vectors of the space of the values; None stands for zero.
-        retain_graph: whether another direction will be asked for.
-
-    Returns:
-        One tensor an output; None where it does not move.
-    """
+    """The derivative along directions of what `slopes` pulled back."""
+    # What the pullback does not depend on, as behind a sign or a rounding, does not move.
     pairs = [
         (p, d)
         for p, d in zip(tree.leaves_of(pulled), tree.leaves_of(directions), strict=True)

@@ -65,18 +65,8 @@ def told_apart(values: Tree, known: set[int]) -> Tree:
 
 
 def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
-    """Refuse `outputs` whose graph reaches a tensor that is not among `inputs`.
-
-    With `inputs` empty this is one look at `requires_grad`: nothing then should have a graph.
-
-    Args:
-        outputs: what the user's function returned.
-        inputs: the trees it was given; what lies behind them is no concern of the function.
-        name: what to call the function.
-
-    Raises:
-        LostGradientError: if something that requires grad was closed over.
-    """
+    """Refuse `outputs` whose graph reaches a tensor that is not among `inputs`."""
+    # With `inputs` empty this is one look at `requires_grad`: nothing then should have a graph.
     if isinstance(outputs, Tensor) and not outputs.requires_grad:
         return
     tensors = [y for y in tree.leaves_of(outputs) if isinstance(y, Tensor) and y.requires_grad]

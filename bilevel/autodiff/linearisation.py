@@ -19,16 +19,7 @@ class Linearisation:
     """
 
     def __init__(self, function: Callable[..., Tree], *arguments: Tree, name: str) -> None:
-        """Evaluate `function` and keep its graph.
-
-        Args:
-            function: of `arguments`; differentiable.
-            arguments: trees; what they were computed from is not differentiated.
-            name: what to call `function` in an error.
-
-        Raises:
-            LostGradientError: if the function closes over a tensor that requires grad.
-        """
+        """Evaluate `function` and keep its graph."""
         self._inputs = tuple(variables(argument) for argument in arguments)
         with torch.enable_grad():
             self._outputs = function(*self._inputs)
@@ -42,15 +33,7 @@ class Linearisation:
         self._slopes: dict[int, tuple[list[Tensor], Tree]] = {}
 
     def pull(self, cotangent: Tree, argument: int = 0) -> Tree:
-        """The adjoint of the derivative in one argument, applied to a vector of the values.
-
-        Args:
-            cotangent: no None in places of variables.
-            argument: which.
-
-        Returns:
-            A vector of the space of the argument; None where the value does not depend on it.
-        """
+        """The adjoint of the derivative in one argument, applied to a vector of the values."""
         vectors = tree.leaves_of(cotangent)
         given = [vectors[i] for i in self._places]
         return grad(self._ys, self._inputs[argument], given, retain_graph=True)

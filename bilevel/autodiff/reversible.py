@@ -31,30 +31,14 @@ class Reversible(ABC):
 
 
 def reversible(function: Reversible, inputs: list[Any]) -> tuple[Any, ...]:
-    """Outputs of `function`, whose backward is its `reverse`, and whose double one its `again`.
-
-    Args:
-        function: evaluated here, once.
-        inputs: leaves.
-
-    Returns:
-        The outputs, attached to the graph of the inputs.
-
-    Raises:
-        UnsupportedError: under a `torch.func` transform.
-    """
+    """Outputs of `function`, whose backward is its `reverse`, and whose double one its `again`."""
     with no_transforms():
         return _Reversible.apply(function, *inputs)  # pyright: ignore[reportReturnType]
 
 
 @contextmanager
 def no_transforms() -> Iterator[None]:
-    """Under a `torch.func` transform, say so and what to do.
-
-    Raises:
-        UnsupportedError: instead of what torch raises there.
-        RuntimeError: any other.
-    """
+    """Under a `torch.func` transform, say so and what to do."""
     try:
         yield
     except RuntimeError as error:

@@ -88,22 +88,12 @@ class Constants:
     mixed: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_range(self.convexity, "convexity", above=0)
         for field in fields(self):
             check_range(getattr(self, field.name), field.name, least=0)
 
     def bound(self, gradient: float, adjoint: float, residual: float) -> float:
-        """Bound of the norm of the error.
-
-        Args:
-            gradient: norm of the gradient of the inner objective.
-            adjoint: norm of q.
-            residual: norm of r.
-
-        Returns:
-            The bound.
-        """
+        """Bound of the norm of the error."""
         eps = gradient / self.convexity
         through = (self.coupling + self.mixed * eps) / self.convexity
         return (self.outer_control + self.mixed * adjoint) * eps + through * (
@@ -134,23 +124,11 @@ class AgainstMinimiser(Certifier):
     constants: Constants | None = None
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_range(self.trust, "trust", above=0)
         check_whole(self.max_products, "max_products", OTHER + 3)
 
     def certify(self, instance: Instance, found: Found) -> Certificate:
-        """See `Certifier`.
-
-        Args:
-            instance: the problem, the point and the batches.
-            found: what a method answered.
-
-        Returns:
-            The certificate.
-
-        Raises:
-            ArgumentError: if constants of a smooth problem are given for one with a prox.
-        """
+        """See `Certifier`."""
         if self.constants is not None and not instance.optimizer.symmetric:
             raise ArgumentError(
                 "constants= bound the error where the residual is the gradient of the inner "

@@ -30,7 +30,6 @@ class AgainstSteps(Certifier):
     trust: float = 2e-2
 
     def __post_init__(self) -> None:
-        """Check the field."""
         check_range(self.trust, "trust", above=0)
 
     def certify(self, instance: Instance, found: Found) -> Certificate:  # noqa: ARG002

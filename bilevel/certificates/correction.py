@@ -73,14 +73,7 @@ class Point:
         return tree.filled(self.residual.pull(vector, 1), self.instance.control)
 
     def coupling(self, start: Tree) -> float:
-        """Norm of C from below, by a power iteration of two products.
-
-        Args:
-            start: the adjoint of C applied to some vector, half an iteration before.
-
-        Returns:
-            The norm.
-        """
+        """Norm of C from below, by a power iteration of two products."""
         # C is also the adjoint of the derivative of grad_alpha f in the params, up to a factor
         # where R is one times grad f: so no third derivative is taken where R is a gradient.
         symmetric = self.instance.optimizer.residual_is_gradient
@@ -124,16 +117,7 @@ class Correction:
 
 
 def correct(here: Point, products: int) -> Correction:
-    """Newton's method from a point, until the residual is small beside the first.
-
-    Args:
-        here: the point.
-        products: largest number of products for this and for a system to be solved afterwards;
-            two thirds may be used up here, half in the first step.
-
-    Returns:
-        The correction; one step, if the problem is quadratic.
-    """
+    """Newton's method from a point, until the residual is small beside the first."""
     # An exact first step makes the estimate exact on quadratics. Further steps start from the
     # error of a linearisation, which they need not beat by far.
     step = solve(here.operator, here.residual.value, 1e-6, products // 2)
@@ -186,15 +170,7 @@ def smallest(solved: LinearResult, rhs: Tree) -> float:
 
 
 def flaw_of(solved: LinearResult, name: str) -> str:
-    """Why the solution is of no use; empty if it is.
-
-    Args:
-        solved: what a solver found.
-        name: of the system.
-
-    Returns:
-        Half a sentence.
-    """
+    """Why the solution is of no use; empty if it is."""
     if solved.indefinite:
         return (
             f"{name} met a direction of non-positive curvature, so that the params are near no "

@@ -11,18 +11,5 @@ from bilevel.control.rollout import rollout, total_cost
 from bilevel.control.solver import ControlSolution, ControlSolver
 from bilevel.control.tangent import HessianProduct, hvp
 
-__all__ = [
-    "KKT",
-    "Adjoint",
-    "ControlSolution",
-    "ControlSolver",
-    "HessianProduct",
-    "NewtonCG",
-    "Swept",
-    "adjoint",
-    "hvp",
-    "kkt",
-    "lagrangian",
-    "rollout",
-    "total_cost",
-]
+__all__ = ["KKT", "Adjoint", "ControlSolution", "ControlSolver", "HessianProduct", "NewtonCG"]
+__all__ += ["Swept", "adjoint", "hvp", "kkt", "lagrangian", "rollout", "total_cost"]

@@ -178,6 +178,7 @@ def multiplier_sweep(
     Returns:
         Running cost, observation gradient, and what was asked for.
     """
+    # Gathered last step first, turned round at the end.
     running: Tensor | float = 0.0
     states, multipliers = [trajectory.final], [tree.filled(multiplier, trajectory.final)]
     observation_gradient, stopped = None, False

@@ -55,7 +55,6 @@ class NewtonCG:
     halvings: int = 30
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_kind(self.linear, LinearSolver, "linear", "a linear solver such as CG()")
         check_range(self.decrease, "decrease", above=0, below=0.5)
         check_whole(self.halvings, "halvings")
@@ -65,33 +64,18 @@ class NewtonSteps(Optimizer):
     """`NewtonCG` on given tensors. The `lr` of its one group is the first trial step, 1."""
 
     def __init__(self, parameters: list[Tensor], settings: NewtonCG, product: Product) -> None:
-        """Prepare.
-
-        Args:
-            parameters: what is moved.
-            settings: the method.
-            product: Hessian of the last evaluated cost, at the present parameters.
-        """
+        # `product` is with the Hessian where the cost was last evaluated.
         super().__init__(parameters, {"lr": 1.0})
         self._settings, self._product = settings, product
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One iteration.
-
-        Args:
-            closure: sets the gradients and returns the cost.
-
-        Returns:
-            The cost before.
-
-        Raises:
-            ArgumentError: without a closure.
-            StandstillError: if no step lowers the cost.
-        """
+        """One iteration."""
         if closure is None:
             raise ArgumentError("NewtonCG needs a closure that evaluates cost and gradient.")
         (group,) = self.param_groups
         parameters: list[Tensor] = group["params"]
+        # The first trial of an iteration is the point where it stands: its gradient, and then the
+        # Hessian products of CG, are taken there.
         cost = closure()
         gradient = [p.grad for p in parameters]
         if not tree.norm(gradient):
@@ -101,13 +85,14 @@ class NewtonSteps(Optimizer):
             start = [p.detach().clone() for p in parameters]
             length = group["lr"]
             for _ in range(self._settings.halvings + 1):
+                # From the start each time: halving a step in place would add up rounding.
                 for p, x, d in zip(parameters, start, direction, strict=True):
                     p.copy_(x + length * d)
                 if self._accepted(closure, parameters, cost, gradient, length, direction):
                     return cost
                 length /= 2
             for p, x in zip(parameters, start, strict=True):
-                p.copy_(x)
+                p.copy_(x)  # nothing lowered the cost: leave the control as it was
         raise StandstillError
 
     def _direction(self, gradient: list[Any]) -> list[Tensor]:
@@ -151,15 +136,7 @@ class NewtonRun:
         checkpointing: Checkpointing | Budget | None,
         random: RandomState,
     ) -> None:
-        """Prepare.
-
-        Args:
-            settings: the method.
-            given: problem and observation of a batch.
-            evaluate: of problem, observation, control and iteration.
-            checkpointing: of the Hessian products.
-            random: where the generators stand at each evaluation.
-        """
+        # `random` is where the generators stand at each evaluation: every one draws the same.
         self._settings, self._given, self._evaluate = settings, given, evaluate
         self._checkpointing, self._random = checkpointing, random
         self._step = 0
@@ -175,6 +152,7 @@ class NewtonRun:
         if self._problem is None or (batch is not None and step != self._step):
             self._problem, self._known = self._given(batch), None
         self._step = step
+        # The line search and CG ask again where they stand: a version counter tells a change.
         versions = [x._version for x in tree.leaves_of(control) if tree.is_variable(x)]
         if self._known is None or self._known[0] != versions:
             self._random.restore()

@@ -87,16 +87,9 @@ class _Rollout(autodiff.Reversible):
         chosen: Checkpointing,
         structure: optree.PyTreeSpec,
     ) -> None:
-        """Prepare.
-
-        Args:
-            problem: dynamics and horizon, without a cost.
-            given: the checkpointing as the user gave it.
-            chosen: that of the first derivative.
-            structure: of observation and control.
-        """
+        # `given` is as the user has it, for the tangent system; `chosen` for the first derivative.
         self._problem, self._given, self._chosen = problem, given, chosen
-        self._inputs = structure
+        self._inputs = structure  # of observation and control
         # Left by `forward`, which is called first and once. The tensors are with the graph.
         self._trajectory: Trajectory
         self._state: optree.PyTreeSpec

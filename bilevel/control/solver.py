@@ -90,7 +90,6 @@ class ControlSolver:
     on_failure: OnFailure = "warn"
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         if not (isinstance(self.problem, ControlProblem) or callable(self.problem)):
             raise ArgumentError(
                 "problem must be a ControlProblem or a function build(batch) -> (ControlProblem, "
@@ -249,29 +248,14 @@ def _where(problem: ControlProblem, observation: Tree, control: Tree) -> str:
 
 
 def _grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """The batches again and again, so many at a time.
-
-    Args:
-        batches: begun again when they end.
-        size: of a group.
-
-    Yields:
-        A list of batches; it may reach into the next round.
-    """
+    """The batches again and again, so many at a time."""
     stream = cycled(batches)
     while True:
         yield [next(stream) for _ in range(size)]
 
 
 def _mean(found: Iterator[Adjoint]) -> Adjoint:
-    """The mean of costs and gradients, while one record is held at a time.
-
-    Args:
-        found: of one control, at least one.
-
-    Returns:
-        The mean; forward steps are the sum, and the rest is that of the last.
-    """
+    """The mean of costs and gradients, while one record is held at a time."""
     total, n = next(found), 1
     for n, one in enumerate(found, 2):  # noqa: B007
         total = replace(

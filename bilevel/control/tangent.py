@@ -42,10 +42,11 @@ class Tangent(Dynamics):
     shared: bool
 
     def init(self, observation: Tree, control: Tree) -> Tree:  # noqa: D102
-        (f, e), (theta, d) = observation, control
+        (f, e), (theta, d) = observation, control  # v(0) = g0'(f; theta_0)[e, d_0]
         return autodiff.pushforward(self.dynamics.init, (f, theta), (e, d))
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
+        # v(t) = g'(u(t-1), theta_t)[v(t-1), d_t]
         (u, v), (theta, d) = state, self.apart(control)
         return autodiff.pushforward(
             lambda u, theta: self.dynamics.step(u, theta, t), (u, theta), (v, d)
@@ -236,24 +237,11 @@ def _reverse(
     gradient: GradientSum,
     product: GradientSum,
 ) -> tuple[tuple[Tree, Tree], list[Tensor]]:
-    """lambda_a and mu_a of a block from lambda_b and mu_b, and its running costs.
-
-    A block is the pullback p(u, theta; lambda) of its multiplier. Its derivative along
-    (v, d; mu) is the gradient of Re<p, (v, d)> in (u, theta), because second derivatives are
-    symmetric, and p(u, theta; mu): no derivative beyond the second is taken, and v is needed at
-    the start of the block only.
-
-    Args:
-        block: taped with `Tangent.step_of_point`.
-        tangent: the tangent system.
-        problem: whose running cost counts.
-        multipliers: lambda_b and mu_b.
-        gradient: gathers (8).
-        product: gathers the derivative of (8).
-
-    Returns:
-        lambda_a and mu_a; and the running costs.
-    """
+    """lambda_a and mu_a of a block from lambda_b and mu_b, and its running costs."""
+    # A block is the pullback p(u, theta; lambda) of its multiplier. Its derivative along (v, d; mu)
+    # is the gradient of Re<p, (v, d)> in (u, theta), because second derivatives are symmetric, and
+    # p(u, theta; mu): no derivative beyond the second is taken, and v is needed at the start of the
+    # block only.
     parts = [tangent.apart(received) for received in block.controls]
     costs = [
         cost
@@ -286,6 +274,8 @@ def _twice(
     outputs: Tree, cotangent: Tree, moved: Tree, inputs: Tree, directions: Tree
 ) -> tuple[Tree, Tree]:
     """A pullback p of `cotangent`, and its derivative along `directions` and `moved`, detached."""
+    # p is linear in the cotangent, so that its derivative along `moved` is p(moved): the second
+    # pull takes Re<p, directions> and the outputs at once.
     first = autodiff.pull(outputs, cotangent, inputs, keep=True)
     slope = tree.inner(first, directions)
     if moved is None:
@@ -301,18 +291,7 @@ def tangent_plan(
     observation: Tree,
     control: Tree,
 ) -> Checkpointing:
-    """What was asked for; a budget is planned for pairs of states and graphs pulled back twice.
-
-    Args:
-        checkpointing: as the user gave it.
-        tangent: the tangent system.
-        problem: whose costs are differentiated.
-        observation: pair of f and its direction.
-        control: control of the tangent system.
-
-    Returns:
-        A checkpointing.
-    """
+    """What was asked for; a budget is planned for pairs of states and graphs pulled back twice."""
 
     def terminal(state: Tree, pair: Tree) -> Tensor:
         return problem.final_cost(state[0], unpaired(pair)[0])

@@ -42,7 +42,6 @@ class Compiled(Dynamics):
     _chosen: dict[str, Step] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the field."""
         wanted = "a Dynamics (wrap a plain function g(state, control, t) with bilevel.Map)"
         check_kind(self.dynamics, Dynamics, "dynamics", wanted)
         object.__setattr__(self, "dynamics", plain(self.dynamics))

@@ -30,7 +30,6 @@ class PerStep:
     shared: Tree = None
 
     def __post_init__(self) -> None:
-        """Freeze the sequence of steps."""
         object.__setattr__(self, "steps", tuple(self.steps))
 
     @classmethod
@@ -88,16 +87,7 @@ def initial_control(control: Tree) -> Tree:
 
 
 def check_control(control: Tree, horizon: int) -> None:
-    """Refuse a control that does not fit the horizon.
-
-    Args:
-        control: any control.
-        horizon: number of steps.
-
-    Raises:
-        ArgumentError: if the horizon is no whole number.
-        StructureError: if it has another number of steps, or a leaf that is not a tensor.
-    """
+    """Refuse a control that does not fit the horizon."""
     check_whole(horizon, "horizon")
     if isinstance(control, PerStep) and len(control.steps) != horizon:
         raise StructureError(
@@ -139,14 +129,7 @@ class GradientSum:
         return tree.unflatten(self._structure, self._sums)
 
     def total(self) -> Tree:
-        """The gradient of the whole problem.
-
-        Returns:
-            A vector of the space of the control.
-
-        Raises:
-            LostGradientError: if nothing read some part of the control.
-        """
+        """The gradient of the whole problem."""
         for i, (leaf, total) in enumerate(zip(self._leaves, self._sums, strict=True)):
             if tree.is_variable(leaf) and total is None:
                 name = tree.leaf_names(self._control, "control")[i]

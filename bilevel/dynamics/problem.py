@@ -40,7 +40,6 @@ class ControlProblem:
     running: RunningCost | None = None
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_whole(self.horizon, "horizon")
         wanted = "a Dynamics (wrap a plain function g(state, control, t) with bilevel.Map)"
         check_kind(self.dynamics, Dynamics, "dynamics", wanted)

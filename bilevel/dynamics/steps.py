@@ -16,21 +16,7 @@ Step = Callable[[Tree, Tree, int], Tree]
 
 
 def walk(dynamics: Dynamics, observation: Tree, control: Tree, horizon: int) -> Iterator[Tree]:
-    """u(0), u(1), ..., u(T), each when it is asked for.
-
-    Args:
-        dynamics: g and g0.
-        observation: f.
-        control: Theta.
-        horizon: number of steps, T.
-
-    Yields:
-        The states; one at a time is held.
-
-    Raises:
-        StructureError: if a step changes the structure.
-        ArgumentError: if a step writes to its state.
-    """
+    """u(0), u(1), ..., u(T), each when it is asked for."""
     state = begun(dynamics, observation, control)
     yield state
     for t in range(1, horizon + 1):
@@ -46,21 +32,7 @@ def begun(dynamics: Dynamics, observation: Tree, control: Tree) -> Tree:
 
 
 def stepped(step: Step, state: Tree, control: Tree, t: int) -> Tree:
-    """u(t) = g(u(t-1), theta_t), refused where it is not like u(t-1), or u(t-1) was written to.
-
-    Args:
-        step: g.
-        state: u(t-1).
-        control: Theta.
-        t: 1..T.
-
-    Returns:
-        The next state.
-
-    Raises:
-        StructureError: naming the leaf that differs.
-        ArgumentError: if the step writes in place.
-    """
+    """u(t) = g(u(t-1), theta_t), refused where it is not like u(t-1), or u(t-1) was written to."""
     written = watch(state)
     following = step(state, step_control(control, t), t)
     if not tree.alike(following, state):

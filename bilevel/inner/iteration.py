@@ -56,17 +56,7 @@ class InnerIteration(Dynamics):
         return self.optimizer.params(state)
 
     def gradient(self, params: Tree, control: Tree, t: int, *, check: bool = False) -> Tree:
-        """Gradient of the inner objective in the params, with the batch of step `t`.
-
-        Args:
-            params: where.
-            control: the outer variable.
-            t: the step.
-            check: look whether the objective closes over a tensor that requires grad.
-
-        Returns:
-            A vector of the space of the params, attached to the graph of the arguments.
-        """
+        """Gradient of the inner objective in the params, with the batch of step `t`."""
         inner, batch = self.problem.inner, at_step(self.batch, self.offset + t)
         return autodiff.gradient(
             lambda p, c: inner(p, c, batch), params, control, name="inner objective", check=check

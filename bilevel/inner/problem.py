@@ -51,7 +51,6 @@ class BilevelProblem:
     columns: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         for name in ("inner", "outer", "start"):
             value = getattr(self, name)
             if not callable(value) and not (name == "start" and value is None):

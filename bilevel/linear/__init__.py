@@ -11,14 +11,5 @@ from bilevel.linear.neumann import Neumann
 from bilevel.linear.normal_cg import NormalCG
 from bilevel.linear.operator import LinearResult, LinearSolver, Operator
 
-__all__ = [
-    "CG",
-    "GMRES",
-    "Dense",
-    "LinearResult",
-    "LinearSolver",
-    "Neumann",
-    "NormalCG",
-    "Nystrom",
-    "Operator",
-]
+__all__ = ["CG", "GMRES", "Dense", "LinearResult", "LinearSolver", "Neumann", "NormalCG"]
+__all__ += ["Nystrom", "Operator"]

@@ -59,7 +59,6 @@ class CG(LinearSolver):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_range(self.rtol, "rtol", least=0)
         check_whole(self.max_steps, "max_steps", 1, optional=True)
         check_range(self.damping, "damping", least=0)
@@ -121,8 +120,10 @@ class _Column:
     def advance(self, curvature: float) -> float:
         """The factor of `p` in the next iterate; the curvature is `<p, A p>`."""
         pp = self._pp
+        # The pivots of the Lanczos matrix are the curvatures over <r, r>: 1 / alpha.
         self.pivots.append(curvature / self._rr)
         self._size = size = max(self._size, abs(curvature) / pp)
+        # Below rounding, beside the largest curvature met, a sign means nothing.
         if curvature <= 4 * self._eps * size * pp:
             self.indefinite, self.going = True, False
             return 0.0
@@ -134,6 +135,8 @@ class _Column:
         """The factor of `p` in the next direction; `rr` is `<r, r>`."""
         alpha, pp, beta = self._alpha, self._pp, rr / self._rr
         self._rr = rr
+        # y <- y + alpha p and p <- r + beta p, in lengths alone: <y, r> = <p, r> = 0 by
+        # conjugacy, so that |y|^2, <y, p> and |p|^2 follow without a further dot product.
         self._yy += alpha * (2 * self._yp + alpha * pp)
         self._yp = beta * (self._yp + alpha * pp)
         self._pp = rr + beta * beta * pp
@@ -146,6 +149,8 @@ class _Column:
 
 def _side_by_side(system: System, columns: list[_Column], x: Tensor, r: Tensor) -> None:
     """Bring `x` to the solutions; a column that is done stands still while others go on."""
+    # The columns share each product and nothing else: the scalars of one that is done are zero, so
+    # that its row of x, r and p stays as it is while others go on.
     p, done = r.clone(), 0
     while any(column.going for column in columns):
         done += 1
@@ -165,6 +170,8 @@ def _side_by_side(system: System, columns: list[_Column], x: Tensor, r: Tensor) 
 
 def _alone(system: System, column: _Column, x: Tensor, r: Tensor) -> None:
     """The same for a single system, in place: a small operator costs as little as this."""
+    # From one round to the next: r = b - A x, p is conjugate to all directions before, <p, r> =
+    # <r, r>. `p` is lent to the operator, which may not write to it, and updated in place.
     p = r.clone()
     while column.going:
         Ap = system.apply(p)
@@ -183,15 +190,9 @@ def _alone(system: System, column: _Column, x: Tensor, r: Tensor) -> None:
 
 
 def smallest_ritz(runs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float | None:
-    """Smallest eigenvalue of the Lanczos matrices of runs of conjugate gradients.
-
-    Args:
-        runs: a pair each: the matrix is `L diag(pivots) L^T` with `L` unit lower bidiagonal; the
-            pivots, and the squares of the entries below the diagonal of `L`.
-
-    Returns:
-        The eigenvalue; None before the first step.
-    """
+    """Smallest eigenvalue of the Lanczos matrices of runs of conjugate gradients."""
+    # A run is a pair: the Lanczos matrix is `L diag(pivots) L^T` with `L` unit lower bidiagonal;
+    # given are the pivots, and the squares of the entries below the diagonal of `L`.
     found = [_of_run(pivots, ratios) for pivots, ratios in runs if pivots]
     return min(found, default=None)
 
@@ -203,20 +204,10 @@ def _of_run(pivots: Sequence[float], ratios: Sequence[float]) -> float:
 
 
 def _smallest_eigenvalue(diagonal: Sequence[float], beside: Sequence[float]) -> float:
-    r"""Smallest eigenvalue of a symmetric tridiagonal matrix.
-
-    Laguerre's iteration from below, which never passes it. The pivots :math:`d_j(x)` of
-    :math:`T - x I` and their derivatives :math:`-u_j` give
-    :math:`S_1 = \sum_i (\lambda_i - x)^{-1} = \sum_j u_j / d_j` and its derivative
-    :math:`S_2 = \sum_i (\lambda_i - x)^{-2}`.
-
-    Args:
-        diagonal: n entries.
-        beside: squares of the n - 1 entries next to it.
-
-    Returns:
-        The eigenvalue, to rounding.
-    """
+    r"""Smallest eigenvalue of a symmetric tridiagonal matrix."""
+    # Laguerre's iteration from below, which never passes it. The pivots :math:`d_j(x)` of :math:`T
+    # - x I` and their derivatives :math:`-u_j` give :math:`S_1 = \sum_i (\lambda_i - x)^{-1} =
+    # \sum_j u_j / d_j` and its derivative :math:`S_2 = \sum_i (\lambda_i - x)^{-2}`.
     n = len(diagonal)
     squares = [0.0, *beside]
     roots = [*map(math.sqrt, squares), 0.0]

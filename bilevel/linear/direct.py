@@ -52,7 +52,6 @@ class Nystrom(LinearSolver):
     rtol: float = 1e-8
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_whole(self.rank, "rank", 1)
         check_range(self.damping, "damping", above=0)  # a matrix of low rank has no inverse
         check_range(self.rtol, "rtol", least=0)
@@ -69,6 +68,9 @@ class Nystrom(LinearSolver):
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randn(n, min(self.rank, n), generator=generator, dtype=torch.float64)
         Q = torch.linalg.qr(drawn)[0].to(r)
+        # Nystrom: A ~ Y core^+ Y^T with Y = A Q, core = Q^T A Q. Written with core = V S V^T and
+        # Y V = basis R it is U diag(found) U^T, and (that + damping)^-1 is known on the span of U
+        # and beside it. Eigenvalues of the core at rounding are left out.
         Y = _image(system, Q) - self.damping * Q
         core = Q.T @ Y
         values, vectors = torch.linalg.eigh((core + core.mT) / 2)
@@ -122,7 +124,6 @@ class Dense(LinearSolver):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_range(self.rtol, "rtol", least=0)
         check_range(self.damping, "damping", least=0)
 
@@ -142,7 +143,7 @@ class Dense(LinearSolver):
                     f"|A - A^T| / |A| = {gap / size:.1e}; correct the product, or pass "
                     "symmetric=False."
                 )
-        values, V = torch.linalg.eigh((A + A.mT) / 2)
+        values, V = torch.linalg.eigh((A + A.mT) / 2)  # x += V (V^T r / values)
         x.add_((V @ _divided(V.mT @ _upright(r, A), values)).view_as(x))
         smallest = values[:, 0].tolist()
         return self._result(
@@ -156,7 +157,7 @@ class Dense(LinearSolver):
     def _general(self, system: System) -> LinearResult:
         x, r, _ = system.begin()
         A = _matrices(system)
-        U, values, Vh = torch.linalg.svd(A)
+        U, values, Vh = torch.linalg.svd(A)  # x += V (U^T r / values)
         x.add_((Vh.mT @ _divided(U.mT @ _upright(r, A), values)).view_as(x))
         return self._result(system, x, A)
 

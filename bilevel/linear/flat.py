@@ -43,17 +43,7 @@ class Flat:
     """
 
     def __init__(self, vector: Tree, name: str, columns: int | None = None) -> None:
-        """Lay out the leaves of `vector`.
-
-        Args:
-            vector: floating-point and complex tensors, None elsewhere.
-            name: what the user calls it.
-            columns: length of the leading axis of every leaf, if the places along it are systems
-                of their own.
-
-        Raises:
-            StructureError: if a leaf is anything else.
-        """
+        """Lay out the leaves of `vector`."""
         self._template, self._columns = vector, columns
         # The common cases cost least: the tree is one real tensor, a flat vector even.
         self._is_tensor = isinstance(vector, Tensor) and vector.dtype in _AS_THEY_ARE
@@ -114,16 +104,7 @@ class Flat:
         )
 
     def check(self, found: Tree, name: str, source: str) -> None:
-        """Refuse a tree that is no vector of this space; None counts as zero.
-
-        Args:
-            found: the tree.
-            name: what to call it.
-            source: who made it and what it must match.
-
-        Raises:
-            StructureError: naming the leaf that differs.
-        """
+        """Refuse a tree that is no vector of this space; None counts as zero."""
         if self._is_tensor and tree.alike(found, self._template):
             return
         leaves, structure = tree.flatten(found)
@@ -162,17 +143,11 @@ class Flat:
         return leaf.reshape(piece.shape)
 
     def tree(self, vector: Tensor) -> Tree:
-        """The tree of a contiguous vector, sharing its memory where it can.
-
-        Args:
-            vector: at an even place of its storage if there are complex leaves.
-
-        Returns:
-            The tree.
-        """
+        """The tree of a contiguous vector, sharing its memory where it can."""
         if self._is_tensor:
             return vector if self._is_vector else vector.view(self._shape)
         leaves: list[Any] = [None] * self._n_leaves
+        # Leaves are views: no product copies its argument.
         base = vector.storage_offset()
         for place, start, shape, like, strides, dtype, as_it_is in self._pieces:
             leaves[place] = (

@@ -41,7 +41,6 @@ class GMRES(LinearSolver):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_whole(self.restart, "restart", 1)
         check_range(self.rtol, "rtol", least=0)
         check_whole(self.max_steps, "max_steps", 1, optional=True)
@@ -65,6 +64,8 @@ class GMRES(LinearSolver):
             if done == limit or not any(column.unsolved for column in columns):
                 break
             if done:
+                # The rotations track the norm of the residual, not the residual: a new cycle
+                # starts from one that is computed.
                 r = system.rhs - system.apply(x)
                 for column, norm in zip(columns, system.norms(r, done), strict=True):
                     column.norm = norm if column.unsolved else column.norm
@@ -87,6 +88,9 @@ def _cycle(
     system: System, r: Tensor, columns: "list[_Column]", length: int, done: int
 ) -> tuple[Tensor, int]:
     """The correction of least residual from the Krylov space of `r`, and the steps it took."""
+    # Arnoldi: after `steps` rounds A basis[:steps] = basis[:steps + 1] H with orthonormal rows of
+    # the basis and H upper Hessenberg, for each column apart. Least |r - A y| is then a small least
+    # squares problem with H, which each `_Column` keeps solved.
     for column in columns:
         column.begin()
     v = r.view(-1, system.flat.width) / _divisors(r, columns, [column.norm for column in columns])
@@ -112,7 +116,7 @@ def _cycle(
 
 
 def _divisors(like: Tensor, columns: "list[_Column]", norms: list[float]) -> Tensor:
-    """`norms`, infinite for columns that stand still."""
+    """`norms`, infinite for columns that stand still: their rows of the basis become zero."""
     kept = [norm if column.going else math.inf for column, norm in zip(columns, norms, strict=True)]
     return like.new_tensor(kept)[:, None]
 
@@ -130,13 +134,6 @@ class _Column:
     """
 
     def __init__(self, norm: float, target: float, eps: float) -> None:
-        """Stand before the first cycle.
-
-        Args:
-            norm: of the residual.
-            target: norm to stop at.
-            eps: of the dtype.
-        """
         self.norm, self._target, self._eps = norm, target, eps
         self.floor, self.steps, self.size = 0.0, 0, 0.0
         self.stuck, self.going = False, False
@@ -158,10 +155,13 @@ class _Column:
         self.steps += 1
         self.size = max(self.size, math.hypot(*column, tail))
         zero = 10 * self._eps * self.size
+        # The rotations so far make the new column fit the triangle; one more removes its tail, and
+        # turns the right-hand side: its last entry is the norm of the residual, up to a sign.
         for j, (c, s) in enumerate(self._rotations):
             a, b = column[j], column[j + 1]
             column[j], column[j + 1] = c * a + s * b, c * b - s * a
         diagonal = math.hypot(column[-1], tail)
+        # Nothing is left of the new column: A maps the Krylov space into a smaller one.
         self.stuck = diagonal <= zero
         if self.stuck:
             self.going = False
@@ -172,11 +172,12 @@ class _Column:
         self._triangle.append(column)
         self._right[-1:] = [c * self._right[-1], -s * self._right[-1]]
         self.norm = abs(self._right[-1])
+        # Without a tail the Krylov space is complete: the solution lies in it.
         self.going = tail > zero and self.norm > max(self._target, self.floor)
 
     def weights(self, steps: int) -> list[float]:
         """Coefficients of the solution in the basis, zero beyond its own steps."""
-        y = self._right[:-1]
+        y = self._right[:-1]  # back substitution in the triangle
         for j in reversed(range(len(y))):
             y[j] /= self._triangle[j][j]
             for i in range(j):

@@ -37,7 +37,6 @@ class Neumann(LinearSolver):
     rtol: float = 1e-8
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_whole(self.terms, "terms", 1)
         check_range(self.step, "step", above=0)
         check_range(self.rtol, "rtol", least=0)
@@ -50,6 +49,8 @@ class Neumann(LinearSolver):
         x, r, norms = system.begin()
         targets = [self.rtol * size for size in system.rhs_norms]
         sizes, steps = [0.0] * len(norms), [0] * len(norms)
+        # r is the next term, (I - step A)^k b, and the residual b - A x at once: x <- x + step r
+        # and r <- r - step A r keep both true.
         for term in range(1, self.terms + 1):
             going = [norm > target for norm, target in zip(norms, targets, strict=True)]
             if not any(going):

@@ -43,7 +43,6 @@ class NormalCG(LinearSolver):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_range(self.rtol, "rtol", least=0)
         check_whole(self.max_steps, "max_steps", 1, optional=True)
         check_range(self.damping, "damping", least=0)
@@ -58,6 +57,9 @@ class NormalCG(LinearSolver):
         return solve_flat(self._iterate, operator, rhs, start, self.damping)
 
     def _iterate(self, system: System) -> LinearResult:
+        # CGLS: conjugate gradients on A^* A, which is never formed. From one round to the next
+        # r = b - A x and s = A^* r, the residual of the normal equations; p is conjugate under
+        # A^* A to all directions before. A column that is done has factors of zero.
         x, r, norms = system.begin()
         limit, done = limit_of(self.max_steps, system), 0
         s = system.adjoint(r)
@@ -84,7 +86,7 @@ class NormalCG(LinearSolver):
                 ]
             )
             x.add_(alpha * unit)
-            r.sub_(alpha * q)
+            r.sub_(alpha * q)  # keeps r orthogonal to A p
             norms = system.norms(r, done)
             s = system.adjoint(r)
             squares = system.dots(s, s, done)
@@ -125,6 +127,7 @@ class _Normal:
     def look(self, length: float) -> None:
         """Decide whether to go on; `length` is that of the iterate."""
         self.floor = self._unit * (self._rhs_norm + self._size * length)
+        # |A^* r| at rounding: the least squares solution, whatever is left of the residual.
         stationary = math.sqrt(self._ss) <= 4 * self._eps * self._size * self.norm
         self.going = (
             self.going
@@ -138,8 +141,8 @@ class _Normal:
         if not self.going:
             return 0.0
         self.steps += 1
-        self._size = max(self._size, math.sqrt(qq))
-        self.going = qq > 0
+        self._size = max(self._size, math.sqrt(qq))  # |A| from below
+        self.going = qq > 0  # else p lies in the null space
         return self._ss / (length * qq) if qq else 0.0
 
     def turn(self, norm: float, ss: float) -> float:

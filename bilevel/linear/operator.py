@@ -37,7 +37,6 @@ class Operator:
     columns: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the number of columns."""
         check_whole(self.columns, "columns", 1, optional=True)
 
 
@@ -146,15 +145,7 @@ class LinearSolver(ABC):
 
 
 def refuse_asymmetric(operator: Operator, method: str) -> None:
-    """Refuse an operator that is not known to be symmetric.
-
-    Args:
-        operator: of the system.
-        method: which needs it.
-
-    Raises:
-        ArgumentError: naming methods that do not.
-    """
+    """Refuse an operator that is not known to be symmetric."""
     if not operator.symmetric:
         raise ArgumentError(
             f"{method} needs a symmetric operator, got symmetric=False; use GMRES, or NormalCG "

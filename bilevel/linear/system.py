@@ -35,17 +35,7 @@ class System:
     def __init__(
         self, operator: Operator, rhs: Tree, start: Tree | None, damping: float = 0.0
     ) -> None:
-        """Lay out the system.
-
-        Args:
-            operator: `A`.
-            rhs: `b`.
-            start: first iterate.
-            damping: added to the diagonal.
-
-        Raises:
-            DivergenceError: if `rhs` or `start` is not finite.
-        """
+        """Lay out the system."""
         self.columns = operator.columns
         self._scale: float | Tensor | None
         self.flat = Flat(rhs, "rhs", self.columns)
@@ -56,6 +46,7 @@ class System:
         limits = torch.finfo(b.dtype)
         self.eps, self.unit = limits.eps, 0.5 * limits.eps
         small = limits.tiny ** (1 / 3)
+        # Nothing is scaled where |b|^2 and its square are far from under- and overflow.
         if self.columns is None and small < (square := dot(b, b)) < 1 / small:
             self._scale, self.rhs, self.rhs_norms = None, b, [math.sqrt(square)]
         else:
@@ -141,23 +132,10 @@ class System:
         indefinite: list[bool] | None = None,
         find_ritz: Callable[[], float | None] | None = None,
     ) -> LinearResult:
-        """The record of an iterate.
-
-        Args:
-            x: the iterate.
-            norms: of its residual, as the method tracks it.
-            steps: made.
-            rtol: that was asked for.
-            floors: norms of residuals that count as reached if `rtol` asks for less. Not where they
-                are large: an iterate so long that its residual is all rounding solves nothing.
-            indefinite: for the record.
-            find_ritz: for the record.
-
-        Returns:
-            The record, its numbers scaled back.
-        """
+        """The record of an iterate."""
         residuals, converged = [], []
         for norm, floor, size in zip(norms, floors, self.rhs_norms, strict=True):
+            # A tolerance below rounding counts as reached at rounding.
             residual = max(norm / size, self.unit) if size else 0.0
             reached = max(rtol, min(floor / size, math.sqrt(self.eps))) if size else 0.0
             residuals.append(residual)
@@ -208,19 +186,7 @@ def dot(a: Tensor, b: Tensor) -> float:
 
 
 def finite(value: float, step: int, place: str = "") -> float:
-    """`value`, if it is finite.
-
-    Args:
-        value: a scalar that the iteration goes on with.
-        step: iterations begun, from 1.
-        place: where in the system.
-
-    Returns:
-        `value`.
-
-    Raises:
-        DivergenceError: naming the step.
-    """
+    """`value`, if it is finite."""
     if not math.isfinite(value):
         raise DivergenceError(
             f"the linear solve met {value} at step {step}{place}: the operator returned a value "

@@ -9,15 +9,5 @@ from bilevel.methods.mlm import MLM, Bounds
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
 
-__all__ = [
-    "MLM",
-    "Bounds",
-    "Found",
-    "HypergradientMethod",
-    "Implicit",
-    "Instance",
-    "OneStep",
-    "Truncation",
-    "Unrolled",
-    "Warm",
-]
+__all__ = ["MLM", "Bounds", "Found", "HypergradientMethod", "Implicit", "Instance", "OneStep"]
+__all__ += ["Truncation", "Unrolled", "Warm"]

@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -68,7 +67,6 @@ class Instance:
     inner_tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the warm start."""
         if self._begun is not None:
             like = self.optimizer.begin(self.params)
             source = "a warm start must fit the params"
@@ -119,18 +117,9 @@ class Instance:
         return self.iterate(self.inner_steps, self.inner_tolerance)
 
     def iterate(self, steps: int, tolerance: float | None = None) -> Warm:
-        """Make inner steps without recording them.
-
-        Args:
-            steps: how many at most.
-            tolerance: stop where the norm of the residual is at most this; looked at before the
-                first step and then every tenth.
-
-        Returns:
-            Where they led.
-        """
+        """Make inner steps without recording them."""
         made, state = 0, None
-        for made, state in enumerate(self.states(self.observation, self.control, steps)):
+        for made, state in enumerate(walk(self.dynamics, self.observation, self.control, steps)):
             if not made:
                 autodiff.refuse_hidden(state, (), "start")
             if tolerance is not None and made % 10 == 0 and made < steps:
@@ -141,23 +130,12 @@ class Instance:
         self.check_finite(state)
         return self.reached(state, made)
 
-    def states(self, observation: Tree, control: Tree, steps: int) -> Iterator[Tree]:
-        """The states of the inner optimiser at the start and after each step."""
-        return walk(self.dynamics, observation, control, steps)
-
     def reached(self, state: Tree, made: int, linear: Tree = None) -> Warm:
         """The record of a state after so many steps from where the iteration began."""
         return Warm(tree.detach(state), self.dynamics.offset + made, linear)
 
     def check_finite(self, state: Tree) -> None:
-        """Refuse a last state that is not finite.
-
-        Args:
-            state: of the inner optimiser after the last step.
-
-        Raises:
-            DivergenceError: naming the step where it began; it makes the steps once more.
-        """
+        """Refuse a last state that is not finite."""
         if math.isfinite(tree.norm(state)):
             return
         given = tree.detach(self.observation), self.control, self.inner_steps

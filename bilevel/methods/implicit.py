@@ -41,11 +41,9 @@ class Implicit(HypergradientMethod):
     linear: LinearSolver = field(default_factory=lambda: CG(rtol=1e-8))
 
     def __post_init__(self) -> None:
-        """Check the field."""
         check_kind(self.linear, LinearSolver, "linear", "a linear solver such as CG()")
 
-    def find(self, instance: Instance) -> Found:
-        """See `HypergradientMethod`."""
+    def find(self, instance: Instance) -> Found:  # noqa: D102
         reached = instance.iterated
         params = instance.dynamics.readout(reached.state)
         outer = instance.outer_gradient(params)

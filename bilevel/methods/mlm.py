@@ -47,20 +47,11 @@ class Bounds:
     coupling: float
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_range(self.rate, "rate", least=0)
         check_range(self.coupling, "coupling", least=0)
 
     def left_out(self, multiplier: float, steps: int) -> float:
-        """Bound of the norm of R_j.
-
-        Args:
-            multiplier: norm of lambda_j.
-            steps: j.
-
-        Returns:
-            The bound; infinite if it is beyond every number.
-        """
+        """Bound of the norm of R_j."""
         size = self.coupling * multiplier
         if size == 0 or self.rate == 1:
             return size * steps
@@ -93,7 +84,6 @@ class MLM(HypergradientMethod):
     bounds: Bounds | None = None
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_whole(self.last, "last", 1, optional=True)
         if self.tolerance is None:
             return
@@ -106,8 +96,7 @@ class MLM(HypergradientMethod):
                 "what is left out. Give the bounds, or use last=."
             )
 
-    def find(self, instance: Instance) -> Found:
-        """See `HypergradientMethod`."""
+    def find(self, instance: Instance) -> Found:  # noqa: D102
         if self.last is not None and self.last < instance.horizon:
             return self._last(instance, self.last)
         rule = None

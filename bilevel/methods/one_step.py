@@ -16,6 +16,5 @@ class OneStep(HypergradientMethod):
     scaled by the step size. It costs one step beyond the inner iteration, and keeps one state.
     """
 
-    def find(self, instance: Instance) -> Found:
-        """See `HypergradientMethod`."""
+    def find(self, instance: Instance) -> Found:  # noqa: D102
         return MLM(last=1).find(instance)

@@ -5,6 +5,7 @@ from typing import final
 
 from bilevel import autodiff, tree
 from bilevel.dynamics.per_step import GradientSum
+from bilevel.dynamics.steps import walk
 from bilevel.methods.base import Found, HypergradientMethod, Instance
 from bilevel.tree import Tree
 
@@ -14,13 +15,12 @@ from bilevel.tree import Tree
 class Unrolled(HypergradientMethod):
     """Exact for the k-step inner solution; the graph of all k steps is in memory at once."""
 
-    def find(self, instance: Instance) -> Found:
-        """See `HypergradientMethod`."""
+    def find(self, instance: Instance) -> Found:  # noqa: D102
         dynamics = instance.dynamics
         control, start = autodiff.variables((instance.control, instance.observation))
         with autodiff.recording():
             state: Tree = None
-            for made, state in enumerate(instance.states(start, control, instance.horizon)):
+            for made, state in enumerate(walk(dynamics, start, control, instance.horizon)):
                 if not made:
                     autodiff.refuse_hidden(state, (start, control), "start")
             instance.check_finite(tree.detach(state))

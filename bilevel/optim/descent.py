@@ -56,7 +56,6 @@ class SGD(InnerOptimizer):
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         super().__post_init__()
         if self.nesterov and not (self._moves and _is_zero(self.dampening)):
             raise ArgumentError(
@@ -135,7 +134,6 @@ class ProximalGradient(InnerOptimizer):
     prox: Prox
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         super().__post_init__()
         check_kind(self.prox, Prox, "prox", "L1(...), L2(...) or Box(...)")
 

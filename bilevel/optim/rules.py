@@ -24,7 +24,6 @@ class InnerOptimizer(ABC):
     ranges: ClassVar[Ranges] = {"lr": {"above": 0}}
 
     def __post_init__(self) -> None:
-        """Check the settings that are numbers."""
         for name, value in self._settings():
             check_setting(value, name, **self.ranges[name])
 
@@ -97,16 +96,7 @@ def _times(lr: Any, factor: float) -> Any:
 
 
 def decayed(params: Tree, gradient: Tree, decay: Any) -> Tree:
-    """`gradient + decay * params`: the gradient with a decay of the params in the objective.
-
-    Args:
-        params: theta.
-        gradient: of the inner objective; None for leaves that do not move.
-        decay: a number, a scalar tensor, or a tree like the params.
-
-    Returns:
-        A vector of the space of the params.
-    """
+    """`gradient + decay * params`: the gradient with a decay of the params in the objective."""
     if isinstance(decay, float | int) and not decay:
         return gradient
     each = for_each(decay, params, "weight_decay")

@@ -45,7 +45,6 @@ class Loop:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         check_whole(self.steps, "steps")
         check_range(self.tolerance, "tolerance", least=0)
 
@@ -181,17 +180,7 @@ class _Closure:
 
 
 def check_finite(cost: float, norm: float, step: int, where: Callable[[], str]) -> None:
-    """Refuse a cost or gradient that is not finite.
-
-    Args:
-        cost: of the iteration.
-        norm: of its gradient.
-        step: the iteration.
-        where: finds out what was not finite first.
-
-    Raises:
-        DivergenceError: naming the iteration.
-    """
+    """Refuse a cost or gradient that is not finite."""
     if not (math.isfinite(cost) and math.isfinite(norm)):
         raise DivergenceError(
             f"iteration {step}: the cost is {cost:g}, the norm of its gradient {norm:g}; "

@@ -39,18 +39,7 @@ class Progress:
 
 @contextmanager
 def progress_bar(total: int, *, show: bool) -> Iterator[Callable[[str], None]]:
-    """A bar of `total` steps on standard error, by rich or tqdm, whichever is installed.
-
-    Args:
-        total: number of steps.
-        show: whether there is a bar.
-
-    Yields:
-        What is called after each step with a text to show.
-
-    Raises:
-        UnsupportedError: if a bar is asked for and neither package is installed.
-    """
+    """A bar of `total` steps on standard error, by rich or tqdm, whichever is installed."""
     if not show:
         yield lambda _text: None
     elif find_spec("rich"):
@@ -85,16 +74,7 @@ def progress_bar(total: int, *, show: bool) -> Iterator[Callable[[str], None]]:
 
 
 def report(message: str, on_failure: OnFailure, *, level: int = 3) -> None:
-    """Warn, raise, or be silent, as asked.
-
-    Args:
-        message: what was not reached.
-        on_failure: as the solver has it.
-        level: whose line the warning names, counted from here.
-
-    Raises:
-        ConvergenceError: if asked to.
-    """
+    """Warn, raise, or be silent, as asked."""
     if on_failure == "raise":
         raise ConvergenceError(message)
     if on_failure == "warn":

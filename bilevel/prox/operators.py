@@ -86,16 +86,13 @@ class L1(Prox):
     weight: Setting
 
     def __post_init__(self) -> None:
-        """Check the field."""
         check_setting(self.weight, "weight", least=0)
 
-    def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:
-        """See `Prox`."""
+    def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
         thresholds = _times(_like(self.weight, params, control, "weight"), step_size, params)
         return tree.map_leaves(_shrink, params, thresholds)
 
-    def value(self, params: Tree, control: Tree) -> Tensor:
-        """See `Prox`."""
+    def value(self, params: Tree, control: Tree) -> Tensor:  # noqa: D102
         weight = _like(self.weight, params, control, "weight")
         return _sum(lambda x, w: (w * _magnitude(x)[0]).sum(), params, weight)
 
@@ -148,16 +145,13 @@ class L2(Prox):
     weight: Setting
 
     def __post_init__(self) -> None:
-        """Check the field."""
         check_setting(self.weight, "weight", least=0)
 
-    def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:
-        """See `Prox`."""
+    def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
         scale = _times(_like(self.weight, params, control, "weight"), step_size, params)
         return tree.map_leaves(lambda x, s: x if s is None else x / (1 + s), params, scale)
 
-    def value(self, params: Tree, control: Tree) -> Tensor:
-        """See `Prox`."""
+    def value(self, params: Tree, control: Tree) -> Tensor:  # noqa: D102
         weight = _like(self.weight, params, control, "weight")
         return _sum(lambda x, w: (w * (x * x.conj()).real).sum() / 2, params, weight)
 
@@ -186,7 +180,6 @@ class Box(Prox):
     upper: Setting | None = None
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         if self.lower is None and self.upper is None:
             raise ArgumentError("Box needs a lower or an upper bound, got neither.")
         for name in ("lower", "upper"):

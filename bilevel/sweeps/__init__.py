@@ -11,16 +11,5 @@ from bilevel.sweeps.memory import Measurement, measure
 from bilevel.sweeps.schedule import Schedule
 from bilevel.sweeps.storage import InMemory, Snapshots, Storage
 
-__all__ = [
-    "Budget",
-    "Checkpointing",
-    "InMemory",
-    "Measurement",
-    "OnDisk",
-    "OnHost",
-    "Schedule",
-    "Snapshots",
-    "Storage",
-    "measure",
-    "plan",
-]
+__all__ = ["Budget", "Checkpointing", "InMemory", "Measurement", "OnDisk", "OnHost", "Schedule"]
+__all__ += ["Snapshots", "Storage", "measure", "plan"]

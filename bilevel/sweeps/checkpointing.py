@@ -41,7 +41,6 @@ class Checkpointing:
     peak_bytes: int | None = field(default=None, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         for name in ("snapshots", "block"):
             check_whole(getattr(self, name), name, 1, optional=True)
         check_kind(self.storage, Storage, "storage", STORAGES)
@@ -122,6 +121,9 @@ def plan(
     whole = working + state_bytes + horizon * graph_bytes
     if whole <= budget_bytes:
         return Checkpointing(block=None, forward_steps=horizon, peak_bytes=whole)
+    # Of all (snapshots, block) within the budget, the fewest forward steps, then the least memory.
+    # For a block size the best number of snapshots is the largest that fits: only blocks are tried,
+    # the longest first.
     best = (math.inf, math.inf, 1, 1)
     largest = (budget_bytes - working - resident(1) * state_bytes) // max(graph_bytes, 1)
     for block in range(min(largest, horizon) if graph_bytes else horizon, 0, -1):
@@ -129,7 +131,7 @@ def plan(
         if 2 * horizon - block > best[0]:
             break
         room = budget_bytes - working - block * graph_bytes
-        snapshots = max(-(-horizon // block) - 1, 1)
+        snapshots = max(-(-horizon // block) - 1, 1)  # one for every block but the last
         if resident(snapshots) * state_bytes > room:
             snapshots = room // state_bytes
         peak = budget_bytes - room + resident(snapshots) * state_bytes
@@ -172,7 +174,6 @@ class Budget:
     storage: Storage = IN_MEMORY
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_kind(self.storage, Storage, "storage", STORAGES)
         if self.bytes < 1:
             raise ArgumentError(f"a budget must be at least one byte, got {self.size!r}.")

@@ -29,7 +29,6 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        """Start from nothing."""
         super().__init__()
         self.now = 0
         self.peak = 0
@@ -178,21 +177,7 @@ def planned(
     *,
     graphs: int = 1,
 ) -> Checkpointing:
-    """The checkpointing that was asked for, or the one that a budget allows.
-
-    Args:
-        checkpointing: as the user gave it.
-        problem: dynamics, horizon and costs.
-        observation: f.
-        control: Theta.
-        graphs: how many times its graph a taped step takes.
-
-    Returns:
-        A checkpointing.
-
-    Raises:
-        ArgumentError: if it is neither, or the budget is too small.
-    """
+    """The checkpointing that was asked for, or the one that a budget allows."""
     if checkpointing is None:
         return Checkpointing()
     if isinstance(checkpointing, Checkpointing):
@@ -217,24 +202,11 @@ class Plans:
     """
 
     def __init__(self, checkpointing: Checkpointing | Budget | None) -> None:
-        """Take it as the user gave it."""
         self._given = checkpointing
         self._found: dict[Any, Checkpointing] = {}
 
     def of(self, problem: ControlProblem, observation: Tree, control: Tree) -> Checkpointing:
-        """The checkpointing of a problem.
-
-        Args:
-            problem: dynamics, horizon and costs.
-            observation: f.
-            control: Theta.
-
-        Returns:
-            The checkpointing.
-
-        Raises:
-            ArgumentError: if what was given is none, or the budget is too small.
-        """
+        """The checkpointing of a problem."""
         kind = problem.horizon, _kind((observation, control))
         if kind not in self._found:
             self._found[kind] = planned(self._given, problem, observation, control)

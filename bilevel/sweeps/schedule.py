@@ -96,7 +96,7 @@ class Schedule:
         if self.n_blocks <= 1:
             return self.horizon
         r = repetitions(self.n_blocks, self.snapshots)
-        # T taped; block * (r n - C) advanced, less what the short first block lacks r times.
+        # T steps taped; block * (r n - C) advanced, less what the short first block lacks r times.
         return (r + 1) * self.horizon - self.block * comb(self.snapshots + r, r - 1)
 
     def actions(self) -> Iterator[Action]:
@@ -109,6 +109,9 @@ class Schedule:
             >>> [f"{do.name} {i}" for do, i in Schedule(3, 1, 1).actions()][:6]
             ['KEEP 0', 'ADVANCE 2', 'TAPE 2', 'LOAD 0', 'ADVANCE 1', 'TAPE 1']
         """
+        # One range of blocks [start, stop) at a time, the state at `start` kept, s snapshots to
+        # spend (that of `start` among them), r repetitions: its right part is reversed first, then
+        # its left part, from the snapshot at `start`, with one repetition less.
         start, stop, s = 0, self.n_blocks, self.snapshots
         if not stop:
             return
@@ -125,7 +128,9 @@ class Schedule:
                 waiting.append((start, start + length, s, r - 1))
                 start += length
                 yield Action(Do.ADVANCE, start)
-                r -= stop - start <= right
+                r -= (
+                    stop - start <= right
+                )  # the right part may need as many repetitions, or one less
                 s -= 1
                 kept = stop - start > 1  # a single block is taped at once
                 if kept:

@@ -56,7 +56,6 @@ class MemorySnapshots(Snapshots):
     """Snapshots in a dict."""
 
     def __init__(self, states: dict[int, Tree] | None = None) -> None:
-        """Start from `states`."""
         self.states = dict(states or {})
 
     def put(self, block: int, state: Tree) -> None:  # noqa: D102

@@ -69,18 +69,7 @@ class Trajectory:
         horizon: int,
         checkpointing: Checkpointing,
     ) -> None:
-        """Stand before u(0).
-
-        Args:
-            dynamics: g and g0.
-            observation: f.
-            control: Theta.
-            horizon: number of steps, T.
-            checkpointing: which states or graphs are kept.
-
-        Raises:
-            StructureError: if the control does not fit the horizon.
-        """
+        """Stand before u(0)."""
         check_control(control, horizon)
         tree.check_leaves(observation, "observation")
         self.observation: Tree = autodiff.variables(observation)
@@ -222,14 +211,7 @@ class Trajectory:
         return block
 
     def tape_initial(self) -> Tree:
-        """u(0) with the graph of g0 in the observation and the control; after the blocks, once.
-
-        Returns:
-            The initial state.
-
-        Raises:
-            ArgumentError: if g0, evaluated again, gives another state.
-        """
+        """u(0) with the graph of g0 in the observation and the control; after the blocks, once."""
         for action in self._actions:  # nothing but snapshots to be dropped
             self._follow(action)
         state, self._taped_initial = self._taped_initial, None
@@ -243,17 +225,7 @@ class Trajectory:
     def tape(
         self, steps: range, start: Tree, *, step: Step | None = None, first: bool = False
     ) -> Block:
-        """Steps taped from the state at their start.
-
-        Args:
-            steps: of one block.
-            start: the state.
-            step: taken in place of that of the dynamics.
-            first: whether they were not advanced before, where tensors closed over are found.
-
-        Returns:
-            The block.
-        """
+        """Steps taped from the state at their start."""
         times = range(steps.start + 1, steps.stop + 1)
         block = Block(
             steps, [autodiff.variables(start)], [step_control(self.control, t) for t in times]
@@ -308,14 +280,9 @@ class Trajectory:
             self._follow(Action(Do.DROP, block))
 
     def park(self) -> Tree:
-        """Hand over what is worth keeping with a graph; `resumed` takes it again.
-
-        Snapshots in memory that no other will replace serve every reversal, and are handed over.
-        Others are used up by one reversal and stay here, for the first.
-
-        Returns:
-            The snapshots handed over, and u(T). Nothing of it is held here any more.
-        """
+        """Hand over what is worth keeping with a graph; `resumed` takes it again."""
+        # Snapshots in memory that no other will replace serve every reversal, and are handed over.
+        # Others are used up by one reversal and stay here, for the first.
         lasting: dict[int, Tree] = {}
         every = self._schedule.snapshots >= self.n_blocks - 1
         if every and isinstance(self._snapshots, MemorySnapshots):

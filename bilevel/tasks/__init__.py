@@ -8,16 +8,5 @@ from bilevel.tasks.normalisers import NormalisedSigmoid, Normaliser, Softmax, Sp
 from bilevel.tasks.problem import Evaluation, Looped, Vmapped, weighted_problem
 from bilevel.tasks.weights import Correlation, TaskWeights
 
-__all__ = [
-    "Correlation",
-    "Evaluation",
-    "Looped",
-    "NormalisedSigmoid",
-    "Normaliser",
-    "Softmax",
-    "Sparsemax",
-    "TaskWeights",
-    "Vmapped",
-    "adapt",
-    "weighted_problem",
-]
+__all__ = ["Correlation", "Evaluation", "Looped", "NormalisedSigmoid", "Normaliser", "Softmax"]
+__all__ += ["Sparsemax", "TaskWeights", "Vmapped", "adapt", "weighted_problem"]

@@ -44,11 +44,9 @@ class Softmax(Normaliser):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the field."""
         check_range(self.temperature, "temperature", above=0)
 
-    def __call__(self, alpha: Tensor) -> Tensor:
-        """See `Normaliser`."""
+    def __call__(self, alpha: Tensor) -> Tensor:  # noqa: D102
         return torch.softmax(alpha if self.temperature == 1 else alpha / self.temperature, 0)
 
 
@@ -74,11 +72,9 @@ class Sparsemax(Normaliser):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the field."""
         check_range(self.temperature, "temperature", above=0)
 
-    def __call__(self, alpha: Tensor) -> Tensor:
-        """See `Normaliser`."""
+    def __call__(self, alpha: Tensor) -> Tensor:  # noqa: D102
         # A shift changes nothing; without it large alpha would swallow the 1, and sums be inexact.
         z = (alpha - alpha.detach().amax(0, keepdim=True)) / self.temperature
         falling = z.sort(dim=0, descending=True).values
@@ -108,10 +104,8 @@ class NormalisedSigmoid(Normaliser):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the field."""
         check_range(self.temperature, "temperature", above=0)
 
-    def __call__(self, alpha: Tensor) -> Tensor:
-        """See `Normaliser`."""
+    def __call__(self, alpha: Tensor) -> Tensor:  # noqa: D102
         # By logarithms: the sigmoids may all underflow, their ratios do not.
         return torch.softmax(torch.nn.functional.logsigmoid(alpha / self.temperature), 0)

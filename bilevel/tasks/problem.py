@@ -78,11 +78,9 @@ class Vmapped(Evaluation):
     randomness: Literal["error", "same", "different"] = "error"
 
     def __post_init__(self) -> None:
-        """Check the field."""
         check_choice(self.randomness, ("error", "same", "different"), "randomness")
 
-    def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:
-        """See `Evaluation`."""
+    def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:  # noqa: D102
         variables, joined = _split(params, columns)
         each = torch.func.vmap(lambda *own: losses(joined(own), batch), randomness=self.randomness)
         try:
@@ -105,8 +103,7 @@ class Vmapped(Evaluation):
 class Looped(Evaluation):
     """One column after another, for losses that `torch.func` refuses, such as a `rollout`."""
 
-    def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:
-        """See `Evaluation`."""
+    def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:  # noqa: D102
         return torch.stack([losses(own, batch) for own in _each(params, columns)])
 
 
@@ -230,18 +227,8 @@ def _checked(losses: Any, n: int | None, name: str) -> Tensor:
 
 
 def _check_finite(value: Tensor, losses: Tensor, name: str) -> None:
-    """Refuse a sum of losses that is not finite because of one of them.
-
-    One look at the sum: NaN and infinity stay in it, also under a weight of 0.
-
-    Args:
-        value: the sum, weighted or not.
-        losses: shape ``(n,)``, or ``(M, n)`` for columns.
-        name: of the function they come from.
-
-    Raises:
-        DivergenceError: naming the first loss that is not finite.
-    """
+    """Refuse a sum of losses that is not finite because of one of them."""
+    # One look at the sum: NaN and infinity stay in it, also under a weight of 0.
     if math.isfinite(value.item()):
         return
     places = (~losses.detach().isfinite()).nonzero().tolist()

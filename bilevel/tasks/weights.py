@@ -103,7 +103,6 @@ class TaskWeights:
     entropy: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         check_whole(self.n_tasks, "n_tasks", 1, advice="give at least one task")
         check_whole(self.n_validations, "n_validations", 1, optional=True)
         kinds = "Softmax(), Sparsemax() or another Normaliser"
