@@ -161,7 +161,7 @@ class CleaningRun:
         updates: that the weights were made by; chosen on held-out data.
         accuracies: on test data, by way of training.
         decays: chosen on held-out data, by way of training.
-        steps: of L-BFGS, likewise.
+        steps: of L-BFGS, by way of training.
         held_out: mean cross-entropy on held-out data, before they were trained on, by way.
         seconds: that the descent took, without looks at held-out data.
     """

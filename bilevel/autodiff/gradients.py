@@ -90,7 +90,7 @@ def gradient(
     name: str,
     check: bool = False,
 ) -> Tree:
-    """Gradient of `function(params, control)` in `params`; a function of both.
+    """Gradient of `function(params, control)` in `params`; a function of both arguments.
 
     Where an argument requires grad the gradient is attached to its graph, so that it can be
     differentiated once more; else no graph is left.

@@ -86,7 +86,7 @@ class Point:
         return ratio(tree.norm(self.mixed(along)), size) if size else 0.0
 
     def _in_control(self) -> Linearisation:
-        """The gradient of the inner objective in the control, as a function of both."""
+        """The gradient of the inner objective in the control, in both arguments."""
         instance = self.instance
         batch = at_step(instance.inner_batch, instance.last_step)
         return Linearisation(

@@ -34,7 +34,7 @@ class ControlSolution:
     Attributes:
         control: the last control, detached.
         cost: J at the last control; with batches, as last evaluated, NaN if never.
-        gradient_norm: of (8), likewise.
+        gradient_norm: norm of (8) at the last control; with batches, as last evaluated.
         costs: J before each update.
         gradient_norms: of (8), before each update.
         steps: updates made.

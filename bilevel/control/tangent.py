@@ -103,7 +103,7 @@ class HessianProduct:
 
     Attributes:
         product: the Hessian of J in Theta, times the direction; None for leaves without gradient.
-        gradient: grad_Theta J, likewise.
+        gradient: grad_Theta J; None for leaves without gradient.
         cost: J, real scalar.
     """
 

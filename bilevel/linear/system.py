@@ -27,7 +27,7 @@ class System:
         rhs: `b`, scaled; not to be written to.
         rhs_norms: of the scaled `b`.
         start_norms: of the scaled first iterate.
-        eps: of the dtype of both.
+        eps: of the dtype of flat vectors.
         unit: half of it: no residual is known better than this times the terms it is made of.
         products: made so far.
     """
@@ -85,7 +85,7 @@ class System:
         return _finite_columns((a * b).sum(1), step)
 
     def norms(self, v: Tensor, step: int) -> list[float]:
-        """Norm of each column, likewise."""
+        """Norm of each column; `step` is for the error if one is not finite."""
         return [math.sqrt(square) for square in self.dots(v, v, step)]
 
     def begin(self) -> tuple[Tensor, Tensor, list[float]]:

@@ -60,7 +60,7 @@ class MetaSettings:
         batch: slices a task in a minibatch.
         crop: image rows of a training slice [pixels], 0: all.
         entropy: of `bilevel.TaskWeights`.
-        floor: likewise, the least weight of a task.
+        floor: the least weight of a task, of `bilevel.TaskWeights`.
         penalty: lambda of the penalty method.
         penalty_rate: of Adam on alpha, in the penalty method.
         loss: weights of the terms of a training loss.

@@ -95,7 +95,7 @@ class SplitExample(Example):
     Attributes:
         kspace: complex, ``(coils, rows, columns)``, zeros where nothing was measured.
         given: :math:`\Theta`, boolean, ``(rows, columns)``.
-        held: :math:`\Lambda`, likewise.
+        held: :math:`\Lambda`, boolean, ``(rows, columns)``.
     """
 
     kspace: Tensor

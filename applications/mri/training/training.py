@@ -58,7 +58,7 @@ class TrainingResult:
         control: the weights at the least validation cost, or the last ones without validation.
         costs: mean loss of each update's slices, those before a resumption included.
         looks: at the validation slices.
-        seconds: time spent [s], likewise.
+        seconds: time spent [s], that before a resumption included.
         stopped: whether patience ended it.
     """
 
@@ -90,7 +90,7 @@ def train(
             their own in place of those of the settings.
         settings: how.
         after_step: told of every update; it may save the weights.
-        validation: slices to choose the weights by, and to stop by, likewise; the masks are the
+        validation: slices to choose the weights by, and to stop by; the masks are the
             same at each look.
 
     Returns:
