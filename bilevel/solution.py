@@ -25,6 +25,8 @@ class Hypergradient:
         warm: what the next hypergradient may start from.
         linear: how the linear system was solved; None where the method has none.
         truncation: what the method left out; None if nothing.
+        flaw: why it is not that of the problem, whatever it is judged against; empty if nothing
+            speaks against it.
     """
 
     value: Tensor
@@ -34,12 +36,15 @@ class Hypergradient:
     warm: Warm
     linear: LinearResult | None
     truncation: Truncation | None
+    flaw: str = ""
 
     @property
     def complaint(self) -> str | None:
         """Why it should not be trusted as it is; None if nothing speaks against it."""
         if self.certificate is not None:
             return None if self.certificate.trustworthy else str(self.certificate)
+        if self.flaw:
+            return self.flaw
         return self.linear.message if self.linear and not self.linear.converged else None
 
 

@@ -83,6 +83,7 @@ class BilevelSolver:
         control: Tree,
         inner_batch: Any = None,
         outer_batch: Any = None,
+        linear_batch: Any = None,
         warm: Warm | None = None,
     ) -> Hypergradient:
         """Value and gradient of the outer objective at the inner solution.
@@ -92,6 +93,9 @@ class BilevelSolver:
             control: the outer variable, alpha.
             inner_batch: third argument of the inner objective; constant, or a `ByStep`.
             outer_batch: third argument of the outer objective.
+            linear_batch: third argument of the inner objective where its solution is judged, and
+                where `Implicit` linearises it: all data or a large batch. None is `inner_batch`;
+                needed for trust if that is a `ByStep`.
             warm: of an earlier hypergradient, to go on from there instead of `params`. A problem
                 with `start` always begins there, and takes the linear solution alone.
 
@@ -106,7 +110,9 @@ class BilevelSolver:
             DivergenceError: if something is not finite; it names the inner step where that began.
             ConvergenceError: if it is not trustworthy and `on_failure` is "raise".
         """
-        found = self._find(self._instance(params, control, inner_batch, outer_batch, warm))
+        found = self._find(
+            self._instance(params, control, inner_batch, outer_batch, warm, linear_batch)
+        )
         if found.complaint is not None:
             report(found.complaint, self.on_failure)
         return found
@@ -160,6 +166,7 @@ class BilevelSolver:
         warm_start: bool = True,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         project: Callable[[Tree], Tree] | None = None,
+        linear_batch: Any = None,
         inner_tolerance: float | None = None,
         tolerance: float = 0.0,
         callback: Callable[[Progress], bool | None] | None = None,
@@ -179,6 +186,7 @@ class BilevelSolver:
                 update before; False starts every inner iteration at `params`.
             scheduler: makes a learning-rate scheduler, stepped once an update.
             project: maps the control into its feasible set after each update.
+            linear_batch: as in `hypergradient`, for all updates.
             inner_tolerance: end an inner iteration where the norm of its residual is at most this.
                 A method that keeps the trajectory first iterates once more to find the number of
                 steps.
@@ -205,7 +213,9 @@ class BilevelSolver:
             warm = history.warm if warm_start else None
             try:
                 found = self._find(
-                    self._instance(params, alpha, *_pair(batch), warm, inner_tolerance)
+                    self._instance(
+                        params, alpha, *_pair(batch), warm, linear_batch, inner_tolerance
+                    )
                 )
             except DivergenceError as error:
                 raise DivergenceError(f"iteration {step}: {error}") from error
@@ -255,6 +265,7 @@ class BilevelSolver:
             found.warm,
             found.linear,
             found.truncation,
+            found.flaw,
         )
 
     def _instance(
@@ -264,6 +275,7 @@ class BilevelSolver:
         inner_batch: Any,
         outer_batch: Any,
         warm: Warm | None,
+        linear_batch: Any = None,
         inner_tolerance: float | None = None,
     ) -> Instance:
         for name, value in (("params", params), ("control", control)):
@@ -286,6 +298,7 @@ class BilevelSolver:
             tree.detach(control),
             inner_batch,
             outer_batch,
+            linear_batch,
             warm,
             inner_tolerance,
         )

@@ -31,7 +31,10 @@ ROOMS = {
     "bilevel.optim": ["rules", "descent", "adaptive"],
     "bilevel.inner": ["problem", "iteration"],
     "bilevel.methods": ["base", "unrolled", "mlm", "implicit", "one_step"],
-    "bilevel.certificates": ["certificate", "against_steps", "correction", "against_minimiser"],
+    "bilevel.certificates": [
+        *("certificate", "against_steps", "curvature", "correction", "judgement"),
+        "against_minimiser",
+    ],
     "bilevel.tasks": ["normalisers", "weights", "problem", "adaptation"],
     "bilevel, above its rooms": ["solution", "solver", "testing"],
     "applications": [

@@ -22,31 +22,32 @@ repeated while it pays.
 """
 
 import math
+import struct
+import zlib
 from dataclasses import dataclass, fields, replace
 from typing import final
 
 from bilevel import tree
 from bilevel.certificates.certificate import Certificate, Certifier
-from bilevel.certificates.correction import (
-    Correction,
-    Point,
-    correct,
-    distance,
-    flaw_of,
-    ratio,
-    smallest,
-    solve,
-)
+from bilevel.certificates.correction import FAR, Point, correct, flaw_of, solve
+from bilevel.certificates.curvature import DIRECTIONS, Curvature, probe, rayleigh
+from bilevel.certificates.judgement import Judged, judge
 from bilevel.checks import check_range, check_whole
 from bilevel.errors import ArgumentError, DivergenceError, UnsupportedError
-from bilevel.linear.operator import LinearResult
 from bilevel.methods.base import Found, Instance
 from bilevel.methods.mlm import relative
-from bilevel.settings import ByStep
-from bilevel.tree import Tree
 
 MINIMISER = "the exact inner minimiser"
-OTHER = 5  # products besides those of the linear systems
+OTHER = 7  # products besides those of the linear systems and of the probe
+SADDLE = (
+    "negative curvature was met: the params are a saddle or a maximum of the inner objective, no "
+    "minimiser, as from a symmetric start; begin elsewhere, at random, or "
+    + FAR.removeprefix("make more inner steps, or ")
+)
+KINK = (
+    "a component stands on a kink of the penalty, where the hypergradient jumps and has only "
+    "one-sided values; move the control a little"
+)
 
 
 @final
@@ -111,7 +112,7 @@ class AgainstMinimiser(Certifier):
     Attributes:
         trust: largest estimate of the relative error that is trustworthy.
         max_products: products with second derivatives that a certificate may take, Hessian and
-            mixed; at least 8.
+            mixed; at least 16. None is 58, or twice what the method itself took if that is more.
         constants: of the problem; the certificate then has a rigorous bound as well, usually a
             loose one.
 
@@ -120,12 +121,12 @@ class AgainstMinimiser(Certifier):
     """
 
     trust: float = 2e-2
-    max_products: int = 50
+    max_products: int | None = None
     constants: Constants | None = None
 
     def __post_init__(self) -> None:
         check_range(self.trust, "trust", above=0)
-        check_whole(self.max_products, "max_products", OTHER + 3)
+        check_whole(self.max_products, "max_products", OTHER + DIRECTIONS + 3, optional=True)
 
     def certify(self, instance: Instance, found: Found) -> Certificate:
         """See `Certifier`."""
@@ -137,6 +138,12 @@ class AgainstMinimiser(Certifier):
         known = Certificate(MINIMISER, math.inf, trustworthy=False, batch=_batch(instance))
         if found.linear is not None:
             known = replace(known, linear_residual=found.linear.residual)
+        if instance.by_batches:
+            reason = (
+                "the steps saw other batches than the one that the inner residual is of, and "
+                "nothing tells their objective; pass linear_batch=, all data or a large batch"
+            )
+            return replace(known, reason=reason)
         try:
             return self._correct(instance, found, known)
         except (DivergenceError, UnsupportedError) as error:
@@ -146,35 +153,70 @@ class AgainstMinimiser(Certifier):
         params = instance.dynamics.readout(found.warm.state)
         residual = found.linearisation or instance.linearised(params)
         here = Point(instance, params, residual, found.outer)
-        budget = self.max_products - OTHER
-        moved = correct(here, budget)
+        limit = self._budget(instance, found) - OTHER - DIRECTIONS
+        moved = correct(here, limit)
         known = replace(known, inner_residual=here.size, products=moved.products)
         if moved.flaw and self.constants is None:
             return replace(known, reason=moved.flaw)
         there, start = moved.point, found.linear.solution if found.linear else None
-        limit = budget - moved.products - (start is not None)
+        curvature = probe(there.operator, there.residual.value, DIRECTIONS, _seed(here, found))
+        known = replace(
+            known,
+            curvature=curvature.smallest,
+            directions=curvature.directions,
+            products=moved.products + curvature.directions,
+        )
+        if not moved.flaw and _is_saddle(here, there, curvature):
+            return replace(known, reason=SADDLE)
+        if not moved.flaw and instance.on_kink(there.params):
+            return replace(known, reason=KINK)
+        limit = max(limit - moved.products - (start is not None), 1)
         solved = solve(there.transposed, there.outer[0], 1e-8, limit, start)
+        h = tree.filled(found.gradient, instance.control)
+        judged = judge(here, moved, solved, curvature, h)
+        spent = solved.products
+        if judged.unsolved_effect > self.trust / 10 and spent < limit:
+            # What is left of the system weighs more than a small residual tells: solve on, down to
+            # rounding.
+            solved = solve(there.transposed, there.outer[0], 0.0, limit - spent, solved.solution)
+            judged = judge(here, moved, solved, curvature, h)
+            spent += solved.products
         known = replace(
             known,
             linear_residual=(found.linear or solved).residual,
-            products=moved.products + solved.products + OTHER,
+            products=known.products + spent + OTHER,
         )
-        judged = _judge(here, moved, solved, tree.filled(found.gradient, instance.control))
         if self.constants is not None:
-            known = replace(known, bound=judged.bound(self.constants, here.size))
+            absolute = self.constants.bound(here.size, judged.adjoint, judged.unsolved)
+            known = replace(known, bound=relative(absolute + judged.beside, judged.size))
         if flaw := moved.flaw or flaw_of(solved, "the adjoint system"):
             return replace(known, reason=flaw)
+        reason = found.flaw or self._too_large(judged, _remedy(found))
         return replace(
             known,
             error_estimate=judged.estimate,
-            trustworthy=judged.estimate <= self.trust,
-            corrected=judged.corrected if math.isfinite(judged.estimate) else None,
-            reason=self._too_large(judged, _remedy(found)),
+            error_by_leaf=judged.by_part,
+            trustworthy=not reason,
+            correction=judged.corrected if math.isfinite(judged.estimate) else None,
+            reason=reason,
         )
 
-    def _too_large(self, judged: "_Judged", remedy: str) -> str:
+    def _budget(self, instance: Instance, found: Found) -> int:
+        if self.max_products is not None:
+            return self.max_products
+        used = found.linear.products if found.linear is not None else instance.horizon
+        return max(50 + DIRECTIONS, 2 * used)
+
+    def _too_large(self, judged: Judged, remedy: str) -> str:
         if judged.estimate <= self.trust:
-            return ""
+            bad = judged.untrusted(self.trust)
+            if not bad:
+                return ""
+            name, error = bad
+            return (
+                f"the error of {name} alone is {error:.1e}, above trust={self.trust:g}; {remedy}, "
+                "or take the corrected hypergradient"
+            )
         if math.isfinite(judged.estimate):
             return (
                 f"the error is above trust={self.trust:g}; {remedy}, or take the corrected "
@@ -195,55 +237,21 @@ class AgainstMinimiser(Certifier):
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Judged:
-    """Norms that the certificate is made of."""
-
-    size: float  # of h
-    error: float  # e
-    missed: float  # E1
-    corrected: Tree
-    adjoint: float  # of q+
-    unsolved: float  # b - J^* q+ at the params
-    beside: float  # h - (d - C^* q+) there
-
-    @property
-    def corrected_size(self) -> float:
-        return tree.norm(self.corrected)
-
-    @property
-    def estimate(self) -> float:
-        return ratio(self.error + self.missed, self.corrected_size - self.missed)
-
-    def bound(self, constants: Constants, gradient: float) -> float:
-        absolute = constants.bound(gradient, self.adjoint, self.unsolved) + self.beside
-        return relative(absolute, self.size)
+def _is_saddle(here: Point, there: Point, curvature: Curvature) -> bool:
+    """Whether negative curvature was met that the distance to a minimiser does not explain."""
+    if not curvature.negative(here.eps):
+        return False
+    if curvature.vector is None or there is here:
+        return True
+    # Along the orbit of a symmetry the curvature is that of the gradient's remainder, and falls
+    # with it: the correction took both down. That of a saddle stays.
+    return curvature.smallest <= 0.5 * rayleigh(here.operator, curvature.vector)
 
 
-def _judge(here: Point, moved: Correction, solved: LinearResult, h: Tree) -> _Judged:
-    """The estimate of this file's equations, from h and its correction."""
-    there, q = moved.point, solved.solution
-    (b, d), (b_new, d_new) = here.outer, there.outer
-    applied, pulled, pulled_new = here.transposed.apply(q), here.mixed(q), there.mixed(q)
-    corrected = tree.subtract(d_new, pulled_new)
-    # J_+^* q_+ is b_+ but for the residual, which is counted beside it.
-    change = distance(b_new, b) + distance(b_new, applied)
-    mu = min(moved.convexity, smallest(solved, b_new))
-    length = distance(there.params, here.params)
-    further = ratio(there.size, mu * length) if length else 0.0
-    through = ratio(there.coupling(pulled_new), mu)
-    missed = further * (distance(d_new, d) + distance(pulled_new, pulled)) + through * (
-        further * change + solved.residual * tree.norm(b_new)
-    )
-    return _Judged(
-        tree.norm(h),
-        distance(h, corrected),
-        missed,
-        corrected,
-        tree.norm(q),
-        distance(b, applied),
-        distance(h, tree.subtract(d, pulled)),
-    )
+def _seed(here: Point, found: Found) -> int:
+    """Another start for each certificate, the same for the same point."""
+    numbers = struct.pack("ddq", here.size, float(found.value), found.warm.steps)
+    return zlib.crc32(numbers)
 
 
 def _remedy(found: Found) -> str:
@@ -255,6 +263,8 @@ def _remedy(found: Found) -> str:
 
 
 def _batch(instance: Instance) -> str:
-    if isinstance(instance.inner_batch, ByStep):
+    if instance.linear_batch is not None:
+        return "the linear batch given"
+    if instance.by_batches:
         return f"the inner batch of step {instance.last_step} alone"
     return "the inner batch given"

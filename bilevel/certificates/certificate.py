@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bilevel.methods.base import Found, Instance
 from bilevel.tree import Tree
@@ -16,12 +16,16 @@ class Certificate:
         target: whose hypergradient it is compared with, in words.
         error_estimate: norm of its error relative to the hypergradient of the target: an estimate,
             not a bound. Infinite where no estimate is sound.
-        trustworthy: whether the estimate is small enough.
+        trustworthy: whether the estimate is small enough, of the whole and of each leaf.
+        error_by_leaf: relative error of each leaf of the control by its name, and of each column of
+            a matrix of weights; empty without a sound estimate.
+        curvature: least eigenvalue of the inner problem as a probe met it; None if nothing looked.
+        directions: along which the probe looked.
         inner_residual: norm of the residual of the inner problem at the last params, for descent
             methods the gradient of its objective; None where it was not looked at.
         linear_residual: relative residual of the linear system, that of `Implicit`, or else of the
             certificate's own; None without one.
-        corrected: a better hypergradient, found on the way; None without a sound estimate.
+        correction: what `corrected()` gives.
         products: products with second derivatives that the certificate took, Hessian and mixed.
         bound: bound of the relative error, where constants were given; it may be infinite.
         batch: which inner batch the residual and the estimate are of.
@@ -31,13 +35,20 @@ class Certificate:
     target: str
     error_estimate: float
     trustworthy: bool
+    error_by_leaf: dict[str, float] = field(default_factory=dict)
+    curvature: float | None = None
+    directions: int = 0
     inner_residual: float | None = None
     linear_residual: float | None = None
-    corrected: Tree = None
+    correction: Tree = field(default=None, repr=False)
     products: int = 0
     bound: float | None = None
     batch: str = ""
     reason: str = ""
+
+    def corrected(self) -> Tree:
+        """A better hypergradient, found on the way; None without a sound estimate."""
+        return self.correction
 
     def __str__(self) -> str:
         """One sentence."""
@@ -54,6 +65,9 @@ class Certificate:
             parts.append(f"inner residual {self.inner_residual:.1e} with {self.batch}")
         if self.linear_residual is not None:
             parts.append(f"linear residual {self.linear_residual:.1e}")
+        if self.curvature is not None:
+            looked = f"curvature {self.curvature:.1e} or more along {self.directions} directions"
+            parts.append(looked)
         if self.products:
             parts.append(f"{self.products} products with second derivatives")
         parts.append("trustworthy" if self.trustworthy else f"not trustworthy: {self.reason}")

@@ -13,12 +13,16 @@ from bilevel.linear.gmres import GMRES
 from bilevel.linear.operator import LinearResult, Operator
 from bilevel.methods.base import Instance, OuterGradient
 from bilevel.methods.implicit import transposed
-from bilevel.settings import at_step
 from bilevel.tree import Tree
 
 SOLVED = 1e-3  # relative residual up to which a linear system counts as solved
 SOUND = 0.1  # largest factor to which a sound correction takes the residual
 ENOUGH = 1e-2  # factor from which a further step would pay no more
+# What to do where there is no minimiser to compare with, as in training a network.
+FAR = (
+    "make more inner steps, or take certificate=AgainstSteps(), which judges the steps made, or "
+    "check_hypergradient, which compares with differences"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,19 @@ class Point:
         return tree.norm(self.residual.value)
 
     @cached_property
+    def eps(self) -> float:
+        """Rounding of the coarsest dtype of the params."""
+        kinds = {x.dtype for x in tree.leaves_of(self.params) if tree.is_variable(x)}
+        return max((torch.finfo(kind).eps for kind in kinds), default=0.0)
+
+    @property
+    def at_rounding(self) -> bool:
+        """Whether R is no more than the rounding of the terms that cancel in it."""
+        # Those are of the size of J theta: for quadratics R = J theta - c with c as large.
+        vector = tree.map_leaves(lambda x: x if tree.is_variable(x) else None, self.params)
+        return self.size <= 16 * self.eps * tree.norm(self.operator.apply(vector))
+
+    @cached_property
     def outer(self) -> tuple[Tree, Tree]:
         """The gradients b and d in params and control."""
         found = self.known or self.instance.outer_gradient(self.params)
@@ -72,8 +89,9 @@ class Point:
         """The adjoint of C, applied to a vector."""
         return tree.filled(self.residual.pull(vector, 1), self.instance.control)
 
-    def coupling(self, start: Tree) -> float:
-        """Norm of C from below, by a power iteration of two products."""
+    def coupling(self, start: Tree) -> tuple[float, Tree]:
+        """C applied to C^* and a vector, by a power iteration: its norm, and C^* of it."""
+        # The ratio of the norms of the two, whole or by leaf, is that of C from below.
         # C is also the adjoint of the derivative of grad_alpha f in the params, up to a factor
         # where R is one times grad f: so no third derivative is taken where R is a gradient.
         symmetric = self.instance.optimizer.residual_is_gradient
@@ -82,13 +100,12 @@ class Point:
         unit = tree.map_leaves(lambda x: None if x is None else x * scale, start)
         along = in_control.pull(unit, 0) if symmetric else in_control.push(unit, 1)
         along = tree.filled(along, self.params)
-        size = tree.norm(along)
-        return ratio(tree.norm(self.mixed(along)), size) if size else 0.0
+        return tree.norm(along), self.mixed(along)
 
     def _in_control(self) -> Linearisation:
         """The gradient of the inner objective in the control, in both arguments."""
         instance = self.instance
-        batch = at_step(instance.inner_batch, instance.last_step)
+        batch = instance.judging_batch
         return Linearisation(
             lambda params, control: autodiff.gradient(
                 lambda c, p: instance.problem.inner(p, c, batch), control, params, name="inner"
@@ -123,13 +140,13 @@ def correct(here: Point, products: int) -> Correction:
     step = solve(here.operator, here.residual.value, 1e-6, products // 2)
     found = Correction(here, step.products, smallest(step, here.residual.value))
     if flaw := flaw_of(step, "the system of the Newton correction"):
-        return replace(found, flaw=flaw)
+        # A right-hand side that is all rounding has a part in directions that are flat: a system
+        # without solution, which says nothing of the point and needs none.
+        return found if here.at_rounding else replace(found, flaw=flaw)
     found = replace(found, point=here.moved(step.solution))
     # A residual of rounding errors cannot be taken down, and need not: no derivative changes much
     # over so short a step.
-    kinds = {x.dtype for x in tree.leaves_of(here.params) if tree.is_variable(x)}
-    eps = max((torch.finfo(kind).eps for kind in kinds), default=0.0)
-    if tree.norm(step.solution) <= math.sqrt(eps) * tree.norm(here.params):
+    if tree.norm(step.solution) <= math.sqrt(here.eps) * tree.norm(here.params):
         return found
     while found.point.size > ENOUGH * here.size:
         limit = products - found.products - products // 3
@@ -148,8 +165,7 @@ def correct(here: Point, products: int) -> Correction:
         found,
         flaw=(
             f"Newton's method took the inner residual from {here.size:.1e} to "
-            f"{found.point.size:.1e} only, so that no minimiser is near enough to judge by; make "
-            "more inner steps"
+            f"{found.point.size:.1e} only, so that no minimiser is near enough to judge by; {FAR}"
         ),
     )
 
@@ -171,13 +187,18 @@ def smallest(solved: LinearResult, rhs: Tree) -> float:
 
 def flaw_of(solved: LinearResult, name: str) -> str:
     """Why the solution is of no use; empty if it is."""
-    if solved.indefinite:
+    if solved.indefinite and solved.ritz is not None and solved.ritz < 0:
         return (
-            f"{name} met a direction of non-positive curvature, so that the params are near no "
-            "strict minimum of the inner objective, and (3) may have no gradient; add decay, or "
-            "make more inner steps"
+            f"{name} met a direction of negative curvature, so that the params are near no minimum "
+            f"of the inner objective; {FAR}"
         )
     if not solved.residual <= SOLVED:
+        if solved.indefinite:
+            return (
+                f"{name} has no solution: its right-hand side has a part in a direction in which "
+                "the inner objective is flat, so that (3) may have no gradient; add decay, or an "
+                "outer objective that does not see that direction"
+            )
         return (
             f"{name} has relative residual {solved.residual:.1e} after {solved.products} products; "
             "raise max_products, or improve the conditioning of the inner objective"

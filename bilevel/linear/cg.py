@@ -120,11 +120,14 @@ class _Column:
     def advance(self, curvature: float) -> float:
         """The factor of `p` in the next iterate; the curvature is `<p, A p>`."""
         pp = self._pp
-        # The pivots of the Lanczos matrix are the curvatures over <r, r>: 1 / alpha.
-        self.pivots.append(curvature / self._rr)
         self._size = size = max(self._size, abs(curvature) / pp)
-        # Below rounding, beside the largest curvature met, a sign means nothing.
-        if curvature <= 4 * self._eps * size * pp:
+        # Below rounding, beside the largest curvature met, a sign means nothing: the direction is
+        # flat, and is no part of the spectrum that the system sees.
+        flat = abs(curvature) <= 4 * self._eps * size * pp
+        if not flat:
+            # The pivots of the Lanczos matrix are the curvatures over <r, r>: 1 / alpha.
+            self.pivots.append(curvature / self._rr)
+        if flat or curvature < 0:
             self.indefinite, self.going = True, False
             return 0.0
         self.steps += 1

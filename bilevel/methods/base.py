@@ -18,6 +18,7 @@ from bilevel.inner.iteration import InnerIteration
 from bilevel.inner.problem import BilevelProblem
 from bilevel.linear.operator import LinearResult
 from bilevel.optim.rules import InnerOptimizer
+from bilevel.settings import ByStep, at_step
 from bilevel.tree import Tree
 
 
@@ -48,6 +49,8 @@ class Instance:
         control: the outer variable, detached.
         inner_batch: what the inner objective gets; constant or a `ByStep`.
         outer_batch: what the outer objective gets.
+        linear_batch: what the inner objective gets where its solution is judged and linearised;
+            None is the inner batch, of steps by the batch that of the last step.
         warm: go on from there instead of `params`. A problem with `start` always begins there, and
             takes the linear solution alone.
         inner_tolerance: stop the inner iteration where the norm of its residual is at most this.
@@ -63,6 +66,7 @@ class Instance:
     control: Tree
     inner_batch: Any = None
     outer_batch: Any = None
+    linear_batch: Any = None
     warm: Warm | None = None
     inner_tolerance: float | None = None
 
@@ -108,8 +112,20 @@ class Instance:
 
     @property
     def last_step(self) -> int:
-        """The last inner step, counted over a warm start's history: its batch judges the end."""
+        """The last inner step, counted over a warm start's history."""
         return self.dynamics.offset + max(self.horizon, 1)
+
+    @property
+    def by_batches(self) -> bool:
+        """Whether the steps saw batches, and nothing else is given to judge their end by."""
+        return isinstance(self.inner_batch, ByStep) and self.linear_batch is None
+
+    @cached_property
+    def judging_batch(self) -> Any:
+        """The batch by which the inner solution is judged and linearised."""
+        if self.linear_batch is not None:
+            return self.linear_batch
+        return at_step(self.inner_batch, self.last_step)
 
     @cached_property
     def iterated(self) -> Warm:
@@ -156,6 +172,12 @@ class Instance:
             inner_tolerance=None,
         )
 
+    def on_kink(self, params: Tree) -> bool:
+        """Whether the rule is not differentiable at some params, as near as they are known."""
+        judging = replace(self.dynamics, batch=self.judging_batch)
+        gradient = judging.gradient(params, self.control, max(self.horizon, 1))
+        return self.optimizer.on_kink(params, gradient, self.control, self.last_step)
+
     def control_problem(self) -> ControlProblem:
         """The inner iteration and the outer objective as a control problem (1)."""
         return ControlProblem(self.dynamics, self.outer, self.horizon)
@@ -178,10 +200,11 @@ class Instance:
         return OuterGradient(value, in_params, in_control)
 
     def linearised(self, params: Tree) -> Linearisation:
-        """The inner residual at some params, in params and control; batch of the last step."""
+        """The inner residual at some params, in params and control, with the judging batch."""
         t = max(self.horizon, 1)  # counted by the dynamics from where it began
+        judging = replace(self.dynamics, batch=self.judging_batch)
         return Linearisation(
-            lambda p, c: self.dynamics.residual(p, c, t),
+            lambda p, c: judging.residual(p, c, t),
             params,
             self.control,
             name="the inner objective",
@@ -229,6 +252,8 @@ class Found:
         linear: how the linear system was solved, where there was one.
         linearisation: of the residual at the last params, where it was built.
         truncation: what was left out; None if nothing was.
+        flaw: why the gradient is not that of the problem, whatever it is judged against; empty if
+            nothing speaks against it.
     """
 
     value: Tensor
@@ -238,6 +263,7 @@ class Found:
     linear: LinearResult | None = None
     linearisation: Linearisation | None = None
     truncation: Truncation | None = None
+    flaw: str = ""
 
 
 class HypergradientMethod(ABC):

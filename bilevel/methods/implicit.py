@@ -58,7 +58,14 @@ class Implicit(HypergradientMethod):
         gradient.subtract(instance.control, residual.pull(solved.solution, 1))
         total = self._total(gradient)
         warm = replace(reached, linear=solved.solution)
-        return Found(outer.value, total, warm, outer, solved, residual)
+        flaw = ""
+        if instance.by_batches:
+            flaw = (
+                "the linear system of Implicit is that of the last inner batch alone, not of the "
+                "objective that the steps descended on: pass linear_batch=, all data or a large "
+                "batch"
+            )
+        return Found(outer.value, total, warm, outer, solved, residual, flaw=flaw)
 
     def _total(self, gradient: GradientSum) -> Tree:
         try:

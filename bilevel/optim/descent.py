@@ -145,6 +145,12 @@ class ProximalGradient(InnerOptimizer):
         super().check(params, control, t)
         self.prox.check(params, control)
 
+    def on_kink(self, params: Tree, gradient: Tree, control: Tree, t: int) -> bool:  # noqa: D102
+        lr: Any = setting_at(self.lr, control, t)
+        # On which side of a kink the solution lies is known no better than the residual is small.
+        slack = self.residual(params, gradient, control, t)
+        return self.prox.on_kink(tree.moved(params, gradient, lr), lr, control, slack)
+
     def residual(self, params: Tree, gradient: Tree, control: Tree, t: int) -> Tree:
         """The params minus what one step makes of them."""
         return tree.subtract(params, self.update(params, gradient, control, t))

@@ -73,6 +73,10 @@ class InnerOptimizer(ABC):
         """What vanishes at the inner solution; by default the gradient of the inner objective."""
         return gradient
 
+    def on_kink(self, params: Tree, gradient: Tree, control: Tree, t: int) -> bool:  # noqa: ARG002
+        """Whether `update` has no derivative at the params; smooth rules have one everywhere."""
+        return False
+
     @property
     def residual_is_gradient(self) -> bool:
         """Whether the control enters `residual` through the inner objective alone."""

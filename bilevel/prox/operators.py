@@ -40,6 +40,26 @@ class Prox(ABC):
     def value(self, params: Tree, control: Tree) -> Tensor:
         """p(params), a real scalar; the full inner objective is that of the problem plus this."""
 
+    def on_kink(
+        self,
+        params: Tree,  # noqa: ARG002
+        step_size: Any,  # noqa: ARG002
+        control: Tree,  # noqa: ARG002
+        slack: Tree,  # noqa: ARG002
+    ) -> bool:
+        """Whether the operator has no derivative at some component; by default never.
+
+        Args:
+            params: z.
+            step_size: eta.
+            control: what a learned weight is read from.
+            slack: how well each component of z is known, beside rounding.
+
+        Returns:
+            Whether it stands between two branches.
+        """
+        return False
+
     def check(self, params: Tree, control: Tree) -> None:  # noqa: B027
         """Refuse settings that a function of the control left out of range; by default none.
 
@@ -96,8 +116,34 @@ class L1(Prox):
         weight = _like(self.weight, params, control, "weight")
         return _sum(lambda x, w: (w * _magnitude(x)[0]).sum(), params, weight)
 
+    def on_kink(  # noqa: D102
+        self, params: Tree, step_size: Any, control: Tree, slack: Tree
+    ) -> bool:
+        thresholds = _times(_like(self.weight, params, control, "weight"), step_size, params)
+        # A threshold of zero leaves the operator the identity, which is smooth.
+        return _any_tie(
+            lambda x, t, s: _tied(_magnitude(x)[0], t, s) & (torch.as_tensor(t) > 0),
+            params,
+            thresholds,
+            slack,
+        )
+
     def check(self, params: Tree, control: Tree) -> None:  # noqa: D102
         _check_weights(self.weight, params, control)
+
+
+def _tied(x: Tensor, bound: Any, slack: Tensor) -> Tensor:
+    """Where `x` is at a bound, to rounding or to the slack."""
+    bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
+    rounding = 8 * torch.finfo(x.dtype).eps * torch.maximum(x.abs(), bound.abs())
+    return (x - bound).abs() <= torch.maximum(rounding, slack.abs())
+
+
+def _any_tie(
+    tie: Callable[[Tensor, Any, Tensor], Tensor], params: Tree, bounds: Tree, slack: Tree
+) -> bool:
+    each = zip(*map(tree.leaves_of, (params, bounds, slack)), strict=True)
+    return any(bool(tie(x, b, s).any()) for x, b, s in each if b is not None)
 
 
 def _magnitude(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,12 +236,28 @@ class Box(Prox):
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: ARG002
         """See `Prox`."""
-        for name, pick in (("lower", torch.maximum), ("upper", torch.minimum)):
+        for name, above in (("lower", False), ("upper", True)):
             bound = getattr(self, name)
             if bound is not None:
                 each = _like(bound, params, control, name)
-                params = tree.map_leaves(lambda x, b, pick=pick: _bounded(x, b, pick), params, each)
+                params = tree.map_leaves(
+                    lambda x, b, above=above: _bounded(x, b, above=above), params, each
+                )
         return params
+
+    def on_kink(  # noqa: D102
+        self,
+        params: Tree,
+        step_size: Any,  # noqa: ARG002
+        control: Tree,
+        slack: Tree,
+    ) -> bool:
+        bounds = [(getattr(self, name), name) for name in ("lower", "upper")]
+        return any(
+            _any_tie(_tied, params, _like(bound, params, control, name), slack)
+            for bound, name in bounds
+            if bound is not None
+        )
 
     def value(self, params: Tree, control: Tree) -> Tensor:
         """See `Prox`; 0 inside, infinite outside."""
@@ -223,7 +285,7 @@ def _check_order(lower: Any, upper: Any) -> None:
         raise ArgumentError(f"lower must be <= upper, got {lower} and {upper}.")
 
 
-def _bounded(x: Any, bound: Any, pick: Callable[[Tensor, Tensor], Tensor]) -> Any:
+def _bounded(x: Any, bound: Any, *, above: bool) -> Any:
     if bound is None:
         return x
     if x.is_complex():
@@ -231,4 +293,6 @@ def _bounded(x: Any, bound: Any, pick: Callable[[Tensor, Tensor], Tensor]) -> An
             f"Box bounds real params, got a {x.dtype} leaf: complex numbers have no order; bound "
             "real and imaginary parts as two leaves."
         )
-    return pick(x, torch.as_tensor(bound, dtype=x.dtype, device=x.device).expand_as(x))
+    bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device).expand_as(x)
+    # At the bound itself the derivative is that from inside: `maximum` would take half of each.
+    return torch.where(x > bound if above else x < bound, bound, x)

@@ -56,8 +56,9 @@ def test_on_quadratics_the_estimate_is_the_error(case):
         if 1e-4 <= true <= 0.9:
             errors.append(true)
             assert found.certificate.error_estimate == pytest.approx(true, rel=1e-2)
-            assert found.certificate.trustworthy == (true <= 2e-2)
-            assert distance(found.certificate.corrected, case.exact) <= 1e-2 * true
+            leaves = found.certificate.error_by_leaf.values()
+            assert found.certificate.trustworthy == (max([true, *leaves]) <= 2e-2)
+            assert distance(found.certificate.corrected(), case.exact) <= 1e-2 * true
     assert max(errors) > 0.3
     assert min(errors) < 1e-3
 
@@ -147,10 +148,10 @@ def test_on_a_hundred_logistic_regressions_no_trust_is_wrong():
         true = distance(found.gradient, truth)
         assert true <= 2e-2 or not certificate.trustworthy
         trusted += certificate.trustworthy
-        sound += certificate.corrected is not None
-        if certificate.corrected is not None and true > 1e-7:
+        sound += certificate.corrected() is not None
+        if certificate.corrected() is not None and true > 1e-7:
             ratios.append(certificate.error_estimate / true)
-            assert distance(certificate.corrected, truth) < true
+            assert distance(certificate.corrected(), truth) < true
         assert certificate.trustworthy == (true <= 2e-2)  # nothing is distrusted without need
     assert len(LOGISTICS) == 100
     assert trusted >= 45
@@ -247,7 +248,7 @@ def test_the_record_says_what_was_measured():
     assert 0 < certificate.linear_residual < 1e-7
     assert certificate.bound is None
     assert certificate.target == "the exact inner minimiser"
-    torch.testing.assert_close(certificate.corrected, case.exact, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(certificate.corrected(), case.exact, rtol=1e-5, atol=1e-8)
 
 
 def test_the_linear_residual_is_that_of_implicit():
@@ -284,6 +285,7 @@ def test_a_certificate_prints_as_a_sentence():
         f"estimated relative error {certificate.error_estimate:.1e} (an estimate, not a bound) "
         f"against the exact inner minimiser; inner residual {certificate.inner_residual:.1e} with "
         f"the inner batch given; linear residual {certificate.linear_residual:.1e}; "
+        f"curvature {certificate.curvature:.1e} or more along 8 directions; "
         f"{certificate.products} products with second derivatives; not trustworthy: the error is "
         "above trust=0.02; make more inner steps, or take the corrected hypergradient."
     )
@@ -297,15 +299,30 @@ def test_with_batches_the_last_one_is_judged_and_named():
 
     problem = bl.BilevelProblem(inner, lambda w, a, batch: square(w - 1))
     start, a = torch.zeros(2, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
-    found = judged(problem, start, a, 30, 0.3, batch=ByStep(lambda t: float(t)))
-    assert "with the inner batch of step 30 alone" in str(found.certificate)
-    # The problem of that batch: w = a t / 2, h = <2 (w - 1), t / 2> over two entries.
-    exact = 2 * 30 * (a * 15 - 1)
-    torch.testing.assert_close(found.certificate.corrected, exact)
-    warm = judged(problem, start, a, 30, 0.3, batch=ByStep(lambda t: float(t))).warm
-    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.3), 5, on_failure="ignore")
-    later = solver.hypergradient(start, a, inner_batch=ByStep(lambda t: float(t)), warm=warm)
-    assert "of step 35 alone" in str(later.certificate)
+    batches = ByStep(lambda t: float(t))
+    for method in (bl.MLM(), bl.Implicit()):
+        solver = bl.BilevelSolver(
+            problem, bl.optim.SGD(0.3), 30, method, bl.AgainstMinimiser(), on_failure="ignore"
+        )
+        found = solver.hypergradient(start, a, batches)
+        assert not found.certificate.trustworthy
+        assert "pass linear_batch=, all data or a large batch" in found.complaint
+        # The problem of the batch t: w = a t / 2, h = <2 (w - 1), t / 2> over two entries.
+        found = solver.hypergradient(start, a, batches, linear_batch=30.0)
+        assert "with the linear batch given" in str(found.certificate)
+        torch.testing.assert_close(found.certificate.corrected(), 2 * 30 * (a * 15 - 1))
+
+
+def test_implicit_warns_of_batches_that_nothing_judges():
+    problem = bl.BilevelProblem(
+        lambda w, a, batch: square(w - a * batch) / 2, lambda w, a, batch: square(w - 1)
+    )
+    start, a = torch.zeros(2, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.3), 5, bl.Implicit(), certificate=None)
+    batches = ByStep(lambda t: float(t))
+    with pytest.warns(bl.ConvergenceWarning, match="is that of the last inner batch alone"):
+        solver.hypergradient(start, a, batches)
+    solver.hypergradient(start, a, batches, linear_batch=3.0)
 
 
 # --- settings
@@ -314,7 +331,7 @@ def test_with_batches_the_last_one_is_judged_and_named():
 def test_trust_decides_what_is_trusted():
     case = ridge(20)
     estimate = of_case(case, 60, slower=0.5).certificate.error_estimate
-    for trust, trusted in ((0.9 * estimate, False), (1.1 * estimate, True)):
+    for trust, trusted in ((0.5 * estimate, False), (1.1 * estimate, True)):
         found = of_case(case, 60, slower=0.5, certificate=bl.AgainstMinimiser(trust=trust))
         assert found.certificate.trustworthy == trusted
         assert f"trust={trust:g}" in str(found.certificate) or trusted
@@ -322,9 +339,9 @@ def test_trust_decides_what_is_trusted():
 
 def test_max_products_limits_the_work():
     case = ridge(300)
-    small = of_case(case, 15, certificate=bl.AgainstMinimiser(max_products=10))
+    small = of_case(case, 15, certificate=bl.AgainstMinimiser(max_products=20))
     large = of_case(case, 15, certificate=bl.AgainstMinimiser(max_products=200))
-    assert small.certificate.products <= 10 < large.certificate.products <= 200
+    assert small.certificate.products <= 20 < large.certificate.products <= 200
     assert small.certificate.error_estimate == math.inf
     assert "raise max_products" in small.certificate.reason
     true = distance(large.gradient, case.exact)
@@ -371,8 +388,8 @@ def test_the_bound_is_the_formula():
     ("make", "message"),
     [
         (lambda: bl.AgainstMinimiser(trust=0.0), "trust must be > 0 and finite, got 0"),
-        (lambda: bl.AgainstMinimiser(max_products=7), "whole number >= 8, got 7"),
-        (lambda: bl.AgainstMinimiser(max_products=2.5), "whole number >= 8, got 2.5"),
+        (lambda: bl.AgainstMinimiser(max_products=7), "whole number >= 18, or None, got 7"),
+        (lambda: bl.AgainstMinimiser(max_products=2.5), "whole number >= 18, or None, got 2.5"),
         (
             lambda: bl.certificates.Constants(0.0, 1.0, 1.0),
             "convexity must be > 0 and finite, got 0",
@@ -399,7 +416,7 @@ def reason_of(problem, params, control, steps=20, step_size=0.1, **settings):
     found = judged(problem, params, control, steps, step_size, **settings)
     assert not found.certificate.trustworthy
     assert found.certificate.error_estimate == math.inf
-    assert found.certificate.corrected is None
+    assert found.certificate.corrected() is None
     assert str(found.certificate).startswith("unknown relative error against")
     assert str(found.certificate).endswith(f"not trustworthy: {found.certificate.reason}.")
     return found.certificate.reason
@@ -414,18 +431,18 @@ def outer_square(w, a, batch):
 
 
 def test_an_inner_objective_without_minimum_is_said():
-    for curvature in (0.0, -0.1):
+    for curvature, reason in ((0.0, "the inner objective is flat"), (-0.1, "negative curvature")):
         problem = bl.BilevelProblem(
             lambda w, a, batch, c=curvature: (w * a).sum() + c * square(w) / 2, outer_square
         )
-        assert "non-positive curvature" in reason_of(problem, line, one)
+        assert reason in reason_of(problem, line, one)
 
 
 def test_a_saddle_is_told_from_a_minimum():
     # At zero steps from a point with gradients of both signs of curvature.
     signs = torch.tensor([1.0, 1.0, -0.5], dtype=torch.float64)
     problem = bl.BilevelProblem(lambda w, a, batch: (signs * (w - a) ** 2).sum(), outer_square)
-    assert "near no strict minimum" in reason_of(problem, line * 3, one)
+    assert "near no minimum of the inner objective" in reason_of(problem, line * 3, one)
 
 
 def test_a_minimiser_that_is_not_unique_is_not_trusted():
@@ -445,7 +462,7 @@ def test_a_start_too_far_for_newton_is_told():
     )
     assert "no minimiser is near enough" in reason_of(problem, line * 5, one, 1, 1e-3)
     near = judged(problem, line * 2, one, 1, 1e-3).certificate  # here repeated steps arrive
-    torch.testing.assert_close(near.corrected, -6 * one, rtol=1e-5, atol=0)
+    torch.testing.assert_close(near.corrected(), -6 * one, rtol=1e-5, atol=0)
 
 
 def test_a_correction_that_may_miss_too_much_is_told():
@@ -459,7 +476,7 @@ def test_a_correction_that_may_miss_too_much_is_told():
 
 
 @pytest.mark.parametrize(
-    ("max_products", "system"), [(10, "system of the Newton correction"), (14, "adjoint system")]
+    ("max_products", "system"), [(20, "system of the Newton correction"), (24, "adjoint system")]
 )
 def test_systems_left_unsolved_are_told(max_products, system):
     case = ridge(300)
@@ -480,7 +497,7 @@ def test_values_that_are_not_finite_are_reasons():
     # |w|^1.5 has a gradient at zero, and no Hessian there.
     root = bl.BilevelProblem(lambda w, a, batch: (w.abs() ** 1.5).sum() * a, outer_square)
     certificate = of_found(root, torch.zeros_like(line), one)
-    assert "the linear solve met nan" in certificate.reason
+    assert "is not finite" in certificate.reason
     assert certificate.error_estimate == math.inf
     plain = bl.BilevelProblem(lambda w, a, batch: square(w - a), outer_square)
     certificate = of_found(plain, line * 2, one, gradient=one * math.nan)
@@ -502,7 +519,7 @@ def test_a_zero_hypergradient_of_the_minimiser_is_explained():
     problem = bl.BilevelProblem(lambda w, a, batch: square(w - 1), outer_square)
     rule = bl.optim.SGD(lambda a: 0.1 * a)
     assert "take certificate=AgainstSteps()" in reason_of(
-        problem, line, one, steps=5, optimizer=rule
+        problem, line * 2, one, steps=5, optimizer=rule
     )
     start = bl.BilevelProblem(problem.inner, problem.outer, start=lambda w, a: w * a)
     assert "take certificate=AgainstSteps()" in reason_of(start, line, one, steps=5)
