@@ -17,6 +17,7 @@ from bilevel.tree import Tree
 
 SOLVED = 1e-3  # relative residual up to which a linear system counts as solved
 SOUND = 0.1  # largest factor to which a sound correction takes the residual
+BALANCING = 4  # products that balance a system of unknowns of unlike scale
 ENOUGH = 1e-2  # factor from which a further step would pay no more
 # What to do where there is no minimiser to compare with, as in training a network.
 FAR = (
@@ -58,11 +59,11 @@ class Point:
         return max((torch.finfo(kind).eps for kind in kinds), default=0.0)
 
     @property
-    def at_rounding(self) -> bool:
-        """Whether R is no more than the rounding of the terms that cancel in it."""
+    def rounding(self) -> float:
+        """Norm of R that is no more than the rounding of the terms that cancel in it."""
         # Those are of the size of J theta: for quadratics R = J theta - c with c as large.
         vector = tree.map_leaves(lambda x: x if tree.is_variable(x) else None, self.params)
-        return self.size <= 16 * self.eps * tree.norm(self.operator.apply(vector))
+        return 64 * self.eps * tree.norm(self.operator.apply(vector))
 
     @cached_property
     def outer(self) -> tuple[Tree, Tree]:
@@ -140,9 +141,11 @@ def correct(here: Point, products: int) -> Correction:
     step = solve(here.operator, here.residual.value, 1e-6, products // 2)
     found = Correction(here, step.products, smallest(step, here.residual.value))
     if flaw := flaw_of(step, "the system of the Newton correction"):
-        # A right-hand side that is all rounding has a part in directions that are flat: a system
-        # without solution, which says nothing of the point and needs none.
-        return found if here.at_rounding else replace(found, flaw=flaw)
+        # Rounding has a part in directions that are flat: where no more than that is left, the
+        # system without a solution says nothing of the point.
+        negative = step.ritz is not None and step.ritz < 0
+        if negative or step.residual * here.size > here.rounding:
+            return replace(found, flaw=flaw)
     found = replace(found, point=here.moved(step.solution))
     # A residual of rounding errors cannot be taken down, and need not: no derivative changes much
     # over so short a step.
@@ -175,7 +178,16 @@ def solve(
 ) -> LinearResult:
     """Solve a system with J or its adjoint by at most `limit` steps."""
     if operator.symmetric:
-        return CG(rtol, max_steps=limit).solve(operator, rhs, start)
+        plain = CG(rtol, max_steps=limit).solve(operator, rhs, start)
+        left = limit - plain.products - BALANCING
+        if plain.residual <= SOLVED or plain.indefinite or left < BALANCING:
+            return plain
+        # Unknowns of unlike scale: balanced they may be solved for in the products left. What the
+        # plain run met of the spectrum stays true.
+        balanced = CG(rtol, max_steps=left, probes=BALANCING)
+        found = balanced.solve(operator, rhs, plain.solution)
+        best = found if found.residual < plain.residual else plain
+        return replace(best, products=plain.products + found.products, find_ritz=lambda: plain.ritz)
     return GMRES(restart=limit, rtol=rtol, max_steps=limit).solve(operator, rhs, start)
 
 

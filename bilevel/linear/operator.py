@@ -107,7 +107,7 @@ class LinearResult:
             )
         return (
             f"The linear solve did not converge{where}: {how}. Allow more steps or a larger rtol, "
-            "start nearer, or add damping."
+            "start nearer, add damping, or balance unknowns of unlike scale by CG(probes=4)."
         )
 
 

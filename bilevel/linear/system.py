@@ -33,7 +33,12 @@ class System:
     """
 
     def __init__(
-        self, operator: Operator, rhs: Tree, start: Tree | None, damping: float = 0.0
+        self,
+        operator: Operator,
+        rhs: Tree,
+        start: Tree | None,
+        damping: float = 0.0,
+        probes: int = 0,
     ) -> None:
         """Lay out the system."""
         self.columns = operator.columns
@@ -41,10 +46,15 @@ class System:
         self.flat = Flat(rhs, "rhs", self.columns)
         self.products = 0
         self._operator, self._damping = operator, damping
+        self._balance: Tensor | None = None
         self._unchecked = {"operator.apply", "operator.adjoint"}
         b = self.flat.vector(rhs).detach()
         limits = torch.finfo(b.dtype)
         self.eps, self.unit = limits.eps, 0.5 * limits.eps
+        if probes and self.flat.width > 1:
+            # Solvers see D A D y = D b, x = D y: what is small to them is small in each unknown.
+            self._balance = self._balanced(probes)
+            b = b * self._balance
         small = limits.tiny ** (1 / 3)
         # Nothing is scaled where |b|^2 and its square are far from under- and overflow.
         if self.columns is None and small < (square := dot(b, b)) < 1 / small:
@@ -58,12 +68,29 @@ class System:
         if start is not None:
             self.flat.check(start, "start", "start must match rhs")
             x = self.flat.vector(start).detach() / (1.0 if self._scale is None else self._scale)
+            x = x if self._balance is None else x / self._balance
             if not torch.isfinite(x).all():
                 raise DivergenceError("start is not finite: pass None to start at zero.")
             if self.columns is not None:
                 # Where the right-hand side is zero, so is the solution.
                 x[torch.tensor([not norm for norm in self.rhs_norms])] = 0
             self._start, self.start_norms = x, self.norms(x, 0)
+
+    def _balanced(self, probes: int) -> Tensor:
+        """D, with rows and columns of D A D of like size (Dauphin et al. 2015, 1502.04390)."""
+        # The mean square of (A z)_i over random signs z is the square norm of row i: unlike an
+        # estimate of the diagonal it is never negative, and few probes do.
+        generator = torch.Generator().manual_seed(0)
+        squares = torch.zeros(self.flat.shape, dtype=self.flat.dtype, device=self.flat.device)
+        for _ in range(probes):
+            signs = torch.randint(0, 2, self.flat.shape, generator=generator) * 2.0 - 1
+            squares += self.apply(signs.to(squares)).square()
+        rows = (squares / probes).sqrt()
+        largest = rows.amax(-1, keepdim=True)
+        if not bool(largest.isfinite().all()):
+            raise DivergenceError("the operator returned a value that is not finite.")
+        rows = torch.where(largest > 0, rows.clamp_min(self.eps * largest), 1.0)
+        return rows.rsqrt()
 
     def _power_of_two(self, b: Tensor) -> float | Tensor:
         """The scale of each column."""
@@ -107,12 +134,15 @@ class System:
 
     def _product(self, apply: Callable[[Tree], Tree], name: str, v: Tensor) -> Tensor:
         self.products += 1
-        found = apply(self.flat.tree(v))
+        D = self._balance
+        u = v if D is None else v * D
+        found = apply(self.flat.tree(u))
         if name in self._unchecked:
             self.flat.check(found, "product", f"{name} must return a vector like rhs")
             self._unchecked.discard(name)
         product = self.flat.vector(found)
-        return product.add(v, alpha=self._damping) if self._damping else product
+        product = product.add(u, alpha=self._damping) if self._damping else product
+        return product if D is None else product * D
 
     def floors(self, sizes: list[float], x: Tensor) -> list[float]:
         """Least norms of the residual of `x` that rounding allows, by size of the operator."""
@@ -131,8 +161,13 @@ class System:
         floors: list[float],
         indefinite: list[bool] | None = None,
         find_ritz: Callable[[], float | None] | None = None,
+        measured: bool = False,
     ) -> LinearResult:
         """The record of an iterate."""
+        if measured:
+            # Tracked residuals drift from the true one, far in single precision, and a balanced one
+            # is small in another norm: the larger of the two counts.
+            norms = [*map(max, norms, self._true_residuals(x))]
         residuals, converged = [], []
         for norm, floor, size in zip(norms, floors, self.rhs_norms, strict=True):
             # A tolerance below rounding counts as reached at rounding.
@@ -143,7 +178,7 @@ class System:
         single = self.columns is None
         return LinearResult(
             # Views of one storage would be a trap for who trains on them.
-            self.flat.copied(x if self._scale is None else x * self._scale),
+            self.flat.copied(self._scaled_back(x)),
             max(residuals),
             max(steps),
             self.products,
@@ -156,6 +191,18 @@ class System:
             find_ritz,
         )
 
+    def _scaled_back(self, x: Tensor) -> Tensor:
+        x = x if self._balance is None else x * self._balance
+        return x if self._scale is None else x * self._scale
+
+    def _true_residuals(self, x: Tensor) -> list[float]:
+        """Norms of b - A x, relative to b and scaled as the tracked ones are."""
+        r, b = self.rhs - self.apply(x), self.rhs
+        if self._balance is not None:
+            r, b = r / self._balance, b / self._balance
+        pairs = zip(self.norms(r, 0), self.norms(b, 0), self.rhs_norms, strict=True)
+        return [left / size * norm if size else 0.0 for left, size, norm in pairs]
+
 
 def solve_flat(
     method: Callable[[System], LinearResult],
@@ -163,10 +210,11 @@ def solve_flat(
     rhs: Tree,
     start: Tree | None,
     damping: float = 0.0,
+    probes: int = 0,
 ) -> LinearResult:
     """`method` of the flat system, without a graph; zero if `rhs` is zero."""
     with autodiff.paused():
-        system = System(operator, rhs, start, damping)
+        system = System(operator, rhs, start, damping, probes)
         if any(system.rhs_norms):
             return method(system)
         norms = system.rhs_norms

@@ -38,7 +38,7 @@ class Implicit(HypergradientMethod):
         ArgumentError: if it is no linear solver.
     """
 
-    linear: LinearSolver = field(default_factory=lambda: CG(rtol=1e-8))
+    linear: LinearSolver = field(default_factory=lambda: CG(rtol=1e-8, probes=4))
 
     def __post_init__(self) -> None:
         check_kind(self.linear, LinearSolver, "linear", "a linear solver such as CG()")
