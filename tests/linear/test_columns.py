@@ -166,7 +166,7 @@ def test_products_may_lie_in_memory_as_they_like(solver):
 
 
 @every
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**16),
     n=st.integers(1, 8),

@@ -18,7 +18,7 @@ from bilevel.linear import CG, GMRES, Dense, LinearSolver, Neumann, NormalCG, Ny
 from bilevel.linear.cg import _smallest_eigenvalue as smallest_eigenvalue
 from bilevel.linear.flat import Flat
 
-quick = settings(max_examples=25, deadline=None, derandomize=True)
+quick = settings(max_examples=25)
 DTYPES = [F64, C128]
 # Every solver, with settings under which it solves a small well-conditioned positive system.
 EVERY = [

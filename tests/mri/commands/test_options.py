@@ -4,21 +4,26 @@ import inspect
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from applications.command_line import command_line
 from applications.errors import InputError
 from applications.mri.commands.demo import DemoSettings
+from applications.mri.data import Volume, write_volume
 from applications.mri.meta.results import ExperimentSettings
 from applications.mri.meta.settings import MetaSettings
 from applications.mri.meta.transfer_results import TransferSettings
+from applications.mri.network.architecture import light
+from applications.mri.network.reconstruction import Network
+from applications.mri.network.weights import Trained, save_weights
 from applications.mri.simulation.phantoms import SimulationSettings
 from applications.mri.training.settings import TrainingSettings
 from applications.options import Given, options_of
@@ -129,45 +134,66 @@ def test_no_option_has_a_default_of_its_own(kind):
     assert Given(kind, values).settings(**budget) == kind(**budget)
 
 
-def ended(code):
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+FRESH = """
+import bilevel, os, sys, torch
+torch.set_num_threads(1)
+for package, app, arguments, said in {cases!r}:
+    if not (child := os.fork()):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+        if app == "nothing":
+            from applications.errors import needing
+            with needing("mri"):
+                import applications.mri.nothing
+        sys.modules[package], sys.argv = None, ["bilevel-" + app, *arguments]
+        __import__("applications." + app + ".__main__", fromlist=["main"]).main()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Exit codes and what was said of programs without a package, forked from one interpreter."""
+    folder = tmp_path_factory.mktemp("missing")
+    network = Network(replace(light(2), n_phases=1, filters=2, features=2), 1)
+    save_weights(folder / "w", Trained(network, network.controls(), {}))
+    kspace = torch.randn(1, 2, 16, 16, dtype=torch.complex64, generator=torch.Generator())
+    write_volume(folder / "scan.h5", Volume(kspace))
+    tiny = "--tasks 1 --validations 1 --train 4 --validation 3 --test 3 --seeds 1"
+    toy = f"task-weights --out {folder}/toy --updates 1 --inner-steps 1 --fit-steps 1 {tiny}"
+    draws = f"reconstruct --scan {folder}/scan.h5 --weights {folder}/w --out {folder}/i.h5"
+    cases = {("nothing", "nothing"): "", ("mri", "matplotlib"): f"{draws} --png {folder}/i.png"}
+    for package in ("typer", "rich", "matplotlib"):
+        cases.setdefault(("mri", package), f"demo --size 32 --out {folder}/mri")
+        cases["toy", package] = toy
+    listed = [
+        (package, app, line.split(), str(folder / f"{app} {package}"))
+        for (app, package), line in cases.items()
+    ]
+    code = FRESH.format(cases=listed)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
+    codes = [int(line) for line in found.stdout.splitlines() if line.lstrip("-").isdigit()]
+    return {
+        one: (code, (folder / " ".join(one)).read_text())
+        for one, code in zip(cases, codes, strict=True)
+    }
 
 
 @pytest.mark.parametrize("package", ["typer", "rich", "matplotlib"])
 @pytest.mark.parametrize("app", ["mri", "toy"])
-def test_a_missing_package_is_one_line_that_names_the_extra(app, package, tmp_path):
-    command = {
-        "mri": ["demo", "--size", "32"],
-        "toy": [
-            *("task-weights", "--tasks", "1", "--train", "4", "--validation", "3", "--test", "3"),
-            *("--updates", "1", "--inner-steps", "1", "--fit-steps", "1", "--seeds", "1"),
-        ],
-    }[app]
-    if app == "mri" and package == "matplotlib":
-        scan = ROOT / "applications/mri/bundled/real_brain_8coil_poisson_r8.h5"
-        command = ["reconstruct", "--scan", str(scan), "--png", str(tmp_path / "i.png")]
-        command += ["--weights", "pretrained"]
-    out = str(tmp_path / ("image.h5" if command[0] == "reconstruct" else "out"))
-    found = ended(
-        f"import sys; sys.modules['{package}'] = None\n"
-        f"sys.argv = ['bilevel-{app}', *{command}, '--out', {out!r}]\n"
-        f"from applications.{app}.__main__ import main\nmain()"
-    )
-    assert found.returncode == 2
-    assert found.stderr == (
+def test_a_missing_package_is_one_line_that_names_the_extra(app, package, ended):
+    code, said = ended[app, package]
+    assert code == 2
+    assert said == (
         f'error: the package {package} is needed and not installed; pip install "bilevel[{app}]".\n'
     )
 
 
-def test_a_missing_module_of_our_own_is_no_missing_extra():
-    found = ended(
-        "from applications.errors import needing\n"
-        "with needing('mri'):\n    import applications.mri.nothing"
-    )
-    assert found.returncode == 1
-    assert "ModuleNotFoundError" in found.stderr
+def test_a_missing_module_of_our_own_is_no_missing_extra(ended):
+    code, said = ended["nothing", "nothing"]
+    assert code == 1
+    assert "ModuleNotFoundError" in said
 
 
 def test_console_scripts_are_the_command_lines():
