@@ -34,7 +34,8 @@ def covering(cases, every):
 
     A case and a schedule meet in three places only: where a step is advanced or taped, where states
     inside a block are told apart, and where one is stored. So each case is swept by the first three
-    ways of `PATHS`, and the cases `every`, of each horizon and of each kind of leaf, by all.
+    ways of `PATHS`, and the cases `every` by all: `TELLING` in one test of a sweep that is reversed
+    at once and in one of a sweep kept for later, one case where more is asked of the same sweeps.
     """
     return [
         pytest.param(

@@ -23,7 +23,7 @@ from bilevel.errors import ArgumentError, LostGradientError, StructureError, Uns
 
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
 every_path = pytest.mark.parametrize("checkpointing", PATHS, ids=repr)
-every_pair = pytest.mark.parametrize(("case", "checkpointing"), covering(CASES, TELLING))
+every_pair = pytest.mark.parametrize(("case", "checkpointing"), covering(CASES, TELLING[-1:]))
 STATES, GRAPHS = CHECKPOINTINGS[:2]
 C, U = 0.5 * real(1, 3), real(2, 3)
 TANH = bl.Map(lambda u, c, t: torch.tanh(c * u + t))
@@ -41,7 +41,7 @@ def rollout_gradients(case, checkpointing, cotangent):
     return tree.detach(final), *autograd(tree.inner(cotangent, final), control, observation)
 
 
-@every_pair
+@pytest.mark.parametrize(("case", "checkpointing"), covering(CASES, TELLING))
 def test_value_and_gradients_are_those_of_the_plain_loop(case, checkpointing):
     observation, control = fresh(case.observation), fresh(case.control)
     truth = plain_states(case.problem.dynamics, observation, control, case.problem.horizon)[-1]

@@ -20,7 +20,7 @@ from bilevel import tree
 from bilevel.errors import ArgumentError, LostGradientError, StructureError
 
 every_path = pytest.mark.parametrize("checkpointing", PATHS, ids=repr)
-every_pair = pytest.mark.parametrize(("case", "checkpointing"), covering(CASES, TELLING))
+every_pair = pytest.mark.parametrize(("case", "checkpointing"), covering(CASES, TELLING[-1:]))
 C, U = 0.5 * real(1, 3), real(2, 3)
 
 
