@@ -7,11 +7,12 @@ STAMPS := $(VENV)/.stamps
 DEMO ?= demo-output
 DEMO_FLAGS ?=
 
-.PHONY: demo test lint docs bench bench-peers clean help
+.PHONY: demo test test-all lint docs bench bench-peers clean help
 
 help:
 	@echo "make demo   simulate, reconstruct and evaluate scans, all on bundled data; results in $(DEMO)/"
-	@echo "make test   run the test suite"
+	@echo "make test   run the test suite: every behaviour, in minutes"
+	@echo "make test-all  the same, and full products of tables, long runs and what needs a GPU"
 	@echo "make lint   ruff and basedpyright"
 	@echo "make docs   build the Sphinx site into docs/_build/html"
 	@echo "make bench  run the benchmarks (by hand; several minutes)"
@@ -29,6 +30,9 @@ demo: $(STAMPS)/mri
 
 test: $(STAMPS)/test
 	$(VENV)/bin/python -m pytest -q -n auto --dist loadgroup
+
+test-all: $(STAMPS)/test
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadgroup -m ""
 
 lint: $(STAMPS)/lint
 	$(VENV)/bin/ruff check .

@@ -53,8 +53,8 @@ def make(
     y_validation = (x_validation @ teachers[torch.arange(m) % n]).argmax(-1)
     weights = bl.TaskWeights(n, m)
     problem = bl.weighted_problem(
-        lambda params, batch: losses(params, x, y),  # noqa: ARG005
-        lambda params, batch: losses(params, x_validation, y_validation),  # noqa: ARG005
+        lambda params, batch: losses(params, x, y),
+        lambda params, batch: losses(params, x_validation, y_validation),
         weights,
         columns,
     )

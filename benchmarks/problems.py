@@ -47,13 +47,13 @@ def ridge(d: int, horizon: int) -> Case:
     def loss(x: Tensor, alpha: Tensor) -> Tensor:
         return (A @ x - b).square().mean() / 2 + alpha.exp() * x.square().sum() / 2
 
-    def step(x: Tensor, alpha: Tensor, t: int) -> Tensor:  # noqa: ARG001
+    def step(x: Tensor, alpha: Tensor, t: int) -> Tensor:
         recorded = x.requires_grad or alpha.requires_grad
         point = x if x.requires_grad else x.detach().requires_grad_()
         (slope,) = torch.autograd.grad(loss(point, alpha), point, create_graph=recorded)
         return x - 0.1 * slope
 
-    def terminal(x: Tensor, alpha: Tensor) -> Tensor:  # noqa: ARG001
+    def terminal(x: Tensor, alpha: Tensor) -> Tensor:
         return (A_new @ x - b_new).square().mean() / 2
 
     alpha = torch.tensor(-1.0, dtype=torch.float64)
@@ -71,10 +71,10 @@ def layers(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    def step(state: Tensor, theta: Tensor, t: int) -> Tensor:  # noqa: ARG001
+    def step(state: Tensor, theta: Tensor, t: int) -> Tensor:
         return function(state @ theta) + 0.5 * state
 
-    def terminal(state: Tensor, control: bl.PerStep) -> Tensor:  # noqa: ARG001
+    def terminal(state: Tensor, control: bl.PerStep) -> Tensor:
         return state.square().sum() / 2
 
     start = draw(rows, size)

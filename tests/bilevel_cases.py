@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -196,6 +197,7 @@ CASES = [
 ]
 
 
+@cache
 def unrolled(case: BilevelCase, steps: int) -> Any:
     """The hypergradient of the k-step solution by a bare torch loop of gradient descent."""
 

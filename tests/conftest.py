@@ -1,5 +1,10 @@
+import hypothesis
 import pytest
 import torch
+
+# The same examples in every run, however busy the machine is.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True, scope="session")

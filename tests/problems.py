@@ -416,6 +416,15 @@ def case_named(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
 
 
+# Every horizon, and every kind of control and of leaf: with these every choice is tried.
+TELLING = [
+    *CASES[:4],
+    case_named("complex state, complex and real control"),
+    case_named("tree state with integers"),
+    case_named("per-step control with theta_0, shared part and running cost"),
+]
+
+
 def random_case(horizon: int, size: int, seed: int, dtype: torch.dtype, per_step: bool) -> Case:
     """Random sizes and coefficients, for property tests; every function reads everything."""
     generator = torch.Generator().manual_seed(seed)

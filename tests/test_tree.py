@@ -40,7 +40,7 @@ trees = {
     "dtype": st.sampled_from([F64, C128]),
     "seed": st.integers(0, 2**16),
 }
-quick = settings(max_examples=25, deadline=None, derandomize=True)
+quick = settings(max_examples=25)
 
 
 @quick

@@ -139,9 +139,11 @@ LOGISTICS = [
 ]
 
 
-def test_on_a_hundred_logistic_regressions_no_trust_is_wrong():
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_on_a_hundred_logistic_regressions_no_trust_is_wrong(every):
     ratios, trusted, sound = [], 0, 0
-    for seed, (steps, d, decay, vector) in enumerate(LOGISTICS):
+    chosen = [*enumerate(LOGISTICS)][::every]  # every third has each size, decay and step count
+    for seed, (steps, d, decay, vector) in chosen:
         problem, start, control, step_size, exact = classification(seed, d, decay, vector)
         found = judged(problem, start, control, steps, step_size)
         certificate, truth = found.certificate, exact(found.params)
@@ -154,8 +156,8 @@ def test_on_a_hundred_logistic_regressions_no_trust_is_wrong():
             assert distance(certificate.corrected(), truth) < true
         assert certificate.trustworthy == (true <= 2e-2)  # nothing is distrusted without need
     assert len(LOGISTICS) == 100
-    assert trusted >= 45
-    assert sound >= 90
+    assert trusted >= 0.45 * len(chosen)
+    assert sound >= 0.9 * len(chosen)
     assert min(ratios) > 0.99
     assert max(ratios) < 3
 

@@ -224,7 +224,8 @@ def test_a_column_that_is_wrong_is_not_hidden_by_another():
 
 def test_a_leaf_whose_derivative_is_zero_spoils_no_trust():
     problem = bl.BilevelProblem(
-        lambda w, c, b: square(w - c["a"]) + square(w) * (1 + 0 * c["b"]), lambda w, c, b: square(w - 1)
+        lambda w, c, b: square(w - c["a"]) + square(w) * (1 + 0 * c["b"]),
+        lambda w, c, b: square(w - 1),
     )
     control = {"a": tensor(0.5), "b": tensor(2.0)}
     found = certified(problem, torch.zeros(2, dtype=F64), control, 100)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from choices import CHECKPOINTINGS
-from problems import C128, CASES, Custom, case_named, cplx, real, square
+from choices import CHECKPOINTINGS, PATHS, covering
+from problems import C128, CASES, TELLING, Custom, case_named, cplx, real, square
 from reference import (
     assert_same,
     assert_same_vector,
@@ -22,6 +22,8 @@ from bilevel import tree
 from bilevel.errors import ArgumentError, LostGradientError, StructureError, UnsupportedError
 
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
+every_path = pytest.mark.parametrize("checkpointing", PATHS, ids=repr)
+every_pair = pytest.mark.parametrize(("case", "checkpointing"), covering(CASES, TELLING[-1:]))
 STATES, GRAPHS = CHECKPOINTINGS[:2]
 C, U = 0.5 * real(1, 3), real(2, 3)
 TANH = bl.Map(lambda u, c, t: torch.tanh(c * u + t))
@@ -39,8 +41,7 @@ def rollout_gradients(case, checkpointing, cotangent):
     return tree.detach(final), *autograd(tree.inner(cotangent, final), control, observation)
 
 
-@every_checkpointing
-@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize(("case", "checkpointing"), covering(CASES, TELLING))
 def test_value_and_gradients_are_those_of_the_plain_loop(case, checkpointing):
     observation, control = fresh(case.observation), fresh(case.control)
     truth = plain_states(case.problem.dynamics, observation, control, case.problem.horizon)[-1]
@@ -52,7 +53,7 @@ def test_value_and_gradients_are_those_of_the_plain_loop(case, checkpointing):
     assert_same(found[1], gradients[1])
 
 
-@every_checkpointing
+@every_path
 @pytest.mark.parametrize("dtype", [torch.float64, C128])
 def test_gradcheck_holds(dtype, checkpointing):
     generator = torch.Generator().manual_seed(4)
@@ -70,7 +71,7 @@ def test_gradcheck_holds(dtype, checkpointing):
     assert gradcheck(final, inputs)
 
 
-@every_checkpointing
+@every_path
 @pytest.mark.parametrize("dtype", [torch.float64, C128])
 def test_gradgradcheck_holds(dtype, checkpointing):
     generator = torch.Generator().manual_seed(5)
@@ -96,8 +97,7 @@ def second_derivatives(final, observation, control, cotangent, generator):
     return autograd(value, observation, control, cotangent)
 
 
-@every_checkpointing
-@pytest.mark.parametrize("case", CASES, ids=repr)
+@every_pair
 def test_second_derivatives_are_those_of_the_plain_loop(case, checkpointing):
     observation, control = fresh(case.observation), fresh(case.control)
     dynamics, horizon = case.problem.dynamics, case.problem.horizon
@@ -129,7 +129,7 @@ def test_a_second_derivative_replays_the_randomness_of_the_forward():
     assert_same(products[1], products[0])
 
 
-@every_checkpointing
+@every_path
 def test_backward_fills_grad_as_the_plain_loop_does(checkpointing):
     case = case_named("phases with complex convolutions")
     found, plain = fresh(case.control), fresh(case.control)
@@ -143,7 +143,7 @@ def test_backward_fills_grad_as_the_plain_loop_does(checkpointing):
         assert_same(leaf.grad, truth.grad)
 
 
-@every_checkpointing
+@every_path
 def test_training_with_torch_optim_and_a_loss_that_reads_the_control_is_that_of_the_plain_loop(
     checkpointing,
 ):
@@ -163,7 +163,7 @@ def test_training_with_torch_optim_and_a_loss_that_reads_the_control_is_that_of_
     assert_same(found, truth, rtol=1e-11)
 
 
-@every_checkpointing
+@every_path
 def test_integer_leaves_come_out_unchanged_and_without_gradient(checkpointing):
     case = case_named("tree state with integers")
     control = fresh(case.control)
@@ -248,7 +248,7 @@ def test_torch_func_passes_through_with_graphs_kept(name):
     assert_same(found, TRANSFORMS[name](lambda c: plain_states(TANH, U, c, 4)[-1]))
 
 
-@every_checkpointing
+@every_path
 def test_gradients_are_computed_for_what_requires_them_only(checkpointing):
     control = bl.PerStep([C.clone(), fresh(C), C.clone(), C.clone()])
     final = bl.rollout(TANH, U, control, 4, checkpointing=checkpointing)
@@ -260,7 +260,7 @@ def test_gradients_are_computed_for_what_requires_them_only(checkpointing):
     assert_same(control.steps[1].grad, truth)
 
 
-@every_checkpointing
+@every_path
 def test_a_part_of_the_control_that_nothing_reads_gets_no_gradient(checkpointing):
     step = bl.Map(lambda u, c, t: torch.tanh(c["c"] * u))
     control = fresh({"c": C, "idle": U})
@@ -268,7 +268,7 @@ def test_a_part_of_the_control_that_nothing_reads_gets_no_gradient(checkpointing
     assert control["idle"].grad is None
 
 
-@every_checkpointing
+@every_path
 def test_without_inputs_that_require_grad_the_final_state_is_a_constant(checkpointing):
     final = bl.rollout(TANH, U, C, 4, checkpointing=checkpointing)
     assert not final.requires_grad
@@ -278,7 +278,7 @@ def test_without_inputs_that_require_grad_the_final_state_is_a_constant(checkpoi
     assert torch.equal(again, final)
 
 
-@every_checkpointing
+@every_path
 def test_gradients_flow_on_to_what_the_control_was_made_from(checkpointing):
     rates = fresh(real(8, 4, 3))
     control = bl.PerStep.unstack(torch.exp(rates))
@@ -288,7 +288,7 @@ def test_gradients_flow_on_to_what_the_control_was_made_from(checkpointing):
     assert_same(rates.grad, plain.grad)
 
 
-@every_checkpointing
+@every_path
 def test_two_rollouts_in_a_row_differentiate_as_one(checkpointing):
     control, plain = fresh(C), fresh(C)
     state = bl.rollout(TANH, U, control, 2, checkpointing=checkpointing)
@@ -365,7 +365,7 @@ def test_a_hidden_tensor_is_refused_with_states_kept_and_differentiated_with_gra
     assert_same(found, truth)
 
 
-@every_checkpointing
+@every_path
 def test_wrong_arguments_are_refused(checkpointing):
     def run(dynamics=TANH, control=C, horizon=4):
         return bl.rollout(dynamics, U, control, horizon, checkpointing=checkpointing)
@@ -378,7 +378,7 @@ def test_wrong_arguments_are_refused(checkpointing):
         run(dynamics=bl.Map(lambda u, c, t: u[:1]))
 
 
-@every_checkpointing
+@every_path
 def test_an_error_of_the_step_is_not_disguised(checkpointing):
     def step(u, c, t):
         raise RuntimeError("from the user")
@@ -395,8 +395,7 @@ def test_a_complex_cotangent_gives_the_conjugate_convention_of_torch():
     assert_same(found, u.conj() * v, rtol=1e-15)
 
 
-@every_checkpointing
-@pytest.mark.parametrize("case", CASES, ids=repr)
+@every_pair
 def test_the_total_cost_and_its_gradients_are_those_of_the_plain_loop(case, checkpointing):
     cost, *truth = plain_gradients(case.problem, case.observation, case.control)
     observation, control = fresh(case.observation), fresh(case.control)
@@ -406,7 +405,7 @@ def test_the_total_cost_and_its_gradients_are_those_of_the_plain_loop(case, chec
         assert_same(gradient, expected)
 
 
-@every_checkpointing
+@every_path
 def test_the_total_cost_is_differentiable_twice(checkpointing):
     problem = bl.ControlProblem(
         TANH, lambda u, c: (c * u).square().sum(), 3, lambda u, c, t: t * (c * u.square()).sum()

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from choices import CHECKPOINTINGS
-from problems import CASES, Custom, case_named, real, square
+from choices import PATHS, covering
+from problems import CASES, TELLING, Custom, case_named, real, square
 from reference import (
     assert_same,
     assert_same_vector,
@@ -19,8 +19,8 @@ import bilevel as bl
 from bilevel import tree
 from bilevel.errors import ArgumentError, LostGradientError, StructureError
 
-every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
-every_case = pytest.mark.parametrize("case", CASES, ids=repr)
+every_path = pytest.mark.parametrize("checkpointing", PATHS, ids=repr)
+every_pair = pytest.mark.parametrize(("case", "checkpointing"), covering(CASES, TELLING[-1:]))
 C, U = 0.5 * real(1, 3), real(2, 3)
 
 
@@ -40,8 +40,7 @@ def double_backward(case, direction):
     return autograd(slope, control)[0]
 
 
-@every_checkpointing
-@every_case
+@every_pair
 def test_the_product_is_that_of_double_backward_and_cost_and_gradient_come_with_it(
     case, checkpointing
 ):
@@ -134,7 +133,7 @@ HIDDEN = real(3, 3).requires_grad_()
         ),
     ],
 )
-@every_checkpointing
+@every_path
 def test_a_hidden_tensor_that_requires_grad_is_refused(problem, checkpointing):
     with pytest.raises(LostGradientError, match="that requires grad but is not among"):
         bl.hvp(problem, U, C, U, checkpointing=checkpointing)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from choices import CHECKPOINTINGS
+from choices import CHECKPOINTINGS, PATHS
 from problems import Custom, case_named, real, square
 from reference import assert_same, autograd, fresh, plain_cost, plain_gradients
 from steps import Graphs, Noise
@@ -13,6 +13,7 @@ from bilevel import tree
 from bilevel.errors import ArgumentError, LostGradientError, StructureError
 
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
+every_path = pytest.mark.parametrize("checkpointing", PATHS, ids=repr)
 STATES, GRAPHS = CHECKPOINTINGS[:2]
 C, U = 0.5 * real(1, 3), real(2, 3)
 
@@ -99,7 +100,7 @@ def test_a_step_that_writes_to_its_state_is_refused():
         bl.adjoint(problem_of(step), U.clone(), C)
 
 
-@every_checkpointing
+@every_path
 def test_a_step_that_writes_to_an_integer_of_its_state_is_refused(checkpointing):
     def step(u, c, t):
         u["n"].add_(0)
@@ -110,7 +111,7 @@ def test_a_step_that_writes_to_an_integer_of_its_state_is_refused(checkpointing)
         bl.adjoint(problem, {"x": U, "n": torch.tensor(1)}, C, checkpointing=checkpointing)
 
 
-@every_checkpointing
+@every_path
 def test_a_step_that_puts_another_tensor_into_its_state_is_refused(checkpointing):
     def step(u, c, t):
         u["x"] = torch.tanh(u["x"] * c)
@@ -121,7 +122,7 @@ def test_a_step_that_puts_another_tensor_into_its_state_is_refused(checkpointing
         bl.adjoint(problem, {"x": U}, C, checkpointing=checkpointing)
 
 
-@every_checkpointing
+@every_path
 def test_a_step_that_puts_another_tensor_into_its_control_is_refused(checkpointing):
     def step(u, c, t):
         c["x"] = c["x"] * 2
@@ -167,7 +168,7 @@ CHANGES = {
 }
 
 
-@every_checkpointing
+@every_path
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_step_that_changes_the_state_is_refused_with_the_name_of_the_leaf(change, checkpointing):
     step, message = CHANGES[change]
@@ -176,7 +177,7 @@ def test_a_step_that_changes_the_state_is_refused_with_the_name_of_the_leaf(chan
         bl.adjoint(problem, {"x": U}, C, checkpointing=checkpointing)
 
 
-@every_checkpointing
+@every_path
 @pytest.mark.parametrize("which", ["terminal", "running"])
 @pytest.mark.parametrize(
     ("value", "came"),
@@ -196,7 +197,7 @@ def test_a_cost_that_is_no_real_scalar_is_refused_by_name(which, value, came, ch
         bl.adjoint(problem_of(tanh, **costs), U, C, checkpointing=checkpointing)
 
 
-@every_checkpointing
+@every_path
 @pytest.mark.parametrize(
     ("observation", "control", "message"),
     [
@@ -214,7 +215,7 @@ def test_arguments_that_are_not_tensors_or_do_not_fit_are_refused_by_name(
         bl.adjoint(problem_of(tanh), observation, control, checkpointing=checkpointing)
 
 
-@every_checkpointing
+@every_path
 def test_an_initial_state_that_is_no_tensor_is_refused(checkpointing):
     problem = problem_of(tanh, g0=lambda f, c: {"x": 1.0})
     with pytest.raises(StructureError, match=r"u\(0\)\['x'\] must be a tensor"):
@@ -231,7 +232,7 @@ def hidden_at(t):
     return lambda u, c, s: u * c + (HIDDEN if s == t else 0.0)
 
 
-@every_checkpointing
+@every_path
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
@@ -270,7 +271,7 @@ def test_kkt_refuses_a_hidden_tensor_too(source, problem):
         bl.kkt(problem, U, C, [U] * 5, [U] * 5)
 
 
-@every_checkpointing
+@every_path
 def test_a_hidden_module_parameter_is_refused_and_a_frozen_one_is_a_constant(checkpointing):
     layer = nn.Linear(3, 3, dtype=torch.float64)
     problem = problem_of(lambda u, c, t: torch.tanh(layer(u) * c))
@@ -282,7 +283,7 @@ def test_a_hidden_module_parameter_is_refused_and_a_frozen_one_is_a_constant(che
     assert_same(found.gradient, truth)
 
 
-@every_checkpointing
+@every_path
 @pytest.mark.parametrize(
     ("name", "control"),
     [
@@ -298,7 +299,7 @@ def test_a_part_of_a_shared_control_that_nothing_reads_is_refused_by_name(
         bl.adjoint(problem, U, control, checkpointing=checkpointing)
 
 
-@every_checkpointing
+@every_path
 @pytest.mark.parametrize(
     ("name", "control"),
     [
@@ -383,7 +384,7 @@ def test_a_failed_sweep_leaves_the_generator_as_the_forward_sweep_left_it(checkp
 # --- What belongs to the caller
 
 
-@every_checkpointing
+@every_path
 def test_tensors_their_gradients_and_the_grad_mode_are_left_as_they_were(checkpointing):
     case = case_named("per-step control with theta_0, shared part and running cost")
     observation, control = fresh(case.observation), fresh(case.control)
@@ -404,7 +405,7 @@ def test_tensors_their_gradients_and_the_grad_mode_are_left_as_they_were(checkpo
         assert leaf.grad_fn is None
 
 
-@every_checkpointing
+@every_path
 def test_a_control_with_a_history_is_taken_as_a_point(checkpointing):
     root = fresh(C)
     found = bl.adjoint(problem_of(tanh), U, root * 2, checkpointing=checkpointing)
@@ -413,7 +414,7 @@ def test_a_control_with_a_history_is_taken_as_a_point(checkpointing):
     assert root.grad is None
 
 
-@every_checkpointing
+@every_path
 def test_everything_is_the_same_under_no_grad(checkpointing):
     case = case_named("complex state, complex and real control")
     arguments = (case.problem, case.observation, case.control)
@@ -434,7 +435,7 @@ def test_the_grad_mode_is_restored_when_a_step_raises():
         assert not torch.is_grad_enabled()
 
 
-@every_checkpointing
+@every_path
 def test_steps_may_switch_grad_mode_off_to_stop_gradients_on_purpose(checkpointing):
     def step(u, c, t):
         with torch.no_grad():
@@ -448,7 +449,7 @@ def test_steps_may_switch_grad_mode_off_to_stop_gradients_on_purpose(checkpointi
     assert_same(found.gradient, truth)
 
 
-@every_checkpointing
+@every_path
 def test_a_step_may_use_torch_func_inside(checkpointing):
     def step(u, c, t):
         # A gradient step on a potential: what unrolled networks with learned energies do.

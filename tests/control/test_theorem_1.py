@@ -1,10 +1,12 @@
 """Theorem 1 and equations (4) to (8), on every case, against plain autograd and differences."""
 
+from functools import cache
+
 import pytest
 import torch
-from choices import CHECKPOINTINGS
+from choices import CHECKPOINTINGS, covering
 from hypothesis import given, settings, strategies as st
-from problems import CASES, random_case
+from problems import CASES, TELLING, random_case
 from reference import (
     assert_same,
     autograd,
@@ -27,9 +29,10 @@ from bilevel import tree
 from bilevel.errors import StructureError
 
 every_case = pytest.mark.parametrize("case", CASES, ids=repr)
-every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
+every_pair = pytest.mark.parametrize(("case", "checkpointing"), covering(CASES, TELLING[-1:]))
 
 
+@cache
 def swept(case, checkpointing=None):
     return bl.adjoint(
         case.problem,
@@ -41,8 +44,7 @@ def swept(case, checkpointing=None):
     )
 
 
-@every_checkpointing
-@every_case
+@pytest.mark.parametrize(("case", "checkpointing"), covering(CASES, TELLING))
 def test_cost_and_gradients_are_those_of_autograd_on_the_plain_loop(case, checkpointing):
     cost, gradient, observation_gradient = plain_gradients(
         case.problem, case.observation, case.control
@@ -55,8 +57,9 @@ def test_cost_and_gradients_are_those_of_autograd_on_the_plain_loop(case, checkp
     assert found.multipliers is None
 
 
-@every_checkpointing
-@pytest.mark.parametrize("case", [c for c in CASES if c.bitwise], ids=repr)
+@pytest.mark.parametrize(
+    ("case", "checkpointing"), covering([c for c in CASES if c.bitwise], TELLING)
+)
 def test_gradients_are_those_of_autograd_to_the_last_bit_where_the_additions_agree(
     case, checkpointing
 ):
@@ -69,8 +72,7 @@ def test_gradients_are_those_of_autograd_to_the_last_bit_where_the_additions_agr
     assert_same(found.observation_gradient, observation_gradient, rtol=0)
 
 
-@every_checkpointing
-@every_case
+@every_pair
 def test_keeping_states_and_multipliers_does_not_change_a_bit_of_the_rest(case, checkpointing):
     bare = bl.adjoint(case.problem, case.observation, case.control, checkpointing=checkpointing)
     kept = swept(case, checkpointing)
@@ -80,8 +82,7 @@ def test_keeping_states_and_multipliers_does_not_change_a_bit_of_the_rest(case, 
         assert_same(getattr(bare, name), getattr(kept, name), rtol)
 
 
-@every_checkpointing
-@every_case
+@every_pair
 def test_states_are_those_of_the_plain_loop(case, checkpointing):
     truth = plain_states(
         case.problem.dynamics,
@@ -96,13 +97,19 @@ def test_states_are_those_of_the_plain_loop(case, checkpointing):
     assert_same(found.final_state, tree.detach(truth[-1]), rtol=0)
 
 
-@every_checkpointing
-@every_case
+@cache
+def multipliers_of(case):
+    states = plain_states(
+        case.problem.dynamics, case.observation, tree.detach(case.control), case.problem.horizon
+    )
+    return plain_multipliers(case.problem, tree.detach(states), case.control)
+
+
+@every_pair
 def test_multiplier_t_is_minus_the_total_derivative_of_the_cost_in_state_t(case, checkpointing):
     found = swept(case, checkpointing)
-    truth = plain_multipliers(case.problem, found.states, case.control)
     assert len(found.multipliers) == case.problem.horizon + 1
-    for multiplier, expected in zip(found.multipliers, truth, strict=True):
+    for multiplier, expected in zip(found.multipliers, multipliers_of(case), strict=True):
         assert_same(multiplier, expected)
 
 
@@ -235,7 +242,7 @@ def test_a_point_of_another_length_is_refused_by_name(function, which):
         function(case.problem, case.observation, case.control, **point)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     horizon=st.integers(0, 6),
     size=st.integers(1, 4),

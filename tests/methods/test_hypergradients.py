@@ -43,8 +43,16 @@ def test_the_hypergradient_is_exact_once_the_inner_iteration_has_converged(case,
     assert bl.tree.norm(bl.tree.subtract(found.params, case.minimiser)) <= 1e-8
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
-@pytest.mark.parametrize("method", EXACT_FOR_THE_STEPS, ids=name)
+# What is kept of the trajectory does not see what is in the params: the last cases have it all.
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        (case, method)
+        for case in CASES
+        for method in (EXACT_FOR_THE_STEPS if case in CASES[-4:] else EXACT_FOR_THE_STEPS[:2])
+    ],
+    ids=repr,
+)
 def test_sweeps_and_unrolling_agree_with_a_bare_loop_to_twelve_digits(case, method):
     for steps in (1, 2, 7):
         found = solver(case, method, steps).hypergradient(case.params, case.control)

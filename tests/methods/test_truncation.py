@@ -1,6 +1,7 @@
 """Sweeps that stop early: bounds that hold, estimates that say so, what cannot be judged."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -16,6 +17,16 @@ def contraction(case, step_size):
     inner = torch.func.grad(lambda w: case.problem.inner(w, case.control, None))
     H = torch.func.jacrev(inner)(case.params)
     return float(torch.linalg.matrix_norm(torch.eye(4, dtype=H.dtype) - step_size * H, 2))
+
+
+CASE = ridge(4)
+
+
+@cache
+def whole_sweep(steps, eta):
+    """Of `CASE`: the constants on the trajectory, and the gradient with nothing left out."""
+    bounds = bl.methods.Bounds(contraction(CASE, eta), coupling(CASE, steps, eta))
+    return bounds, find(CASE, bl.MLM(), steps, eta).gradient
 
 
 def find(case, method, steps, step_size, **settings):
@@ -38,11 +49,9 @@ def coupling(case, steps, step_size):
 @pytest.mark.parametrize("steps", [5, 60, 300])
 @pytest.mark.parametrize("slow", [1.0, 0.2])
 def test_with_constants_what_is_left_out_is_within_the_tolerance(tolerance, steps, slow):
-    case = ridge(4)
-    eta = slow * case.step_size
-    bounds = bl.methods.Bounds(contraction(case, eta), coupling(case, steps, eta))
-    whole = find(case, bl.MLM(), steps, eta).gradient
-    found = find(case, bl.MLM(tolerance=tolerance, bounds=bounds), steps, eta)
+    eta = slow * CASE.step_size
+    bounds, whole = whole_sweep(steps, eta)
+    found = find(CASE, bl.MLM(tolerance=tolerance, bounds=bounds), steps, eta)
     apart = float((found.gradient - whole).norm() / whole.norm())
     if found.truncation is None:
         assert apart == 0
@@ -64,12 +73,9 @@ def test_a_bound_beyond_every_number_is_infinite_unless_nothing_is_left_out():
 
 
 def test_a_loose_tolerance_reverses_fewer_steps():
-    case = ridge(4)
-    bounds = bl.methods.Bounds(
-        contraction(case, case.step_size), coupling(case, 300, case.step_size)
-    )
+    bounds, _ = whole_sweep(300, CASE.step_size)
     left = [
-        find(case, bl.MLM(tolerance=tol, bounds=bounds), 300, case.step_size).truncation.steps
+        find(CASE, bl.MLM(tolerance=tol, bounds=bounds), 300, CASE.step_size).truncation.steps
         for tol in (1e-8, 1e-4, 1e-1)
     ]
     assert left == sorted(left)

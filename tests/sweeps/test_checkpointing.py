@@ -75,7 +75,7 @@ def test_no_schedule_evaluates_less_and_the_count_is_that_of_the_formula(block):
             assert max(advanced) <= repetitions(schedule.n_blocks, snapshots)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(horizon=st.integers(0, 3000), block=st.integers(1, 100), snapshots=st.integers(1, 100))
 def test_long_schedules_run_within_their_snapshots_and_as_long_as_the_formula_says(
     horizon, block, snapshots
@@ -95,14 +95,14 @@ def test_a_short_first_block_costs_less_than_a_short_last_one():
 
 def test_the_schedule_of_100_000_steps_begins_within_milliseconds():
     for snapshots in (1, 2, 3, 50, 10**5):
-        began = time.perf_counter()
+        began = time.process_time()
         schedule = Schedule(10**5, 1, snapshots)
         list(islice(schedule.actions(), 1000))
         assert schedule.forward_steps > 10**5
-        assert time.perf_counter() - began < 0.05  # a millisecond; the rest is for a busy machine
+        assert time.process_time() - began < 0.05  # a millisecond; the rest is for a slow machine
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 @given(horizon=st.integers(0, 200), checkpointing=st.sampled_from(CHECKPOINTINGS))
 def test_blocks_cover_every_step_once_and_in_order(horizon, checkpointing):
     schedule = checkpointing.schedule(horizon)
@@ -154,7 +154,7 @@ def peak(checkpointing, horizon, state, graph, working):
 STORAGES = [bl.InMemory(), bl.OnHost(), bl.OnDisk("folder")]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(
     horizon=st.integers(1, 40),
     budget=st.integers(0, 300),
@@ -204,9 +204,9 @@ def test_a_plan_that_affords_it_keeps_graphs():
 
 @pytest.mark.parametrize("budget", [8_000, 20_000, 2**20, 10**7, 10**8])
 def test_a_plan_of_100_000_steps_takes_milliseconds(budget):
-    began = time.perf_counter()
+    began = time.process_time()
     found = bl.plan(10**5, budget, 1000, 2000)
-    assert time.perf_counter() - began < 0.2  # thirty milliseconds; the rest is for a busy machine
+    assert time.process_time() - began < 0.2  # thirty milliseconds; the rest is for a slow one
     assert found.peak_bytes <= budget
     assert found.schedule(10**5).forward_steps == found.forward_steps
 

@@ -205,13 +205,14 @@ def test_a_backward_of_a_rollout_holds_no_more_than_its_snapshots():
     assert measure.peak_live_bytes(run) < (5 + 10) * 8 * KIB + 3 * torch.get_rng_state().nbytes
 
 
-def test_twenty_thousand_steps_run_in_the_memory_of_their_schedule():
+@pytest.mark.parametrize("horizon", [4000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_thousands_of_steps_run_in_the_memory_of_their_schedule(horizon):
     step = bl.Map(lambda u, c, t: u + 1e-4 * torch.sin(c * u))
-    problem = bl.ControlProblem(step, lambda u, c: square(u), 20_000)
+    problem = bl.ControlProblem(step, lambda u, c: square(u), horizon)
     observation, control = real(1, 4), real(2, 4)
     chosen = bl.Checkpointing(snapshots=30, block=40)
     found = bl.adjoint(problem, observation, control, checkpointing=chosen)
-    assert found.forward_steps == chosen.schedule(20_000).forward_steps
+    assert found.forward_steps == chosen.schedule(horizon).forward_steps
     with LiveBytes() as live:
         short = bl.ControlProblem(step, problem.terminal, 2000)
         bl.adjoint(short, observation, control, checkpointing=chosen)
@@ -219,7 +220,7 @@ def test_twenty_thousand_steps_run_in_the_memory_of_their_schedule():
     h = 1e-6
     direction = real(3, 4)
     plain = [observation, observation]
-    for _ in range(20_000):
+    for _ in range(horizon):
         for i, sign in enumerate((1, -1)):
             plain[i] = plain[i] + 1e-4 * torch.sin((control + sign * h * direction) * plain[i])
     slope = float(square(plain[0]) - square(plain[1])) / (2 * h)
@@ -253,7 +254,7 @@ def test_a_hundred_thousand_steps_of_a_control_per_step_begin_at_once():
     control = bl.PerStep([torch.zeros(())] * horizon)
     problem = bl.ControlProblem(bl.Map(step), lambda u, c: u.sum(), horizon)
     chosen = bl.Checkpointing(snapshots=100, block=50)
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(StopError):
         bl.adjoint(problem, torch.zeros(()), control, checkpointing=chosen)
-    assert time.perf_counter() - began < 10  # a second: every leaf is looked at a few times
+    assert time.process_time() - began < 10  # a second: every leaf is looked at a few times

@@ -186,6 +186,8 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
 
 @pytest.mark.cuda
 def test_snapshots_on_the_host_leave_the_gpu_and_come_back():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     control, observation = C.cuda(), real(2, 3, 10**5).transpose(0, 1).contiguous().cuda()
     problem = problem_of(horizon=12)
     truth = bl.adjoint(problem, observation, control, checkpointing=bl.Checkpointing(block=None))

@@ -30,7 +30,7 @@ SMALL = CleaningSettings(
     hidden=20,
     fit_steps=40,
 )
-QUICK = replace(SMALL, updates=2, every=1, fit_steps=8)
+QUICK = replace(SMALL, sizes=Sizes(80, 40, 100), updates=2, every=1, fit_steps=8)
 
 
 def run(settings):

@@ -448,6 +448,8 @@ def test_the_demo_leaves_figure_and_results_and_weights_of_its_own(tmp_path, mon
     monkeypatch.setattr(bundled, lambda: tmp_path / "real.h5")
     values = {"CG-SENSE": (0.01,), "l1-wavelet": (0.01,)}
     monkeypatch.setattr("applications.mri.evaluation.methods._LAMDAS", values)
+    maps = "applications.mri.evaluation.methods.espirit_maps"  # tested with the baselines
+    monkeypatch.setattr(maps, lambda kspace, _: ifft2c(kspace) / rss(ifft2c(kspace)))
     training = ("--seconds", 1) if trains else ()
     text = succeed("demo", "--out", tmp_path / "demo", "--size", 64, "--seed", 2, *training)
     names = {path.name for path in (tmp_path / "demo").iterdir()}
@@ -726,49 +728,49 @@ def test_an_interrupt_is_exit_code_130_and_one_line(data, tmp_path, monkeypatch)
     assert load_weights(out).network.architecture == light(COILS)
 
 
-SLOWLY = """
-import signal
+REFUSED_THEN_SLOW = """
+import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+slow = sys.argv[1:]
+sys.argv[1:] = {refused!r}
+try:
+    runpy.run_module("applications.mri", run_name="__main__")
+except SystemExit as ended:
+    print("refused with", ended.code, flush=True)
 import applications.mri.training.keeping as keeping
 keeping._SAVE_EVERY = -1.0
 from applications.mri.__main__ import main
+sys.argv[1:] = slow
 main()
 """
 
 
-def started(*arguments):
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
+def test_processes_end_with_the_right_code_and_no_traceback(data, weights, tmp_path):
+    out, scan = tmp_path / "w.safetensors", tmp_path / "none.h5"
+    paths = ["--scan", scan, "--weights", weights, "--out", tmp_path / "image.h5"]
+    code = REFUSED_THEN_SLOW.format(refused=["reconstruct", *map(str, paths)])
+    options = ["--data", data / "train", "--out", out, *MASK, "--seconds", 20]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, ["train", *options])],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def test_processes_end_with_the_right_code_and_no_traceback(data, weights, tmp_path):
-    out = tmp_path / "w.safetensors"
-    options = ["--data", data / "train", "--out", out, *MASK, "--seconds", 20]
-    training = started("-c", SLOWLY, "train", *options)
-    scan = tmp_path / "none.h5"
-    paths = ["--scan", scan, "--weights", weights, "--out", tmp_path / "image.h5"]
-    failing = started("-m", "applications.mri", "reconstruct", *paths)
     try:
         until = time.monotonic() + 60
-        while not out.exists() and training.poll() is None and time.monotonic() < until:
+        while not out.exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
-        training.send_signal(signal.SIGINT)
-        _, message = training.communicate(timeout=60)
-        _, refusal = failing.communicate(timeout=60)
+        process.send_signal(signal.SIGINT)
+        shown, message = process.communicate(timeout=60)
     finally:
-        for process in (training, failing):
-            process.kill()
-    assert training.returncode == 130
-    assert message == "interrupted: the files that were written are complete.\n"
+        process.kill()
+    assert process.returncode == 130
+    assert "refused with 2\n" in shown
+    assert message == (
+        f"error: {scan}: an HDF5 file was needed, there is no such file; check the path.\n"
+        "interrupted: the files that were written are complete.\n"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == RESUMABLE
     assert load_weights(out).network.architecture == light(COILS)
-    assert failing.returncode == 2
-    assert refusal == (
-        f"error: {scan}: an HDF5 file was needed, there is no such file; check the path.\n"
-    )

@@ -33,7 +33,7 @@ def full():
 
 @pytest.fixture(scope="module")
 def maps(full):
-    return espirit_maps(full.kspace, 16, crop=0.0)
+    return espirit_maps(full.kspace, 12, crop=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_espirit_maps_are_the_normalised_sensitivities_up_to_a_phase(full, maps)
 
 
 def test_cropping_sets_maps_to_zero_in_the_background(full):
-    kept = rss(espirit_maps(full.kspace, 16, crop=0.9)) > 0
+    kept = rss(espirit_maps(full.kspace, 12, crop=0.9)) > 0
     inside = full.reference > 0.2 * full.reference.max()
     assert kept[inside].float().mean() > 0.95
     assert kept.float().mean() < 0.95

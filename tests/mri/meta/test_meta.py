@@ -40,6 +40,7 @@ SETTINGS = MetaSettings(
     loss=LOSS,
     checkpointing=GRAPHS,
 )
+QUICK = replace(SETTINGS, evaluations=8)  # two rounds: whether a setting matters shows at once
 every_ablation = pytest.mark.parametrize("ablation", list(Ablation))
 
 
@@ -291,7 +292,7 @@ def test_the_gradient_of_the_penalty_method_is_exact(problem):
     torch.testing.assert_close(objective.detach(), value, rtol=1e-9, atol=0)
 
 
-LEARNING = replace(SETTINGS, evaluations=72, learning_rate=0.02, outer_rate=1.0, penalty_rate=1.0)
+LEARNING = replace(SETTINGS, evaluations=48, learning_rate=0.02, outer_rate=1.0, penalty_rate=1.0)
 
 
 @pytest.mark.parametrize("ablation", [Ablation.VECTOR, Ablation.MATRIX, Ablation.PENALTY])
@@ -363,7 +364,7 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def vector(tasks):
-    return alpha_of(tasks, SETTINGS)
+    return alpha_of(tasks, QUICK)
 
 
 def alpha_of(tasks, settings, ablation=Ablation.VECTOR):
@@ -373,7 +374,7 @@ def alpha_of(tasks, settings, ablation=Ablation.VECTOR):
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_setting_matters(tasks, vector, change):
-    assert not torch.equal(alpha_of(tasks, replace(SETTINGS, **change)), vector)
+    assert not torch.equal(alpha_of(tasks, replace(QUICK, **change)), vector)
 
 
 def test_task_weights_stay_where_they_are_after_their_share_of_the_budget(tasks, monkeypatch):
@@ -414,14 +415,14 @@ def test_each_column_of_a_matrix_settles_too(tasks):
 
 
 def test_training_is_deterministic_by_its_seed(tasks, vector):
-    assert torch.equal(alpha_of(tasks, SETTINGS), vector)
+    assert torch.equal(alpha_of(tasks, QUICK), vector)
 
 
 @pytest.mark.parametrize("change", [{"penalty": 0.1}, {"penalty_rate": 0.5}], ids=str)
 def test_a_setting_of_the_penalty_method_matters(tasks, change):
     found, other = (
         alpha_of(tasks, settings, Ablation.PENALTY)
-        for settings in (SETTINGS, replace(SETTINGS, **change))
+        for settings in (QUICK, replace(QUICK, **change))
     )
     assert not torch.equal(found, other)
 

@@ -40,8 +40,16 @@ def test_they_are_small_and_tell_how_they_were_made():
     assert log["mean_loss"][-1] < 0.5 * log["mean_loss"][0]
 
 
-@pytest.mark.parametrize("anatomy", ["brain_t2", "head_neck_t1_sagittal"])
-@pytest.mark.parametrize("sampling", [PoissonDisc(8, 16), CartesianRandom(4, 0.08)], ids=repr)
+@pytest.mark.parametrize(
+    ("anatomy", "sampling"),
+    [
+        ("brain_t2", PoissonDisc(8, 16)),
+        ("head_neck_t1_sagittal", CartesianRandom(4, 0.08)),
+        pytest.param("brain_t2", CartesianRandom(4, 0.08), marks=pytest.mark.slow),
+        pytest.param("head_neck_t1_sagittal", PoissonDisc(8, 16), marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
 def test_a_held_out_slice_gains_much_over_what_they_start_from(anatomy, sampling):
     images = load_anatomies()[anatomy]
     held_out = images[split(len(images)).test[0]]

@@ -161,7 +161,7 @@ def test_gaussian_points_reach_the_acceleration_exactly_and_keep_the_calibration
     assert mask[top : top + 16, left : left + 16].all()
 
 
-@pytest.mark.parametrize("width", [0.1, 1 / 6, 0.3])
+@pytest.mark.parametrize("width", [0.1, 0.3])
 def test_few_gaussian_columns_follow_their_density(width):
     """Of few draws without replacement the frequency is proportional to the density."""
     n, draws = 64, 4000
