@@ -1,8 +1,8 @@
 """Certificates on random problems: how many were trusted in error, how many refused without need.
 
 `python -m benchmarks.trust 2000` makes that many problems: ridge and logistic regression (scaled
-and not, float32 too), softmax with a free bias, tanh nets from zeros, equal and random weights, double
-wells, lasso and boxes, columns of task weights, minibatches. The truth is the hypergradient at the
+and not, float32 too), softmax with a free bias, tanh nets from zeros, equal and random weights,
+double wells, lasso and boxes, minibatches. The truth is the hypergradient at the
 minimiser that a dense Newton iteration in float64 finds from the inner solution; where the Hessian
 there has a negative eigenvalue there is none, and any trust is in error.
 """

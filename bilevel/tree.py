@@ -124,9 +124,20 @@ def inner(a: Tree, b: Tree) -> Tensor:
 
 
 def norm(vector: Tree) -> float:
-    """Euclidean norm of a vector."""
-    norms = [float(torch.linalg.vector_norm(x)) for x in leaves_of(vector) if is_variable(x)]
-    return math.hypot(*norms)
+    """Euclidean norm of a vector; large and small entries neither over- nor underflow."""
+    return math.hypot(*(_length(x) for x in leaves_of(vector) if is_variable(x)))
+
+
+def _length(x: Tensor) -> float:
+    size = float(torch.linalg.vector_norm(x))
+    limits = torch.finfo(x.dtype)
+    # Squares of the entries are far inside the range of the dtype: that is the rule.
+    if limits.tiny**0.5 / limits.eps < size < limits.max**0.5 * limits.eps or not x.numel():
+        return size
+    largest = float(torch.linalg.vector_norm(x, math.inf))
+    if not 0 < largest < math.inf:
+        return size if math.isnan(size) else largest
+    return largest * float(torch.linalg.vector_norm(x / largest))
 
 
 def check_leaves(tree: Tree, name: str) -> None:

@@ -170,3 +170,29 @@ def test_check_like_names_what_differs():
         tree.check_like({"a": real(2, 2), "k": 1.0}, x, "u", "who")
     with pytest.raises(StructureError, match=r"who: u must be .*'a'.*, got .*'b'"):
         tree.check_like({"b": real(2, 2), "k": 1}, x, "u", "who")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        *[(torch.float32, size) for size in (1e-30, 1e-25, 1e-20, 1e-5, 1e12, 1e25)],
+        *[(torch.float64, size) for size in (1e-250, 1e-160, 1.0, 1e200)],
+        *[(torch.float16, size) for size in (1e-6, 1.0, 6e3)],
+        *[(torch.bfloat16, size) for size in (1e-25, 1e25)],
+        *[(torch.complex64, size) for size in (1e-25, 1e25)],
+    ],
+    ids=str,
+)
+def test_a_norm_neither_overflows_nor_underflows(dtype, size):
+    x = torch.full((400,), size, dtype=dtype)
+    expected = float(x[0].abs()) * 20  # the number as it was rounded
+    tolerance = 100 * torch.finfo(dtype).eps
+    assert tree.norm({"x": x, "n": 3}) == pytest.approx(expected, rel=tolerance)
+    assert tree.norm([x, x]) == pytest.approx(expected * 2**0.5, rel=tolerance)
+
+
+def test_a_norm_tells_what_is_not_finite():
+    for bad in (math.inf, -math.inf, math.nan):
+        assert not math.isfinite(tree.norm(torch.tensor([1.0, bad])))
+    assert tree.norm(torch.zeros(3)) == 0
+    assert tree.norm(torch.zeros(0)) == 0

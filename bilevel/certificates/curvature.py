@@ -28,7 +28,7 @@ class Curvature:
     Attributes:
         smallest: least Ritz value, its real part; with columns that of the worst column.
         largest: magnitude of the largest Ritz value.
-        directions: products made.
+        directions: products made, by a probe that had to begin again those of each beginning.
         vector: unit vector of the least Ritz value; None where J is not symmetric.
     """
 
@@ -118,15 +118,16 @@ def _lanczos(operator: Operator, flat: Flat, start: Tensor, steps: int) -> Curva
 def _arnoldi(operator: Operator, flat: Flat, start: Tensor, steps: int) -> Curvature:
     # Ritz values of an operator that is not normal may lie where no eigenvalue is: one that says
     # "unstable" counts if it stays where it is when the space grows.
-    before = -math.inf
+    before, made = -math.inf, 0
     while True:
         _, squares = _basis(operator, flat, start, steps)
+        made += steps
         values = [torch.linalg.eigvals(H) for H in squares]
         least = min(float(each.real.min()) for each in values)
         largest = max(float(each.abs().max()) for each in values)
         settled = least >= 0 or abs(least - before) <= 0.1 * abs(least) or steps == flat.width
         if settled or steps >= 4 * DIRECTIONS:
-            return Curvature(least if settled else 0.0, largest, steps)
+            return Curvature(least if settled else 0.0, largest, made)
         before, steps = least, min(2 * steps, flat.width)
 
 
