@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # a file imports only from what stands above it. The files beside the rooms of the library are the
 # ground that they stand on, and their roof.
 ROOMS = {
-    "bilevel": ["errors", "tree", "checks", "settings", "drawing"],
+    "bilevel": ["errors", "tree", "records", "checks", "settings", "drawing"],
     "bilevel.autodiff": ["graphs", "gradients", "linearisation", "reversible"],
     "bilevel.dynamics": ["dynamics", "per_step", "steps", "problem", "compiled", "modules"],
     "bilevel.linear": [
@@ -25,7 +25,7 @@ ROOMS = {
         *("storage", "host", "disk", "schedule", "checkpointing", "randomness", "trajectory"),
         "memory",
     ],
-    "bilevel.outer": ["watching", "descent"],
+    "bilevel.outer": ["watching", "batches", "leaves", "descent"],
     "bilevel.control": ["lagrangian", "adjoint", "tangent", "rollout", "newton_cg", "solver"],
     "bilevel.prox": ["operators"],
     "bilevel.optim": ["rules", "descent", "adaptive"],

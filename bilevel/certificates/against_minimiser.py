@@ -167,6 +167,7 @@ class AgainstMinimiser(Certifier):
         return replace(
             known,
             error_estimate=judged.estimate,
+            error=judged.error + judged.missed,
             trustworthy=judged.estimate <= self.trust,
             corrected=judged.corrected if math.isfinite(judged.estimate) else None,
             reason=self._too_large(judged, _remedy(found)),
