@@ -25,7 +25,7 @@ from bilevel.methods.unrolled import Unrolled
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.outer.batches import paired
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory
-from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report
+from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
 from bilevel.solution import Hypergradient, Solution
 from bilevel.tree import Tree
 
@@ -240,7 +240,7 @@ class BilevelSolver:
             return float(found.value), found
 
         evaluate = Look(BILEVEL_WORDS, control).evaluated(at)
-        with carrying(lambda error: history.solution(params, str(error))):
+        with carrying(lambda error: history.solution(params, told(error))):
             descent.run(evaluate, optimizer, history.accept, history.trusted)
             if descent.converged:
                 history.keep(history.last)

@@ -20,7 +20,7 @@ from bilevel.dynamics.steps import first_infinite
 from bilevel.errors import ArgumentError
 from bilevel.outer.batches import grouped
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory, check_finite
-from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report
+from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
 from bilevel.records import Record
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import Plans
@@ -167,7 +167,7 @@ class ControlSolver:
             swept = partial(self._adjoint, plans)
             run = NewtonRun(make, given, swept, self.checkpointing, random)
             evaluate, make = run.evaluate, run.optimizer
-        with carrying(lambda error: _solution(descent, str(error))):
+        with carrying(lambda error: _solution(descent, told(error))):
             descent.run(look.evaluated(evaluate), make)
             last = look.evaluated(self._final)
             final, residuals = last(descent, observation, plans, random)

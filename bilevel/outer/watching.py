@@ -87,6 +87,11 @@ def carrying(so_far: Callable[[BaseException], Any]) -> Iterator[None]:
         raise
 
 
+def told(error: BaseException) -> str:
+    """What ended a solve, in words."""
+    return str(error) or type(error).__name__
+
+
 def report(message: str, on_failure: OnFailure, *, level: int = 3) -> None:
     """Warn, raise, or be silent, as asked."""
     if on_failure == "raise":

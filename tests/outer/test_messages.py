@@ -39,6 +39,15 @@ WALK = bl.Map(lambda u, c, t: u + c)
             "running(state, control, t)",
         ),
         (lambda: bl.ControlSolver(lambda: None), "build(batch)"),
+        (
+            lambda: bl.weighted_problem(lambda w: w, lambda w, b: w, bl.TaskWeights(2)),
+            "train_losses(params, batch)",
+        ),
+        (
+            lambda: bl.weighted_problem(lambda w, b: w, [lambda w: w], bl.TaskWeights(2)),
+            "validation_losses(params, batch)",
+        ),
+        (lambda: bl.adapt(bl.optim.SGD(0.1), ZERO, lambda w, batch: w, 1), "task(params)"),
     ],
 )
 def test_a_function_of_other_arguments_is_refused_where_it_is_given(make, message):
