@@ -44,5 +44,5 @@ def brief(value: Any) -> str:
         if isinstance(value, Tensor):
             return f"{tree.kind(value)}{size}"
         return f"<{len(tensors)} tensors, {sum(x.numel() for x in tensors)} numbers{size}>"
-    plain = isinstance(value, bool | int)
+    plain = isinstance(value, bool | int) or value == []
     return str(value) if plain else f"<{type(value).__name__}>"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -184,7 +185,8 @@ class BilevelSolver:
         """Minimise the outer objective over the control, from `control`.
 
         Args:
-            params: where the first inner iteration starts.
+            params: where the first inner iteration starts; values alone, so that a tensor in two
+                places is two variables there.
             control: to begin with; it is copied, not changed. A tensor that stands in several
                 places is one variable, and stays one.
             optimizer: makes a `torch.optim` optimiser of the `outer.Leaves` it is given, a list of
@@ -286,7 +288,7 @@ class BilevelSolver:
     def _found(self, instance: Instance) -> Found:
         """What the method answers; errors say what a reader of this file would know."""
         try:
-            return self.method.find(instance)
+            found = self.method.find(instance)
         except LostGradientError as error:
             last = (
                 isinstance(self.method, OneStep) or getattr(self.method, "last", None) is not None
@@ -308,6 +310,15 @@ class BilevelSolver:
                 f"control {control}: are they in this order?"
             )
             raise
+        outer = found.outer
+        slopes = [] if outer is None else tree.leaves_of((outer.in_params, outer.in_control))
+        if slopes and not any(map(tree.is_variable, slopes)):
+            raise LostGradientError(
+                "the outer objective depends neither on the params nor on the control in a way "
+                "that can be differentiated: an argmax, a comparison or a detach() cuts it off; "
+                "take a loss that is smooth, such as a cross-entropy for an accuracy."
+            )
+        return found
 
     def _instance(
         self,
@@ -409,9 +420,11 @@ class _History:
                 "its certificate trusts it" if judged else "nobody judged it: no certificate",
             )
         # Near an outer optimum the hypergradient goes to zero and its relative error means nothing.
-        negligible = NEGLIGIBLE * self._trust * self._largest
+        # Where the terms that cancel in it are rounded, no more can be asked for.
+        rounding = 16 * max(torch.finfo(x.dtype).eps for x in self._descent.leaves)
+        share = max(NEGLIGIBLE * self._trust, min(rounding, self._trust))
         error = _error(found, self._norm(found))
-        if error <= max(negligible, self._descent.loop.tolerance):
+        if error <= max(share * self._largest, self._descent.loop.tolerance):
             return True, f"its error, {error:.1e}, is negligible in this descent"
         return False, found.complaint
 

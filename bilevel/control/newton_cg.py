@@ -12,6 +12,7 @@ from bilevel import autodiff, tree
 from bilevel.checks import check_kind, check_range, check_whole
 from bilevel.control.adjoint import Adjoint
 from bilevel.control.tangent import hvp
+from bilevel.dynamics.per_step import Look
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.errors import ArgumentError, DivergenceError
 from bilevel.linear.cg import CG
@@ -136,8 +137,10 @@ class NewtonRun:
         evaluate: Callable[[ControlProblem, Tree, Tree, int], Adjoint],
         checkpointing: Checkpointing | Budget | None,
         random: RandomState,
+        look: Look,
     ) -> None:
         # `random` is where the generators stand at each evaluation: every one draws the same.
+        self._look = look
         self._settings, self._given, self._evaluate = settings, given, evaluate
         self._checkpointing, self._random = checkpointing, random
         self._step = 0
@@ -171,5 +174,6 @@ class NewtonRun:
         _, control, _ = self._known
         self._random.restore()
         along = self._leaves.spread(direction)
-        found = hvp(*self._problem, control, along, checkpointing=self._checkpointing)
+        with self._look.on():
+            found = hvp(*self._problem, control, along, checkpointing=self._checkpointing)
         return self._leaves.gathered(found.product)

@@ -165,7 +165,7 @@ class ControlSolver:
             random = RandomState.capture(devices_of((observation, control)))
             given = partial(self._given, observation)
             swept = partial(self._adjoint, plans)
-            run = NewtonRun(make, given, swept, self.checkpointing, random)
+            run = NewtonRun(make, given, swept, self.checkpointing, random, look)
             evaluate, make = run.evaluate, run.optimizer
         with carrying(lambda error: _solution(descent, told(error))):
             descent.run(look.evaluated(evaluate), make)

@@ -19,8 +19,8 @@ from bilevel.tree import Tree
 class PerStep:
     """A control with one tree per step: `step` and running costs receive theirs, theta_t.
 
-    Any control that is not a `PerStep` is shared by all steps and given whole. In a `solve` a tensor
-    that stands at several steps is one variable for all of them: ``n * [zero]`` is one number.
+    Any control that is not a `PerStep` is shared by all steps and given whole. In a `solve` a
+    tensor that stands at several steps is one variable: ``n * [zero]`` is one number for all.
 
     Attributes:
         steps: theta_1, ..., theta_T.

@@ -118,6 +118,14 @@ def test_an_argmax_for_an_outer_objective_is_named(method):
         solver.hypergradient(real(1, 3), real(2, 3))
 
 
+@pytest.mark.parametrize("method", [bl.MLM(), bl.Unrolled(), bl.Implicit()], ids=repr)
+def test_an_accuracy_for_an_outer_objective_is_no_gradient_of_zero(method):
+    problem = bl.BilevelProblem(inner, lambda w, a, batch: (w > 0).double().mean())
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.5), 30, method)
+    with pytest.raises(LostGradientError, match="a comparison"):
+        solver.hypergradient(real(1, 3), real(2, 3))
+
+
 @pytest.mark.parametrize("method", [bl.OneStep(), bl.MLM(last=2)], ids=repr)
 def test_a_start_that_truncation_never_comes_to_is_named(method):
     problem = bl.BilevelProblem(
