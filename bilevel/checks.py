@@ -1,7 +1,8 @@
 """Checks of what users pass: counts, ranges, kinds, choices, scalars; each written once."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -63,6 +64,21 @@ def check_kind(value: Any, kind: Any, name: str, wanted: str) -> None:
         raise ArgumentError(f"{name} must be {wanted}, got {came}.")
 
 
+def check_arguments(function: Callable[..., Any], name: str, *arguments: str) -> None:
+    """Refuse a function that cannot be called with these positional arguments."""
+    try:
+        found = signature(function)
+    except (TypeError, ValueError):  # some callables have no signature to look at
+        return
+    try:
+        found.bind(*arguments)
+    except TypeError as error:
+        raise ArgumentError(
+            f"{name} is called as {name}({', '.join(arguments)}), and that does not fit "
+            f"{found}: {error}. Let it take these arguments in this order."
+        ) from None
+
+
 def check_choice(value: Any, choices: Sequence[str], name: str) -> None:
     """Refuse anything but one of a few words."""
     if value not in choices:
@@ -73,8 +89,12 @@ def check_choice(value: Any, choices: Sequence[str], name: str) -> None:
 def check_scalar(value: Any, name: str) -> Tensor:
     """`value` if it is a real scalar tensor."""
     if not isinstance(value, Tensor) or value.ndim or not value.is_floating_point():
+        whole = isinstance(value, Tensor) and not tree.is_variable(value)
+        advice = (
+            "; an argmax or a count has no gradient, take a loss that is smooth" if whole else ""
+        )
         raise StructureError(
-            f"{name} must return a real scalar tensor of shape (), got {tree.kind(value)}."
+            f"{name} must return a real scalar tensor of shape (), got {tree.kind(value)}{advice}."
         )
     return value
 

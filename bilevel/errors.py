@@ -1,8 +1,18 @@
 """What can go wrong, each under `BilevelError` and under the built-in it refines."""
 
+from typing import Any
+
 
 class BilevelError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    Attributes:
+        progress: where a `solve` that it ended had come to: a `Solution` or `ControlSolution` with
+            the last finite control and the history so far. None elsewhere. Errors of other kinds
+            that end a `solve`, `KeyboardInterrupt` among them, get the same attribute.
+    """
+
+    progress: Any = None
 
 
 class ArgumentError(BilevelError, ValueError):

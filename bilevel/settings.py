@@ -46,13 +46,27 @@ Setting = float | Tensor | Callable[[Tree], Any] | ByStep
 
 def at_step(setting: Any, t: int) -> Any:
     """What `setting` is at inner step `t`: itself, unless it is a `ByStep`."""
-    return setting.value(t) if isinstance(setting, ByStep) else setting
+    return _asked(setting.value, t, t) if isinstance(setting, ByStep) else setting
 
 
 def setting_at(setting: Setting, control: Tree, t: int) -> Any:
     """A number, a tensor, or a tree like the params: `setting` at step `t` and a control."""
     value = at_step(setting, t)
-    return value(control) if callable(value) else value
+    if not callable(value):
+        return value
+    return _asked(value, control, t) if isinstance(setting, ByStep) else value(control)
+
+
+def _asked(function: Callable[[Any], Any], argument: Any, t: int) -> Any:
+    """What a function of the user's gives for step `t`; a list that is too short is named."""
+    try:
+        return function(argument)
+    except (LookupError, StopIteration) as error:
+        raise ArgumentError(
+            f"a ByStep has nothing for inner step {t} ({type(error).__name__}: {error}): give it "
+            "every step t = 1, 2, ..., as rates[(t - 1) % len(rates)] does, or begin each inner "
+            "iteration at step 1 by warm_start=False; with a warm start t goes on counting."
+        ) from error
 
 
 def for_each(value: Any, params: Tree, name: str) -> Tree:

@@ -10,12 +10,16 @@ from bilevel.certificates.certificate import Certificate
 from bilevel.drawing import new_figure
 from bilevel.linear.operator import LinearResult
 from bilevel.methods.base import Truncation, Warm
+from bilevel.records import Record
 from bilevel.tree import Tree
 
 
-@dataclass(frozen=True, eq=False)
-class Hypergradient:
+@dataclass(frozen=True, eq=False, repr=False)
+class Hypergradient(Record):
     """A hypergradient and how far it can be trusted; everything detached.
+
+    So `value` inside an objective or a loss of one's own is a constant there, and hands no gradient
+    on; what does is `gradient`, as in ``control.backward(found.gradient)``.
 
     Attributes:
         value: F at the inner solution that was reached, real scalar.
@@ -48,8 +52,8 @@ class Hypergradient:
         return self.linear.message if self.linear and not self.linear.converged else None
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
+@dataclass(frozen=True, eq=False, repr=False)
+class Solution(Record):
     """The control found, and how.
 
     Attributes:
@@ -61,9 +65,13 @@ class Solution:
             None if there was none.
         values: F before each update.
         gradient_norms: of the hypergradient before each update.
-        certificates: of the hypergradients before each update; empty if they are switched off.
+        certificates: of the hypergradients before each update, and of one whose norm was within the
+            tolerance; without what they hold of the control's size, which the last hypergradient
+            has. Empty if they are switched off.
         steps: updates made.
-        converged: whether the norm of the hypergradient came down to the tolerance.
+        converged: whether the norm of the hypergradient came down to the tolerance, and its
+            certificate trusted it, or nobody judged it.
+        reason: why it ended, in words; of a converged one, which of the two.
     """
 
     control: Tree
@@ -76,6 +84,7 @@ class Solution:
     certificates: list[Certificate]
     steps: int
     converged: bool
+    reason: str
 
     def plot(self) -> Any:
         """Outer objective, norm of the hypergradient and its estimated error over the updates.

@@ -2,27 +2,37 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import tree
 from bilevel.certificates.against_minimiser import AgainstMinimiser
+from bilevel.certificates.against_steps import AgainstSteps
 from bilevel.certificates.certificate import Certificate, Certifier
 from bilevel.checks import check_choice, check_kind, check_range, check_whole
-from bilevel.dynamics.per_step import PerStep
-from bilevel.errors import ArgumentError, DivergenceError
+from bilevel.dynamics.per_step import BILEVEL_WORDS, Look, PerStep
+from bilevel.dynamics.steps import walk
+from bilevel.errors import ArgumentError, BilevelError, DivergenceError, LostGradientError
 from bilevel.inner.problem import BilevelProblem
-from bilevel.methods.base import HypergradientMethod, Instance, Warm
+from bilevel.methods.base import Found, HypergradientMethod, Instance, Warm
 from bilevel.methods.mlm import MLM
+from bilevel.methods.one_step import OneStep
+from bilevel.methods.unrolled import Unrolled
 from bilevel.optim.rules import InnerOptimizer
-from bilevel.outer.descent import Loop, MakeOptimizer, adam, descend
-from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, above_tolerance, report
+from bilevel.outer.batches import paired
+from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory
+from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
 from bilevel.solution import Hypergradient, Solution
 from bilevel.tree import Tree
+
+FROM_WARM = "the inner steps made from a warm start, which are no fixed function of the control"
+CARRIED = 1e-2  # fall of the inner residual from which the steps carry the gradient
+NEGLIGIBLE = 1e-6  # error relative to trust and the largest hypergradient of a descent
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class BilevelSolver:
         outer_batch: Any = None,
         linear_batch: Any = None,
         warm: Warm | None = None,
+        inner_tolerance: float | None = None,
     ) -> Hypergradient:
         """Value and gradient of the outer objective at the inner solution.
 
@@ -98,6 +109,10 @@ class BilevelSolver:
                 needed for trust if that is a `ByStep`.
             warm: of an earlier hypergradient, to go on from there instead of `params`. A problem
                 with `start` always begins there, and takes the linear solution alone.
+            inner_tolerance: end the inner iteration where the norm of its residual is at most this.
+                `MLM`, `Unrolled` and `OneStep` differentiate the steps made: theirs goes on until
+                the residual is also a hundredth of what it was at first, and from a start within
+                the tolerance to the last step, since none or few do not carry the gradient.
 
         Returns:
             The hypergradient, the inner solution and the certificate.
@@ -110,9 +125,11 @@ class BilevelSolver:
             DivergenceError: if something is not finite; it names the inner step where that began.
             ConvergenceError: if it is not trustworthy and `on_failure` is "raise".
         """
-        found = self._find(
-            self._instance(params, control, inner_batch, outer_batch, warm, linear_batch)
+        instance = self._instance(
+            params, control, inner_batch, outer_batch, linear_batch, warm, inner_tolerance
         )
+        with Look(BILEVEL_WORDS, control).on():
+            found = self._find(instance)
         if found.complaint is not None:
             report(found.complaint, self.on_failure)
         return found
@@ -137,7 +154,7 @@ class BilevelSolver:
         Returns:
             Real scalar, detached; `hypergradient(...).value`.
         """
-        instance = self._instance(params, control, inner_batch, outer_batch, warm)
+        instance = self._instance(params, control, inner_batch, outer_batch, warm=warm)
         return instance.outer(self.optimizer.params(instance.iterated.state), instance.control)
 
     def advance(
@@ -154,7 +171,7 @@ class BilevelSolver:
         Returns:
             Where they led; `optimizer.params(warm.state)` are the params.
         """
-        return self._instance(params, control, inner_batch, None, warm).iterated
+        return self._instance(params, control, inner_batch, None, warm=warm).iterated
 
     def solve(
         self,
@@ -162,8 +179,8 @@ class BilevelSolver:
         control: Tree,
         optimizer: MakeOptimizer = adam,
         steps: int = 200,
-        batches: Iterable[tuple[Any, Any]] | None = None,
-        warm_start: bool = True,
+        batches: Iterable[tuple[Any, Any]] | tuple[Iterable[Any], Iterable[Any]] | None = None,
+        warm_start: bool | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         project: Callable[[Tree], Tree] | None = None,
         linear_batch: Any = None,
@@ -175,22 +192,29 @@ class BilevelSolver:
         """Minimise the outer objective over the control, from `control`.
 
         Args:
-            params: where the first inner iteration starts.
-            control: to begin with; it is copied, not changed.
-            optimizer: makes a `torch.optim` optimiser from a list of tensors; called once.
-                `step(closure)` is used always, so that LBFGS works.
+            params: where the first inner iteration starts; values alone, so that a tensor in two
+                places is two variables there.
+            control: to begin with; it is copied, not changed. A tensor that stands in several
+                places is one variable, and stays one.
+            optimizer: makes a `torch.optim` optimiser of the `outer.Leaves` it is given, a list of
+                tensors that knows their names; called once. `step(closure)` is used always, so that
+                LBFGS works.
             steps: updates at most.
-            batches: pairs (inner_batch, outer_batch), one an update, begun again when they end;
-                None gives both objectives None.
+            batches: pairs (inner_batch, outer_batch), one an update and each a tuple, begun again
+                when they end; or a pair (inner_loader, outer_loader), such as two DataLoaders, each
+                begun again when it ends. None gives both objectives None.
             warm_start: go on from the inner state, the step count and the linear solution of the
-                update before; False starts every inner iteration at `params`.
-            scheduler: makes a learning-rate scheduler, stepped once an update.
+                update before; False starts every inner iteration at `params`. None is True, but
+                False with `AgainstSteps`, and with an `inner_tolerance` where the method
+                differentiates the steps: those are steps from `params`.
+            scheduler: makes a learning-rate scheduler, stepped once an update; a
+                `ReduceLROnPlateau` gets the outer objective.
             project: maps the control into its feasible set after each update.
             linear_batch: as in `hypergradient`, for all updates.
-            inner_tolerance: end an inner iteration where the norm of its residual is at most this.
-                A method that keeps the trajectory first iterates once more to find the number of
-                steps.
-            tolerance: stop when the norm of the hypergradient is at most this.
+            inner_tolerance: as in `hypergradient`. A method that keeps the trajectory first
+                iterates once more to find the number of steps.
+            tolerance: stop when the norm of the hypergradient is at most this, if its certificate
+                trusts it or there is none.
             callback: called after each update; True stops the iteration.
             progress: show a bar, by rich or tqdm.
 
@@ -201,54 +225,55 @@ class BilevelSolver:
             ArgumentError: if a setting is out of range or the batches are empty.
             ConvergenceError: if `on_failure` is "raise", and a hypergradient is not trustworthy or
                 the tolerance was not reached.
-            DivergenceError: if something is not finite; it names the outer iteration, and the
-                inner step where that began.
+            DivergenceError: if something is not finite, the control after an update too; it names
+                the outer iteration, and the inner step where that began. Whatever ends a solve
+                early has the attribute `progress`, the record so far.
         """
-        if inner_tolerance is not None:
-            check_range(inner_tolerance, "inner_tolerance", above=0)
-        loop = Loop(steps, batches, scheduler, project, tolerance, callback, progress)
-        history = _History(self.on_failure)
+        check_factory(optimizer)
+        pairs = None if batches is None else paired(batches)
+        loop = Loop(steps, pairs, scheduler, project, tolerance, callback, progress)
+        if warm_start is None:
+            counted = inner_tolerance is not None and self._differentiates_steps
+            warm_start = not (counted or isinstance(self.certificate, AgainstSteps))
+        descent = Descent(control, loop)
+        history = _History(descent, self.on_failure, getattr(self.certificate, "trust", 0.0))
 
-        def evaluate(alpha: Tree, batch: Any, step: int) -> tuple[float, Hypergradient]:
+        def at(alpha: Tree, batch: Any, step: int) -> tuple[float, Hypergradient]:
             warm = history.warm if warm_start else None
+            inner, outer = (None, None) if batch is None else batch
+            instance = self._instance(
+                params, alpha, inner, outer, linear_batch, warm, inner_tolerance
+            )
             try:
-                found = self._find(
-                    self._instance(
-                        params, alpha, *_pair(batch), warm, linear_batch, inner_tolerance
-                    )
-                )
+                found = self._find(instance)
             except DivergenceError as error:
                 raise DivergenceError(f"iteration {step}: {error}") from error
             history.judge(found, step)
             return float(found.value), found
 
-        done = descend(evaluate, control, optimizer, loop, history.accept)
-        steps = len(done.costs)
-        value, norm, found = done.last or (math.nan, math.nan, None)
-        converged = done.converged
-        if batches is None and not converged:
-            value, found = evaluate(done.control, None, steps)
-            norm = tree.norm(found.gradient)
-            converged = tolerance > 0 and norm <= tolerance
-        if history.complaints:
-            report(history.summary(steps), self.on_failure)
-        if tolerance > 0 and not converged:
-            report(above_tolerance(norm, tolerance, steps), self.on_failure)
-        return Solution(
-            done.control,
-            found.params if found is not None else params,
-            value,
-            norm,
-            found,
-            done.costs,
-            done.gradient_norms,
-            history.certificates,
-            steps,
-            converged,
-        )
+        evaluate = Look(BILEVEL_WORDS, control).evaluated(at)
+        with carrying(lambda error: history.solution(params, told(error))):
+            descent.run(evaluate, optimizer, history.accept, history.trusted)
+            if descent.converged:
+                history.keep(history.last)
+            elif batches is None:
+                evaluate(descent.control, None, len(descent.costs))
+            solution = history.solution(params)
+            if history.complaints:
+                report(history.summary(), self.on_failure)
+            if tolerance > 0 and not solution.converged:
+                report(solution.reason, self.on_failure)
+        return solution
+
+    @property
+    def _differentiates_steps(self) -> bool:
+        return isinstance(self.method, MLM | Unrolled | OneStep)
 
     def _find(self, instance: Instance) -> Hypergradient:
-        found = self.method.find(instance)
+        if instance.inner_tolerance is not None and self._differentiates_steps:
+            steps = _steps_that_carry(instance, instance.inner_tolerance)
+            instance = replace(instance, inner_steps=steps, inner_tolerance=None)
+        found = self._found(instance)
         norm = tree.norm(found.gradient)
         if not (math.isfinite(float(found.value)) and math.isfinite(norm)):
             raise DivergenceError(
@@ -257,6 +282,9 @@ class BilevelSolver:
                 "division at zero in the objectives, or take a smaller step size."
             )
         certificate = self.certificate and self.certificate.certify(instance, found)
+        begun = instance.warm is not None and self.problem.start is None
+        if certificate and begun and isinstance(self.certificate, AgainstSteps):
+            certificate = replace(certificate, target=FROM_WARM)
         return Hypergradient(
             found.value,
             found.gradient,
@@ -268,14 +296,49 @@ class BilevelSolver:
             found.flaw,
         )
 
+    def _found(self, instance: Instance) -> Found:
+        """What the method answers; errors say what a reader of this file would know."""
+        try:
+            found = self.method.find(instance)
+        except LostGradientError as error:
+            last = (
+                isinstance(self.method, OneStep) or getattr(self.method, "last", None) is not None
+            )
+            if self.problem.start is None or not last:
+                raise
+            raise LostGradientError(
+                f"{error} {type(self.method).__name__} reverses the last inner steps alone and "
+                "never comes to the start: learn a start with MLM() or Unrolled()."
+            ) from error
+        except BilevelError:
+            raise
+        except Exception as error:
+            params, control = (
+                tree.map_leaves(tree.kind, value) for value in (instance.params, instance.control)
+            )
+            error.add_note(
+                f"It came from an objective (params, control, batch) with params {params} and "
+                f"control {control}: are they in this order?"
+            )
+            raise
+        outer = found.outer
+        slopes = [] if outer is None else tree.leaves_of((outer.in_params, outer.in_control))
+        if slopes and not any(map(tree.is_variable, slopes)):
+            raise LostGradientError(
+                "the outer objective depends neither on the params nor on the control in a way "
+                "that can be differentiated: an argmax, a comparison or a detach() cuts it off; "
+                "take a loss that is smooth, such as a cross-entropy for an accuracy."
+            )
+        return found
+
     def _instance(
         self,
         params: Tree,
         control: Tree,
         inner_batch: Any,
         outer_batch: Any,
-        warm: Warm | None,
         linear_batch: Any = None,
+        warm: Warm | None = None,
         inner_tolerance: float | None = None,
     ) -> Instance:
         for name, value in (("params", params), ("control", control)):
@@ -284,6 +347,8 @@ class BilevelSolver:
                 raise ArgumentError(
                     f"{name} must hold a floating-point or complex tensor, got {value!r}."
                 )
+        if inner_tolerance is not None:
+            check_range(inner_tolerance, "inner_tolerance", above=0)
         if isinstance(control, PerStep):
             raise ArgumentError(
                 "the control of a bilevel problem is shared by all inner steps, got a PerStep: "
@@ -298,50 +363,121 @@ class BilevelSolver:
             tree.detach(control),
             inner_batch,
             outer_batch,
-            linear_batch,
-            warm,
-            inner_tolerance,
+            linear_batch=linear_batch,
+            warm=warm,
+            inner_tolerance=inner_tolerance,
         )
 
 
-def _pair(batch: Any) -> tuple[Any, Any]:
-    if batch is None:
-        return None, None
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise ArgumentError(
-            "batches must give pairs (inner_batch, outer_batch), got "
-            f"{type(batch).__name__}; use zip(inner_batches, outer_batches)."
-        )
-    return batch[0], batch[1]
+def _steps_that_carry(instance: Instance, tolerance: float) -> int:
+    """Inner steps until the residual is within the tolerance, and has fallen to a hundredth."""
+    # The steps carry the derivative of where they lead as far as they contract. From a start that
+    # is within the tolerance already they would carry nothing, and the residual does not tell.
+    first, made, dynamics = math.inf, 0, instance.dynamics
+    states = walk(dynamics, instance.observation, instance.control, instance.inner_steps)
+    for made, state in enumerate(states):
+        if made % 10:
+            continue
+        params = dynamics.readout(tree.detach(state))
+        size = tree.norm(dynamics.residual(params, instance.control, made + 1))
+        first = size if not made else first
+        if first > tolerance >= size and size <= CARRIED * first:
+            break
+    return made
 
 
 class _History:
     """What `solve` carries from one update to the next."""
 
-    def __init__(self, on_failure: OnFailure) -> None:
+    def __init__(self, descent: Descent, on_failure: OnFailure, trust: float) -> None:
         self.warm: Warm | None = None
         self.certificates: list[Certificate] = []
         self.complaints: list[tuple[int, str]] = []
-        self._on_failure: OnFailure = on_failure
+        self._descent, self._on_failure, self._trust = descent, on_failure, trust
+        self.last: Hypergradient | None = None
+        self._largest = 0.0  # norm of a hypergradient so far
 
     def judge(self, found: Hypergradient, step: int) -> None:
         """Note a hypergradient that is not trustworthy; raise at once if asked to."""
-        if found.complaint is None:
+        self.last, self._largest = found, max(self._largest, self._norm(found))
+        trusted, complaint = self._verdict(found)
+        if trusted:
             return
         if self._on_failure == "raise":
-            report(f"iteration {step}: {found.complaint}", self._on_failure)
-        self.complaints.append((step, found.complaint))
+            report(f"iteration {step}: {complaint}", self._on_failure)
+        self.complaints.append((step, complaint))
 
     def accept(self, found: Hypergradient) -> None:
         """Start the next update from here: all evaluations of one update start at the same."""
         self.warm = found.warm
-        if found.certificate is not None:
-            self.certificates.append(found.certificate)
+        self.keep(found)
 
-    def summary(self, steps: int) -> str:
+    def keep(self, found: Hypergradient | None) -> None:
+        """Keep what its certificate says."""
+        if found is not None and found.certificate is not None:
+            # Without what is of the control's size: there is one an update.
+            self.certificates.append(replace(found.certificate, correction=None))
+
+    def trusted(self, found: Hypergradient) -> bool:
+        """Whether its small norm may end the descent."""
+        return self._verdict(found)[0]
+
+    def _norm(self, found: Hypergradient) -> float:
+        return tree.norm(self._descent.leaves.gathered(found.gradient))
+
+    def _verdict(self, found: Hypergradient) -> tuple[bool, str]:
+        """Whether it may be trusted, and who says so, or why not."""
+        if found.complaint is None:
+            judged = found.certificate is not None
+            return (
+                True,
+                "its certificate trusts it" if judged else "nobody judged it: no certificate",
+            )
+        # Near an outer optimum the hypergradient goes to zero and its relative error means nothing.
+        # Where the terms that cancel in it are rounded, no more can be asked for.
+        rounding = 16 * max(torch.finfo(x.dtype).eps for x in self._descent.leaves)
+        share = max(NEGLIGIBLE * self._trust, min(rounding, self._trust))
+        error = _error(found, self._norm(found))
+        if error <= max(share * self._largest, self._descent.loop.tolerance):
+            return True, f"its error, {error:.1e}, is negligible in this descent"
+        return False, found.complaint
+
+    def summary(self) -> str:
         """One sentence for all complaints."""
         first, complaint = self.complaints[0]
         return (
-            f"{len(self.complaints)} hypergradients of {steps} updates are not trustworthy; the "
-            f"first, of iteration {first}: {complaint}"
+            f"{len(self.complaints)} hypergradients of {len(self._descent.costs)} updates are not "
+            f"trustworthy; the first, of iteration {first}: {complaint}"
         )
+
+    def solution(self, params: Tree, reason: str = "") -> Solution:
+        """The record of what was reached; `reason` is what ended it early, if anything."""
+        descent, found = self._descent, self.last
+        value, norm, converged, judged = math.nan, math.nan, False, "nothing was evaluated"
+        if found is not None:
+            value, norm = float(found.value), self._norm(found)
+            trusted, judged = self._verdict(found)
+            converged = trusted and not reason and norm <= descent.loop.tolerance > 0
+        return Solution(
+            descent.control,
+            params if found is None else found.params,
+            value,
+            norm,
+            found,
+            descent.costs,
+            descent.gradient_norms,
+            self.certificates,
+            len(descent.costs),
+            converged,
+            reason or descent.ending(norm, converged=converged, judged=judged),
+        )
+
+
+def _error(found: Hypergradient, norm: float) -> float:
+    """Norm of the error of a hypergradient, as its certificate estimates it."""
+    if found.certificate is None:
+        return math.inf
+    relative = found.certificate.error_estimate  # to the true one, of norm at most |h| / (1 - e)
+    return min(
+        found.certificate.error, relative / (1 - relative) * norm if relative < 1 else math.inf
+    )

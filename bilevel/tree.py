@@ -7,7 +7,7 @@ leaf that is not a variable.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import optree
@@ -146,8 +146,19 @@ def check_leaves(tree: Tree, name: str) -> None:
         if not (leaf is None or isinstance(leaf, Tensor | int)):
             raise StructureError(
                 f"{leaf_names(tree, name)[i]} must be a tensor (or an integer, which is carried "
-                f"unchanged), got {type(leaf).__name__}; wrap it with torch.as_tensor."
+                f"unchanged), got {type(leaf).__name__}; {_remedy(leaf)}."
             )
+
+
+def _remedy(leaf: Any) -> str:
+    if isinstance(leaf, torch.nn.Module):
+        return "bilevel.functional(module) gives its parameters as a tree, and a function of them"
+    if isinstance(leaf, Iterator):
+        return (
+            "an iterator is read once: pass a list, or for the parameters of a module the tree "
+            "that bilevel.functional(module) gives"
+        )
+    return "wrap it with torch.as_tensor"
 
 
 def alike(a: Tree, b: Tree) -> bool:

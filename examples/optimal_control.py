@@ -37,7 +37,7 @@ def terminal(x: Tensor, _control: bl.PerStep) -> Tensor:
 # %% The problem, and Algorithm 2 with L-BFGS
 problem = bl.ControlProblem(bl.Map(runge_kutta), terminal, N_STEPS)
 start = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-rest = bl.PerStep([torch.zeros((), dtype=torch.float64)] * N_STEPS)
+rest = bl.PerStep([torch.zeros((), dtype=torch.float64) for _ in range(N_STEPS)])
 
 solver = bl.ControlSolver(
     problem,

@@ -264,7 +264,7 @@ def test_cg_at_a_saddle_says_indefinite_and_names_what_to_use():
             lambda w, a, b: square(w),
             lambda w, a, b: square(w),
             LostGradientError,
-            "control reaches no cost",
+            "control reaches no objective, neither directly nor through the inner steps",
         ),
         (
             lambda w, a, b: square(a),

@@ -195,6 +195,7 @@ class AgainstMinimiser(Certifier):
         return replace(
             known,
             error_estimate=judged.estimate,
+            error=judged.error + judged.missed,
             error_by_leaf=judged.by_part,
             trustworthy=not reason,
             correction=judged.corrected if math.isfinite(judged.estimate) else None,

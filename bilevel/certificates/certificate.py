@@ -30,6 +30,8 @@ class Certificate:
         bound: bound of the relative error, where constants were given; it may be infinite.
         batch: which inner batch the residual and the estimate are of.
         reason: why it is not trustworthy; empty if it is.
+        error: norm of its error, as estimated; infinite where no estimate is sound. Near an outer
+            optimum it tells what the relative one cannot.
     """
 
     target: str
@@ -45,6 +47,7 @@ class Certificate:
     bound: float | None = None
     batch: str = ""
     reason: str = ""
+    error: float = math.inf
 
     def corrected(self) -> Tree:
         """A better hypergradient, found on the way; None without a sound estimate."""

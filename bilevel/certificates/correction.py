@@ -141,8 +141,10 @@ def correct(here: Point, products: int) -> Correction:
     step = solve(here.operator, here.residual.value, 1e-6, products // 2)
     found = Correction(here, step.products, smallest(step, here.residual.value))
     if flaw := flaw_of(step, "the system of the Newton correction"):
-        # Rounding has a part in directions that are flat: where no more than that is left, the
-        # system without a solution says nothing of the point.
+        # Rounding has a part in directions that are flat. A right-hand side of nothing else needs
+        # no correction, and its run judges nothing; where no more than that is left, it is solved.
+        if here.size <= here.rounding:
+            return found
         negative = step.ritz is not None and step.ritz < 0
         if negative or step.residual * here.size > here.rounding:
             return replace(found, flaw=flaw)

@@ -12,11 +12,13 @@ from bilevel import autodiff, tree
 from bilevel.checks import check_kind, check_range, check_whole
 from bilevel.control.adjoint import Adjoint
 from bilevel.control.tangent import hvp
+from bilevel.dynamics.per_step import Look
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.errors import ArgumentError, DivergenceError
 from bilevel.linear.cg import CG
 from bilevel.linear.operator import LinearSolver, Operator
 from bilevel.outer.descent import StandstillError
+from bilevel.outer.leaves import Leaves
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.randomness import RandomState
 from bilevel.tree import Tree
@@ -135,17 +137,21 @@ class NewtonRun:
         evaluate: Callable[[ControlProblem, Tree, Tree, int], Adjoint],
         checkpointing: Checkpointing | Budget | None,
         random: RandomState,
+        look: Look,
     ) -> None:
         # `random` is where the generators stand at each evaluation: every one draws the same.
+        self._look = look
         self._settings, self._given, self._evaluate = settings, given, evaluate
         self._checkpointing, self._random = checkpointing, random
         self._step = 0
+        self._leaves: Leaves | None = None
         self._problem: tuple[ControlProblem, Tree] | None = None
         self._known: tuple[list[int], Tree, Adjoint] | None = None
 
-    def optimizer(self, parameters: list[Tensor]) -> Optimizer:
+    def optimizer(self, leaves: Leaves) -> Optimizer:
         """Makes the optimiser of the control."""
-        return NewtonSteps(parameters, self._settings, self._product)
+        self._leaves = leaves
+        return NewtonSteps(leaves, self._settings, self._product)
 
     def evaluate(self, control: Tree, batch: Any, step: int) -> tuple[float, Adjoint]:
         """Cost and gradient; again only where control or batch have changed."""
@@ -163,18 +169,11 @@ class NewtonRun:
 
     def _product(self, direction: list[Tensor]) -> list[Tensor]:
         """The Hessian where `evaluate` was last, times a direction of the variables."""
-        if self._problem is None or self._known is None:
+        if self._problem is None or self._known is None or self._leaves is None:
             raise ArgumentError("a Hessian product needs an evaluation before it.")
         _, control, _ = self._known
-        leaves, structure = tree.flatten(control)
-        each = iter(direction)
-        along = [next(each) if tree.is_variable(x) else None for x in leaves]
         self._random.restore()
-        found = hvp(
-            *self._problem,
-            control,
-            tree.unflatten(structure, along),
-            checkpointing=self._checkpointing,
-        )
-        products = zip(leaves, tree.leaves_of(found.product), strict=True)
-        return [h for x, h in products if tree.is_variable(x)]
+        along = self._leaves.spread(direction)
+        with self._look.on():
+            found = hvp(*self._problem, control, along, checkpointing=self._checkpointing)
+        return self._leaves.gathered(found.product)

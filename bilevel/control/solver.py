@@ -10,15 +10,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import tree
-from bilevel.checks import check_choice, check_whole
+from bilevel.checks import check_arguments, check_choice, check_whole
 from bilevel.control.adjoint import Adjoint, adjoint
 from bilevel.control.lagrangian import KKT, kkt
 from bilevel.control.newton_cg import NewtonCG, NewtonRun
+from bilevel.dynamics.per_step import CONTROL_WORDS, Look
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.dynamics.steps import first_infinite
 from bilevel.errors import ArgumentError
-from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_finite, cycled, descend
-from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, above_tolerance, report
+from bilevel.outer.batches import grouped
+from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory, check_finite
+from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
+from bilevel.records import Record
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import Plans
 from bilevel.sweeps.randomness import RandomState, devices_of
@@ -27,8 +30,8 @@ from bilevel.tree import Tree
 Build = Callable[[Any], tuple[ControlProblem, Tree]]  # batch -> (problem, observation)
 
 
-@dataclass(frozen=True, eq=False)
-class ControlSolution:
+@dataclass(frozen=True, eq=False, repr=False)
+class ControlSolution(Record):
     """The control found, and how.
 
     Attributes:
@@ -39,6 +42,7 @@ class ControlSolution:
         gradient_norms: of (8), before each update.
         steps: updates made.
         converged: whether the gradient norm came down to the tolerance.
+        reason: why it ended, in words.
         adjoint: states, multipliers and gradient at the last control; None with batches.
         kkt: residuals of the optimality conditions (5a-c) there; None with batches.
     """
@@ -50,6 +54,7 @@ class ControlSolution:
     gradient_norms: list[float]
     steps: int
     converged: bool
+    reason: str
     adjoint: Adjoint | None
     kkt: KKT | None
 
@@ -61,8 +66,9 @@ class ControlSolver:
     Attributes:
         problem: a `ControlProblem`, or `build(batch) -> (ControlProblem, observation)` for data
             that comes in batches.
-        optimizer: makes a `torch.optim` optimiser from a list of tensors; called once a solve.
-            `step(closure)` is used always, so that LBFGS works. Or a `NewtonCG`.
+        optimizer: makes a `torch.optim` optimiser of the `outer.Leaves` it is given, a list of
+            tensors that knows their names; called once a solve. `step(closure)` is used always, so
+            that LBFGS works. Or a `NewtonCG`.
         checkpointing: of the sweeps; None is `Checkpointing()`. A `Budget` is planned once in a
             solve for all batches whose observations agree in structure, shape, dtype and device.
         on_failure: what to do when a tolerance was asked for and not reached.
@@ -95,6 +101,10 @@ class ControlSolver:
                 "problem must be a ControlProblem or a function build(batch) -> (ControlProblem, "
                 f"observation), got {type(self.problem).__name__}."
             )
+        if not isinstance(self.problem, ControlProblem):
+            check_arguments(self.problem, "build", "batch")
+        if not isinstance(self.optimizer, NewtonCG):
+            check_factory(self.optimizer)
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
 
     def solve(
@@ -114,13 +124,15 @@ class ControlSolver:
         """Minimise J over the control, from `control`.
 
         Args:
-            control: Theta to begin with; it is copied, not changed.
+            control: Theta to begin with; it is copied, not changed. A tensor that stands in several
+                places is one variable, and stays one.
             observation: f, if the solver holds one problem.
             steps: updates at most.
             batches: what `build` gets; begun again when it ends.
             accumulate: batches an update, which goes by the mean of their costs and gradients; one
                 is swept at a time.
-            scheduler: makes a learning-rate scheduler, stepped once an update.
+            scheduler: makes a learning-rate scheduler, stepped once an update; a
+                `ReduceLROnPlateau` gets the cost.
             project: maps the control into its feasible set after each update.
             tolerance: stop when the norm of (8) is at most this.
             callback: called after each update; True stops the iteration.
@@ -133,7 +145,8 @@ class ControlSolver:
             ArgumentError: if batches are missing, empty, or given without `build`, `steps` or
                 `tolerance` is negative, or there is nothing to accumulate.
             ConvergenceError: if the tolerance was not reached and `on_failure` is "raise".
-            DivergenceError: if cost or gradient are not finite; it names where that began.
+            DivergenceError: if cost, gradient or control are not finite; it names where that began.
+                Whatever ends a solve early has the attribute `progress`, the record so far.
         """
         if isinstance(self.problem, ControlProblem) == (batches is not None):
             raise ArgumentError(
@@ -142,50 +155,44 @@ class ControlSolver:
             )
         self._check_accumulation(accumulate)
         if accumulate > 1 and batches is not None:
-            batches = _grouped(batches, accumulate)
+            batches = grouped(batches, accumulate)
         loop = Loop(steps, batches, scheduler, project, tolerance, callback, progress)
-        plans = Plans(self.checkpointing)
+        descent = Descent(control, loop)
+        plans, look = Plans(self.checkpointing), Look(CONTROL_WORDS, control)
         evaluate = partial(self._evaluate, plans, observation, accumulate)
         make, random = self.optimizer, None
         if isinstance(make, NewtonCG):
             random = RandomState.capture(devices_of((observation, control)))
             given = partial(self._given, observation)
             swept = partial(self._adjoint, plans)
-            run = NewtonRun(make, given, swept, self.checkpointing, random)
+            run = NewtonRun(make, given, swept, self.checkpointing, random, look)
             evaluate, make = run.evaluate, run.optimizer
-        return self._solution(descend(evaluate, control, make, loop), observation, plans, random)
+        with carrying(lambda error: _solution(descent, told(error))):
+            descent.run(look.evaluated(evaluate), make)
+            last = look.evaluated(self._final)
+            final, residuals = last(descent, observation, plans, random)
+            solution = _solution(descent, "", final, residuals)
+            if tolerance > 0 and not solution.converged:
+                report(solution.reason, self.on_failure)
+        return solution
 
-    def _solution(
-        self, done: Descent, observation: Tree, plans: Plans, random: RandomState | None
-    ) -> ControlSolution:
-        """The record of a descent; of one problem, everything is evaluated at the last control."""
-        cost, norm, _ = done.last or (math.nan, math.nan, None)
-        final, residuals, converged, steps = None, None, done.converged, len(done.costs)
-        if isinstance(self.problem, ControlProblem):
-            problem, control = self.problem, done.control
-            random = random or RandomState.capture(devices_of((observation, control)))
-            random.restore()
-            final = self._adjoint(plans, problem, observation, control, steps, keep=True)
-            cost, norm = float(final.cost), tree.norm(final.gradient)
-            random.restore()  # so that steps which draw at random draw what they drew
-            residuals = kkt(
-                problem, observation, control, final.states or [], final.multipliers or []
-            )
-            converged = norm <= done.tolerance if done.tolerance > 0 else converged
-        if done.tolerance > 0 and not converged:
-            message = above_tolerance(norm, done.tolerance, steps, standstill=done.standstill)
-            report(message, self.on_failure, level=4)
-        return ControlSolution(
-            done.control,
-            cost,
-            norm,
-            done.costs,
-            done.gradient_norms,
-            steps,
-            converged,
-            final,
-            residuals,
-        )
+    def _final(
+        self, descent: Descent, observation: Tree, plans: Plans, random: RandomState | None
+    ) -> tuple[Adjoint | None, KKT | None]:
+        """Of one problem, everything is evaluated at the last control."""
+        if not isinstance(self.problem, ControlProblem):
+            return None, None
+        problem, control, steps = self.problem, descent.control, len(descent.costs)
+        random = random or RandomState.capture(devices_of((observation, control)))
+        random.restore()
+        final = self._adjoint(plans, problem, observation, control, steps, keep=True)
+        random.restore()  # so that steps which draw at random draw what they drew
+        states, multipliers = final.states or [], final.multipliers or []
+        residuals = kkt(problem, observation, control, states, multipliers)
+        if descent.leaves.tied:  # the condition is on the sum over its places
+            norm = tree.norm(descent.leaves.gathered(final.gradient))
+            residuals = replace(residuals, stationarity=norm)
+        return final, residuals
 
     def _check_accumulation(self, accumulate: Any) -> None:
         """Refuse anything but a number of batches, and more than one where there are none."""
@@ -213,7 +220,12 @@ class ControlSolver:
     ) -> tuple[float, Adjoint]:
         batches = [batch] if accumulate == 1 else batch
         each = (self._adjoint(plans, *self._given(observation, b), control, step) for b in batches)
-        found = next(each) if accumulate == 1 else _mean(each)
+        if accumulate == 1:
+            found = next(each)
+        else:
+            found = _mean(each)
+            norm = tree.norm(found.gradient)
+            check_finite(float(found.cost), norm, step, lambda: "that of each batch is finite")
         return float(found.cost), found
 
     def _adjoint(
@@ -247,11 +259,28 @@ def _where(problem: ControlProblem, observation: Tree, control: Tree) -> str:
     return f"u({t}) is the first state that is not finite"
 
 
-def _grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """The batches again and again, so many at a time."""
-    stream = cycled(batches)
-    while True:
-        yield [next(stream) for _ in range(size)]
+def _solution(
+    descent: Descent, reason: str, final: Adjoint | None = None, residuals: KKT | None = None
+) -> ControlSolution:
+    """The record of a descent; `reason` is what ended it early, if anything."""
+    cost, norm, _ = descent.last or (math.nan, math.nan, None)
+    tolerance, converged = descent.loop.tolerance, descent.converged
+    if final is not None:
+        cost, norm = float(final.cost), tree.norm(descent.leaves.gathered(final.gradient))
+        converged = norm <= tolerance if tolerance > 0 else converged
+    steps = len(descent.costs)
+    return ControlSolution(
+        descent.control,
+        cost,
+        norm,
+        descent.costs,
+        descent.gradient_norms,
+        steps,
+        converged and not reason,
+        reason or descent.ending(norm, converged=converged, judged="it is exact but for rounding"),
+        final,
+        residuals,
+    )
 
 
 def _mean(found: Iterator[Adjoint]) -> Adjoint:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bilevel.checks import check_arguments
 from bilevel.tree import Tree
 
 
@@ -35,12 +36,18 @@ class Map(Dynamics):
     Attributes:
         g: `g(state, control, t) -> state`.
 
+    Raises:
+        ArgumentError: if it does not take these arguments.
+
     Example:
         >>> Map(lambda state, control, t: state + control).step(1.0, 2.0, 1)
         3.0
     """
 
     g: Callable[[Tree, Tree, int], Tree]
+
+    def __post_init__(self) -> None:
+        check_arguments(self.g, "g", "state", "control", "t")
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         return self.g(state, control, t)

@@ -1,5 +1,6 @@
 """`torch.nn.Module`s as dynamics and as plain functions of their parameters."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from bilevel import tree
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.dynamics.per_step import PerStep, check_control
-from bilevel.errors import ArgumentError
+from bilevel.errors import ArgumentError, UnsupportedError
 from bilevel.tree import Tree
 
 Params = dict[str, Tensor]
@@ -29,16 +30,43 @@ def functional(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
         `(params, call)`: the trainable parameters by name, detached copies, and
         `call(params, *inputs)`.
 
+    Raises:
+        UnsupportedError: if it, or a part of it, is wrapped to train over several processes.
+
     Example:
         >>> params, call = functional(nn.Linear(2, 1, bias=False))
         >>> call({"weight": torch.ones(1, 2)}, torch.tensor([3.0, 4.0]))
         tensor([7.])
     """
+    _refuse_wrapped(model)
 
     def call(params: Params, *inputs: Any) -> Any:
         return _call(model, params, *inputs)
 
     return _trainable(model), call
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Refuse modules whose backward pass talks to other processes: gradients here never see it."""
+    # What was not imported is no module of the caller's.
+    names = {
+        "torch.nn.parallel": ("DistributedDataParallel",),
+        "torch.distributed.fsdp": ("FullyShardedDataParallel", "FSDPModule"),
+    }
+    wrappers = tuple(
+        kind
+        for room, kinds in names.items()
+        for kind in (getattr(sys.modules.get(room), name, None) for name in kinds)
+        if isinstance(kind, type)
+    )
+    for name, part in model.named_modules():
+        if isinstance(part, wrappers):
+            raise UnsupportedError(
+                f"{name or 'the module'} is a {type(part).__name__}, which averages or gathers in "
+                "its own backward pass; a plain function of its parameters does not, and every "
+                "process would go its own way in silence. Pass the module that it wraps "
+                "(model.module), and average gradients yourself."
+            )
 
 
 def _call(model: nn.Module, params: Params, *inputs: Any) -> Any:
@@ -62,6 +90,7 @@ class Phases(Dynamics):
     Raises:
         ArgumentError: if two steps, or a step and `initial`, hold the same parameter, which
             `controls` could not keep equal.
+        UnsupportedError: if one is wrapped to train over several processes.
 
     Example:
         >>> net = Phases([nn.Linear(2, 2), nn.Linear(2, 2)])
@@ -79,6 +108,7 @@ class Phases(Dynamics):
         owner: dict[int, str] = {}
         named = [(f"step {t}", module) for t, module in enumerate(self.modules, start=1)]
         for holder, module in named + ([] if self.initial is None else [("initial", self.initial)]):
+            _refuse_wrapped(module)
             for name, parameter in module.named_parameters():
                 if not parameter.requires_grad:
                     continue

@@ -1,6 +1,8 @@
 """Who receives what of a control, and how the gradient is gathered from those parts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,8 @@ from bilevel.tree import Tree
 class PerStep:
     """A control with one tree per step: `step` and running costs receive theirs, theta_t.
 
-    Any control that is not a `PerStep` is shared by all steps and given whole.
+    Any control that is not a `PerStep` is shared by all steps and given whole. In a `solve` a
+    tensor that stands at several steps is one variable: ``n * [zero]`` is one number for all.
 
     Attributes:
         steps: theta_1, ..., theta_T.
@@ -97,6 +100,50 @@ def check_control(control: Tree, horizon: int) -> None:
     tree.check_leaves(control, "control")
 
 
+class Look:
+    """What a solve has seen read of its control, and how it speaks of what nothing read.
+
+    One sweep need not read everything: a block that stochastic depth leaves out has gradient zero.
+    What no sweep has read yet is refused, since most often it is a mistake.
+    """
+
+    def __init__(self, words: str, control: Tree = None) -> None:
+        """Start with nothing read of `control`; `words` ends "control['a'] reaches no ..."."""
+        self.words, self.read, self.lost = words, set[int](), False
+        self.structure = tree.flatten(control)[1]
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Every gradient sum inside goes by this look."""
+        token = _LOOK.set(self)
+        try:
+            yield
+        finally:
+            _LOOK.reset(token)
+
+    def evaluated(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        """`evaluate` by this look, asked again where another draw may read what was not read."""
+
+        def patient(*arguments: Any) -> Any:
+            for left in reversed(range(LOOKS)):
+                self.lost = False
+                try:
+                    with self.on():
+                        return evaluate(*arguments)
+                except LostGradientError:
+                    if not (self.lost and left):
+                        raise
+            raise AssertionError
+
+        return patient
+
+
+LOOKS = 8  # at most, before a variable counts as read by nothing
+CONTROL_WORDS = "cost, neither directly nor through the dynamics"
+BILEVEL_WORDS = "objective, neither directly nor through the inner steps"
+_LOOK: ContextVar[Look | None] = ContextVar("look", default=None)
+
+
 class GradientSum:
     """A gradient in a control, gathered from the parts of the control that steps receive."""
 
@@ -130,11 +177,20 @@ class GradientSum:
 
     def total(self) -> Tree:
         """The gradient of the whole problem."""
+        look = _LOOK.get()
+        if look is None or look.structure != self._structure:  # a sweep inside of another one
+            look = Look(CONTROL_WORDS)
+        look.read |= {i for i, total in enumerate(self._sums) if total is not None}
         for i, (leaf, total) in enumerate(zip(self._leaves, self._sums, strict=True)):
-            if tree.is_variable(leaf) and total is None:
+            if not tree.is_variable(leaf) or total is not None:
+                continue
+            if i not in look.read:
+                look.lost = True
                 name = tree.leaf_names(self._control, "control")[i]
                 raise LostGradientError(
-                    f"{name} reaches no cost, neither directly nor through the dynamics, so that "
-                    "its gradient would be a silent zero: use it, or leave it out of the control."
+                    f"{name} reaches no {look.words}, so that its gradient would be a silent "
+                    "zero: use it, or leave it out of the control; a detach(), an argmax or a "
+                    "comparison on the way cuts it off."
                 )
+            self._sums[i] = tree.zeros_like(leaf)
         return self.sums()

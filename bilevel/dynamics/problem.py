@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bilevel.checks import check_kind, check_scalar, check_whole
+from bilevel.checks import check_arguments, check_kind, check_scalar, check_whole
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.tree import Tree
 
@@ -43,6 +43,9 @@ class ControlProblem:
         check_whole(self.horizon, "horizon")
         wanted = "a Dynamics (wrap a plain function g(state, control, t) with bilevel.Map)"
         check_kind(self.dynamics, Dynamics, "dynamics", wanted)
+        check_arguments(self.terminal, "terminal", "state", "control")
+        if self.running is not None:
+            check_arguments(self.running, "running", "state", "control", "t")
 
     def final_cost(self, state: Tree, control: Tree) -> Tensor:
         """l(u(T), Theta), checked to be a real scalar."""

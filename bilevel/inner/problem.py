@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.checks import check_whole
+from bilevel.checks import check_arguments, check_whole
 from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
 
@@ -58,4 +58,7 @@ class BilevelProblem:
                     f"{name} must be a function of (params, control"
                     f"{'' if name == 'start' else ', batch'}), got {type(value).__name__}."
                 )
+            if value is not None:
+                batch = () if name == "start" else ("batch",)
+                check_arguments(value, name, "params", "control", *batch)
         check_whole(self.columns, "columns", 1, optional=True)

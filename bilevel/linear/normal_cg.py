@@ -6,7 +6,7 @@ from typing import final
 
 from bilevel.checks import check_range, check_whole
 from bilevel.errors import ArgumentError
-from bilevel.linear.cg import limit_of
+from bilevel.linear.cg import limit_of, tracked
 from bilevel.linear.operator import LinearResult, LinearSolver, Operator
 from bilevel.linear.system import System, solve_flat
 from bilevel.tree import Tree
@@ -37,7 +37,7 @@ class NormalCG(LinearSolver):
         ...     Operator(lambda v: turn @ v, adjoint=lambda v: turn.T @ v), torch.tensor([1.0, 2.0])
         ... )
         >>> found.solution, found.products
-        (tensor([ 2., -1.]), 3)
+        (tensor([ 2., -1.]), 4)
     """
 
     rtol: float = 1e-8
@@ -52,7 +52,7 @@ class NormalCG(LinearSolver):
         check_whole(self.probes, "probes")
 
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
-        """See `LinearSolver`; `2 steps + 1` products, one more with a `start`."""
+        """See `LinearSolver`; `2 steps + 1` products, one more with a `start`, one to measure."""
         if operator.adjoint is None and not operator.symmetric:
             raise ArgumentError(
                 "NormalCG needs the adjoint of the operator, got adjoint=None; pass "
@@ -69,7 +69,7 @@ class NormalCG(LinearSolver):
         s = system.adjoint(r)
         p = s.clone()  # the operator may write its products to one buffer
         columns = [
-            _Normal(norm, ss, size, self.rtol, system)
+            _Normal(norm, ss, size, tracked(self.rtol, self.probes), system)
             for norm, ss, size in zip(norms, system.dots(s, s, 0), system.rhs_norms, strict=True)
         ]
         while True:

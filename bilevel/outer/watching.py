@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -10,14 +10,15 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from bilevel.errors import ConvergenceError, ConvergenceWarning, UnsupportedError
+from bilevel.records import Record
 from bilevel.tree import Tree
 
 OnFailure = Literal["warn", "raise", "ignore"]
 ON_FAILURE = ("warn", "raise", "ignore")
 
 
-@dataclass(frozen=True, eq=False)
-class Progress:
+@dataclass(frozen=True, eq=False, repr=False)
+class Progress(Record):
     """What a callback sees after each iteration.
 
     Attributes:
@@ -71,6 +72,24 @@ def progress_bar(total: int, *, show: bool) -> Iterator[Callable[[str], None]]:
             "progress=True needs rich or tqdm, and neither is installed: pip install rich, or "
             "pass a callback."
         )
+
+
+@contextmanager
+def carrying(so_far: Callable[[BaseException], Any]) -> Iterator[None]:
+    """Whatever is raised inside takes with it, as `.progress`, what was reached until then."""
+    try:
+        yield
+    except BaseException as error:  # an interruption too: hours of work would be lost
+        if getattr(error, "progress", None) is None:
+            with suppress(AttributeError):  # an exception that has room for no attribute
+                error.progress = so_far(error)  # pyright: ignore[reportAttributeAccessIssue]
+                error.add_note("error.progress holds the control and the history of this solve.")
+        raise
+
+
+def told(error: BaseException) -> str:
+    """What ended a solve, in words."""
+    return str(error) or type(error).__name__
 
 
 def report(message: str, on_failure: OnFailure, *, level: int = 3) -> None:

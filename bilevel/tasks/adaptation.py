@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_kind, check_range, check_whole
+from bilevel.checks import check_arguments, check_kind, check_range, check_whole
 from bilevel.inner.problem import BilevelProblem
 from bilevel.methods.base import Instance
 from bilevel.optim.rules import InnerOptimizer
@@ -48,6 +48,7 @@ def adapt(
         tensor(1.1000)
     """
     check_kind(optimizer, InnerOptimizer, "optimizer", "a rule such as bilevel.optim.SGD(0.1)")
+    check_arguments(task, "task", "params")
     check_whole(steps, "steps")
     check_range(weight, "weight", above=0)
     alone = BilevelProblem(lambda p, c, batch: task(p), lambda p, c, batch: task(p))  # noqa: ARG005

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_choice, check_kind, check_scalar
+from bilevel.checks import check_arguments, check_choice, check_kind, check_scalar
 from bilevel.errors import ArgumentError, DivergenceError, StructureError, UnsupportedError
 from bilevel.inner.problem import BilevelProblem
 from bilevel.tasks.weights import TaskWeights
@@ -151,6 +151,7 @@ def weighted_problem(
     """
     check_kind(weights, TaskWeights, "weights", "a TaskWeights")
     check_kind(evaluate, Evaluation | None, "evaluate", "Vmapped() or Looped()")
+    check_arguments(train_losses, "train_losses", "params", "batch")
     n, m = weights.n_tasks, weights.n_validations
     each = Vmapped() if evaluate is None else evaluate
 
@@ -183,6 +184,8 @@ def weighted_problem(
 
 def _judge(given: Losses | Sequence[Loss], m: int | None, evaluate: Evaluation) -> Losses:
     """The validation losses, shape ``(M,)``, of params or of each column its own."""
+    for loss in [given] if callable(given) else given if isinstance(given, Sequence) else []:
+        check_arguments(loss, "validation_losses", "params", "batch")
     if callable(given):
 
         def together(params: Tree, batch: Any) -> Tensor:

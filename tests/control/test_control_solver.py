@@ -132,10 +132,19 @@ def test_batches_are_taken_in_turn_and_begun_again():
     assert found.adjoint is None
 
 
-@pytest.mark.parametrize("batches", [[], iter([0.2, 0.4])], ids=["empty", "read once"])
-def test_batches_that_run_dry_are_refused(batches):
-    with pytest.raises(ArgumentError, match="batches gave nothing"):
+@pytest.mark.parametrize(
+    ("batches", "message", "made"),
+    [([], "batches gave nothing", 0), (iter([0.2, 0.4]), "batches gave 2 batches, then ended", 2)],
+    ids=["empty", "read once"],
+)
+def test_batches_that_run_dry_are_refused_with_what_was_reached(batches, message, made):
+    with pytest.raises(ArgumentError, match=message) as caught:
         bl.ControlSolver(batch_problem, SGD).solve(C, steps=5, batches=batches)
+    reached = caught.value.progress
+    truth = bl.ControlSolver(batch_problem, SGD).solve(C, steps=made, batches=[0.2, 0.4])
+    assert_same(reached.control, truth.control, rtol=0)
+    assert (reached.steps, reached.costs) == (made, truth.costs)
+    assert reached.reason == str(caught.value)
 
 
 def test_a_scheduler_steps_once_an_update():

@@ -1,5 +1,7 @@
 """nn.Modules as dynamics and as plain functions, against calling the modules."""
 
+import sys
+
 import pytest
 import torch
 from choices import CHECKPOINTINGS
@@ -18,7 +20,7 @@ from torch import nn
 
 import bilevel as bl
 from bilevel import tree
-from bilevel.errors import ArgumentError, LostGradientError, StructureError
+from bilevel.errors import ArgumentError, LostGradientError, StructureError, UnsupportedError
 
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
 
@@ -263,3 +265,39 @@ def test_functional_as_one_network_shared_by_all_steps_has_the_gradient_of_the_p
         state = torch.tanh(model(state))
     square(state).backward()
     assert_same(found.gradient, gradients_of(model))
+
+
+class Wrapped(nn.Module):
+    """In the place of DistributedDataParallel, which cannot be made without other processes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("name", ["DistributedDataParallel", "FullyShardedDataParallel"])
+def test_modules_that_average_in_their_own_backward_are_refused_by_name(name, monkeypatch):
+    room = "torch.nn.parallel" if name.startswith("Distributed") else "torch.distributed.fsdp"
+    fake = type(sys)(room)
+    setattr(fake, name, Wrapped)
+    monkeypatch.setitem(sys.modules, room, fake)
+    wrapped = Wrapped(nn.Linear(2, 2))
+    with pytest.raises(UnsupportedError, match=r"the module is a Wrapped, .* \(model.module\)"):
+        bl.functional(wrapped)
+    with pytest.raises(UnsupportedError, match="1 is a Wrapped"):
+        bl.functional(nn.Sequential(nn.Linear(2, 2), wrapped))
+    with pytest.raises(UnsupportedError, match="the module is a Wrapped"):
+        bl.Phases([nn.Linear(2, 2), wrapped])
+    assert [*bl.functional(wrapped.module)[0]] == ["weight", "bias"]
+
+
+@pytest.mark.slow
+def test_a_real_distributed_module_is_refused(tmp_path):
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+        with pytest.raises(UnsupportedError, match="the module is a DistributedDataParallel"):
+            bl.functional(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
