@@ -19,11 +19,10 @@ from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.dynamics.per_step import GradientSum
-from bilevel.dynamics.problem import ControlProblem
+from bilevel.dynamics.problem import ControlProblem, precise
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import planned
-from bilevel.sweeps.randomness import preserved
-from bilevel.sweeps.trajectory import Block, Trajectory
+from bilevel.sweeps.trajectory import Block, Costs, Trajectory, no_costs
 from bilevel.tree import Tree
 
 
@@ -109,9 +108,12 @@ def adjoint(
         (tensor(24.5000), tensor(21.), tensor(-7.))
     """
     chosen = planned(checkpointing, problem, observation, control)
-    trajectory = Trajectory(problem.dynamics, observation, control, problem.horizon, chosen)
+    trajectory = Trajectory(
+        problem.dynamics, observation, control, problem.horizon, chosen, costs_of(problem)
+    )
     trajectory.forward(tape_last=True)  # (6a), (6b)
-    with closing(trajectory), preserved(trajectory.devices):
+    with closing(trajectory):
+        # In its place: what it draws comes after what the steps drew, and is not drawn again.
         cost, (state_gradient, control_gradient) = autodiff.value_and_gradient(
             problem.final_cost, trajectory.final, control, name="the terminal cost"
         )
@@ -119,7 +121,6 @@ def adjoint(
         gradient.add(trajectory.control, control_gradient)  # grad_{theta_t} l of (8)
         swept = multiplier_sweep(
             trajectory,
-            problem,
             tree.negative(state_gradient),  # (7a)
             gradient,
             keep_states=keep_states,
@@ -156,7 +157,6 @@ class MultiplierSweep:
 
 def multiplier_sweep(
     trajectory: Trajectory,
-    problem: ControlProblem,
     multiplier: Tree,
     gradient: GradientSum,
     *,
@@ -168,7 +168,6 @@ def multiplier_sweep(
 
     Args:
         trajectory: swept forward.
-        problem: whose running cost counts.
         multiplier: lambda_T; None in it stands for zero.
         gradient: gathers (8) over the steps and g0.
         keep_states: return the states.
@@ -182,19 +181,18 @@ def multiplier_sweep(
     running: Tensor | float = 0.0
     states, multipliers = [trajectory.final], [tree.filled(multiplier, trajectory.final)]
     observation_gradient, stopped = None, False
-    with autodiff.recording():
+    with autodiff.recording(), trajectory.replaying():
         for _ in range(trajectory.n_blocks):
             # The block is an argument and nothing else, so that its graph ends with the call.
             found = _reverse(
                 trajectory.tape_previous(),
-                problem,
                 multiplier,
                 gradient,
                 keep_states=keep_states,
                 keep_multipliers=keep_multipliers,
             )
             multiplier = found.multiplier
-            running = sum(found.costs, running)
+            running = sum(map(precise, found.costs), running)
             states += found.states
             multipliers += found.multipliers
             stopped = stop is not None and stop(Swept(found.steps, multiplier, gradient.sums()))
@@ -208,6 +206,11 @@ def multiplier_sweep(
         states[::-1] if keep_states else None,
         multipliers[::-1] if keep_multipliers else None,
     )
+
+
+def costs_of(problem: ControlProblem) -> Costs:
+    """The running costs of a problem, as a trajectory evaluates them."""
+    return no_costs if problem.running is None else problem.step_costs
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +234,6 @@ class _Reversed:
 
 def _reverse(
     block: Block,
-    problem: ControlProblem,
     multiplier: Tree,
     gradient: GradientSum,
     *,
@@ -240,11 +242,7 @@ def _reverse(
 ) -> _Reversed:
     """Equations (7b), (7c) and (8) of the steps of one block, from lambda_b to lambda_a."""
     before = block.states[:-1]  # u(a), ..., u(b-1)
-    costs = [
-        cost
-        for u, theta, t in zip(before, block.controls, block.times, strict=True)
-        for cost in problem.step_costs(u, theta, t)
-    ]
+    costs = block.costs
     autodiff.refuse_hidden(costs, (before, block.controls), "the running cost")
     # One pull of lambda_b through the connected graph of the block passes every u(t) on its way.
     # With the cotangent -1 of each r, what arrives at a state is its multiplier:

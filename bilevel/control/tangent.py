@@ -20,12 +20,11 @@ from bilevel import autodiff, tree
 from bilevel.dynamics.compiled import plain
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.dynamics.per_step import GradientSum, PerStep, check_control
-from bilevel.dynamics.problem import ControlProblem
+from bilevel.dynamics.problem import ControlProblem, precise
 from bilevel.errors import StructureError
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import planned
-from bilevel.sweeps.randomness import preserved
-from bilevel.sweeps.trajectory import Block, Trajectory
+from bilevel.sweeps.trajectory import Block, Costs, Trajectory, no_costs
 from bilevel.tree import Tree
 
 
@@ -56,6 +55,12 @@ class Tangent(Dynamics):
         """The same u(t), with v(t-1) beside it: v is needed at the start of a block alone."""
         (u, v), (theta, _) = state, self.apart(control)
         return self.dynamics.step(u, theta, t), v
+
+    def costs_of(self, problem: ControlProblem) -> Costs:
+        """The running costs of a problem, of u(t-1) and theta_t."""
+        if problem.running is None:
+            return no_costs
+        return lambda state, received, t: problem.step_costs(state[0], self.apart(received)[0], t)
 
     def apart(self, received: Tree) -> tuple[Tree, Tree]:
         """theta_t and d_t, of what a step receives."""
@@ -154,10 +159,12 @@ def hvp(
     pair = paired(*tree.detach((control, _checked(direction, control))))
     tangent = tangent_of(problem.dynamics, control)
     chosen = tangent_plan(checkpointing, tangent, problem, start, pair)
-    trajectory = Trajectory(tangent, start, pair, problem.horizon, chosen).forward(tape_last=True)
+    trajectory = Trajectory(
+        tangent, start, pair, problem.horizon, chosen, tangent.costs_of(problem)
+    ).forward(tape_last=True)
     theta, d = unpaired(trajectory.control)
     gradient, product = GradientSum(theta), GradientSum(theta)
-    with closing(trajectory), preserved(trajectory.devices), autodiff.recording():
+    with closing(trajectory), autodiff.recording():
         final, moved = trajectory.final
         final = autodiff.variables(final)
         cost = problem.final_cost(final, theta)
@@ -168,7 +175,7 @@ def hvp(
         gradient.add(theta, first[1])
         product.add(theta, second[1])
         multipliers = tree.negative((first[0], second[0]))  # (7a) and its derivative
-        found = tangent_sweep(trajectory, tangent, problem, multipliers, gradient, product)
+        found = tangent_sweep(trajectory, tangent, multipliers, gradient, product)
     along = tree.filled(product.sums(), control)
     return HessianProduct(along, gradient.total(), cost.detach() + found.running)
 
@@ -189,7 +196,6 @@ class TangentSweep:
 def tangent_sweep(
     trajectory: Trajectory,
     tangent: Tangent,
-    problem: ControlProblem,
     multipliers: tuple[Tree, Tree],
     gradient: GradientSum,
     product: GradientSum,
@@ -199,7 +205,6 @@ def tangent_sweep(
     Args:
         trajectory: of `tangent`, swept forward.
         tangent: the tangent system.
-        problem: whose running cost counts.
         multipliers: lambda_T and its derivative mu_T; None in them stands for zero.
         gradient: gathers (8).
         product: gathers the derivative of (8).
@@ -208,18 +213,17 @@ def tangent_sweep(
         The running cost and the second derivative in the observation.
     """
     running: Tensor | float = 0.0
-    with autodiff.recording():
+    with autodiff.recording(), trajectory.replaying():
         for _ in range(trajectory.n_blocks):
             # The block is an argument and nothing else, so that its graph ends with the call.
             multipliers, costs = _reverse(
                 trajectory.tape_previous(tangent.step_of_point, compared=itemgetter(0)),
                 tangent,
-                problem,
                 multipliers,
                 gradient,
                 product,
             )
-            running = sum(costs, running)
+            running = sum(map(precise, costs), running)
         start, _ = trajectory.tape_initial()
         theta, d = unpaired(trajectory.control)
         f, e = trajectory.observation
@@ -232,7 +236,6 @@ def tangent_sweep(
 def _reverse(
     block: Block,
     tangent: Tangent,
-    problem: ControlProblem,
     multipliers: tuple[Tree, Tree],
     gradient: GradientSum,
     product: GradientSum,
@@ -243,11 +246,7 @@ def _reverse(
     # p(u, theta; mu): no derivative beyond the second is taken, and v is needed at the start of the
     # block only.
     parts = [tangent.apart(received) for received in block.controls]
-    costs = [
-        cost
-        for (u, _), (theta, _), t in zip(block.states[:-1], parts, block.times, strict=True)
-        for cost in problem.step_costs(u, theta, t)
-    ]
+    costs = block.costs
     autodiff.refuse_hidden(costs, (block.states[:-1], block.controls), "the running cost")
     # A leaf that several steps share is one variable: it is pulled back to once.
     own = {

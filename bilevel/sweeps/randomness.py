@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,20 @@ class RandomState:
         return not self.cuda or all(
             torch.equal(torch.cuda.get_rng_state(d), state) for d, state in self.cuda.items()
         )
+
+    def with_devices(self, devices: Iterable[torch.device]) -> "RandomState":
+        """With the present state of the generators of further devices."""
+        new = [d for d in devices if d.type == "cuda" and d not in self.cuda]
+        return replace(self, cuda=self.cuda | RandomState.capture(new).cuda) if new else self
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The states one after the other, as a snapshot keeps them."""
+        return self.cpu, *self.cuda.values()
+
+    def like(self, tensors: tuple[Tensor, ...]) -> "RandomState":
+        """What `tensors` were taken from, on the same devices."""
+        cpu, *gpus = tensors
+        return RandomState(cpu, dict(zip(self.cuda, gpus, strict=True)))
 
     def restore(self) -> None:
         """Set the generators to this state."""
