@@ -73,6 +73,24 @@ def detach(tree: Tree) -> Tree:
     return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def copied(tree: Tree, *, only: Tree = None) -> Tree:
+    """`tree` with tensors of its own; with `only`, of its own where it shares memory with that."""
+    if only is None:
+        return map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+    theirs = {_memory(x) for x in leaves_of(only) if isinstance(x, Tensor)}
+    return map_leaves(
+        lambda x: x.clone() if isinstance(x, Tensor) and _memory(x) in theirs else x, tree
+    )
+
+
+def _memory(x: Tensor) -> int:
+    """What tells the memory of a tensor; itself where it has none of its own to show."""
+    try:
+        return x.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse, or inside a torch.func transform
+        return id(x)
+
+
 def zeros_like(tree: Tree) -> Tree:
     """The zero vector of the space of `tree`."""
     return map_leaves(lambda leaf: torch.zeros_like(leaf) if is_variable(leaf) else None, tree)

@@ -1,7 +1,9 @@
 """What has a graph, and whether the graph reaches only what it should."""
 
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +13,61 @@ from bilevel import tree
 from bilevel.errors import LostGradientError
 from bilevel.tree import Tree
 
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+_inside = threading.local()
 
-def recording() -> torch.enable_grad:
+
+@contextmanager
+def recording() -> Iterator[None]:
     """Grad mode on, whatever the caller's mode: a sweep differentiates by itself."""
-    return torch.enable_grad()
+    outside = getattr(_inside, "sweep", False)
+    _inside.sweep = True
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        _inside.sweep = outside
+
+
+def refuse_inside(name: str, *arguments: Tree) -> None:
+    """Refuse a sweep that a step or an objective calls: what it returns has no graph."""
+    if getattr(_inside, "sweep", False) and is_taped(arguments):
+        raise LostGradientError(
+            f"{name} was called inside a step or an objective with arguments that require grad, "
+            "but what it returns has no graph, so that its part of the gradient would be lost: use "
+            "bilevel.rollout or bilevel.total_cost there, or detach the arguments."
+        )
+
+
+class Cast(NamedTuple):
+    """What autocast does on a device: to which dtype, and whether it keeps its copies."""
+
+    device: str
+    dtype: torch.dtype
+    cache: bool
+
+
+def autocasts() -> list[Cast]:
+    """Where autocast is on."""
+    on = [d for d in _AUTOCAST_DEVICES if torch.is_autocast_enabled(d)]
+    return [Cast(d, torch.get_autocast_dtype(d), torch.is_autocast_cache_enabled()) for d in on]
+
+
+@contextmanager
+def autocast_as(wanted: list[Cast]) -> Iterator[None]:
+    """Autocast on where `wanted`, off elsewhere."""
+    with ExitStack() as stack:
+        for device in {cast.device for cast in autocasts()} - {cast.device for cast in wanted}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        for device, dtype, cache in wanted:
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=cache))
+        yield
+
+
+def forget_casts() -> None:
+    """Autocast keeps a copy of each leaf that it cast until its context ends; let go of them."""
+    if autocasts():
+        torch.clear_autocast_cache()
 
 
 def paused() -> torch.no_grad:

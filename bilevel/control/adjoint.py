@@ -107,6 +107,7 @@ def adjoint(
         >>> found.cost, found.gradient, found.multipliers[0]
         (tensor(24.5000), tensor(21.), tensor(-7.))
     """
+    autodiff.refuse_inside("adjoint", observation, control)
     chosen = planned(checkpointing, problem, observation, control)
     trajectory = Trajectory(
         problem.dynamics, observation, control, problem.horizon, chosen, costs_of(problem)
@@ -131,8 +132,8 @@ def adjoint(
         cost=cost + swept.running,
         gradient=gradient.total(),
         observation_gradient=swept.observation_gradient,
-        final_state=trajectory.final,
-        states=swept.states,
+        final_state=tree.copied(trajectory.final, only=control),
+        states=tree.copied(swept.states, only=control),
         multipliers=swept.multipliers,
         forward_steps=trajectory.forward_steps,
     )

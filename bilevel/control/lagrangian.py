@@ -98,6 +98,7 @@ def kkt(
         LostGradientError: if nothing reads a part of the control, or a function closes over a
             tensor that requires grad.
     """
+    autodiff.refuse_inside("kkt", observation, control, states, multipliers)
     _check_point(problem, control, states, multipliers)
     states, multipliers = tree.detach((list(states), list(multipliers)))
     theta = autodiff.variables(control)

@@ -21,6 +21,7 @@ from bilevel.dynamics.problem import ControlProblem, RunningCost, precise
 from bilevel.dynamics.steps import walk
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import planned
+from bilevel.sweeps.randomness import Surroundings
 from bilevel.sweeps.trajectory import Trajectory
 from bilevel.tree import Tree
 
@@ -71,7 +72,8 @@ def rollout(
     with autodiff.no_transforms():
         chosen = planned(checkpointing, problem, observation, control)
     if chosen.keeps_graphs:
-        return deque(walk(dynamics, observation, control, horizon), maxlen=1).pop()
+        final = deque(walk(dynamics, observation, control, horizon), maxlen=1).pop()
+        return tree.copied(final, only=control)
     leaves, structure = tree.flatten((observation, control))
     rolled = _Rollout(problem, checkpointing, chosen, structure)
     return rolled.state_of(autodiff.reversible(rolled, leaves))
@@ -91,6 +93,7 @@ class _Rollout(autodiff.Reversible):
         self._problem, self._given, self._chosen = problem, given, chosen
         self._inputs = structure  # of observation and control
         # Left by `forward`, which is called first and once. The tensors are with the graph.
+        self._surroundings = Surroundings()
         self._trajectory: Trajectory
         self._state: optree.PyTreeSpec
         self._kept: optree.PyTreeSpec
@@ -112,7 +115,7 @@ class _Rollout(autodiff.Reversible):
     def reverse(self, inputs: list[Any], kept: list[Any], cotangents: list[Any]) -> list[Any]:
         """The multiplier sweep (7), (8) of the terminal cost Re<cotangents, u(T)>."""
         f, theta = tree.unflatten(self._inputs, inputs)
-        with self._trajectory.replaying():
+        with self._surroundings.restored(), self._trajectory.replaying():
             again = self._trajectory.resumed(f, theta, tree.unflatten(self._kept, kept))
             gradient = GradientSum(again.control)
             multiplier = tree.negative(tree.unflatten(self._state, cotangents))  # (7a)
@@ -127,7 +130,7 @@ class _Rollout(autodiff.Reversible):
         (f, theta), (e, d) = (tree.unflatten(self._inputs, x) for x in (inputs, directions))
         problem, tangent = self._problem, tangent_of(self._problem.dynamics, theta)
         start, pair = tree.detach(((f, e), paired(theta, d)))
-        with self._trajectory.replaying():
+        with self._surroundings.restored(), self._trajectory.replaying():
             chosen = tangent_plan(self._given, tangent, problem, start, pair)
             if self._trajectory.draws:
                 self._trajectory.random_start.restore()

@@ -154,6 +154,7 @@ def hvp(
         >>> found.product, found.gradient, found.cost  # 6 c, 3 c^2, c^3
         (tensor(12.), tensor(12.), tensor(8.))
     """
+    autodiff.refuse_inside("hvp", observation, control)
     check_control(control, problem.horizon)
     start = observation, tree.zeros_like(observation)
     pair = paired(*tree.detach((control, _checked(direction, control))))

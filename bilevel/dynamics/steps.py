@@ -26,15 +26,29 @@ def walk(dynamics: Dynamics, observation: Tree, control: Tree, horizon: int) -> 
 
 def begun(dynamics: Dynamics, observation: Tree, control: Tree) -> Tree:
     """u(0) = g0(f; theta_0)."""
-    state = dynamics.init(observation, initial_control(control))
+    # The sweep owns its states: a step or a caller that writes to one must not reach the arguments.
+    own, received = tree.copied(observation), initial_control(control)
+    written = watch(own)
+    state = dynamics.init(own, received)
+    if written():
+        raise ArgumentError(
+            "the dynamics writes to its observation or its control in place: clone them first."
+        )
     tree.check_leaves(state, "u(0)")
-    return state
+    return tree.copied(state, only=received)
 
 
 def stepped(step: Step, state: Tree, control: Tree, t: int) -> Tree:
     """u(t) = g(u(t-1), theta_t), refused where it is not like u(t-1), or u(t-1) was written to."""
     written = watch(state)
-    following = step(state, step_control(control, t), t)
+    try:
+        following = step(state, step_control(control, t), t)
+    except RuntimeError as error:
+        if "leaf Variable that requires grad is being used in an in-place" not in str(error):
+            raise
+        raise ArgumentError(
+            f"step {t} writes to its arguments in place: let it return new tensors."
+        ) from error
     if not tree.alike(following, state):
         source = f"step {t} must return a state like its own"
         tree.check_like(following, state, f"u({t})", source)

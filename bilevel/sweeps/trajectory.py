@@ -261,6 +261,7 @@ class Trajectory:
             following = stepped(step or self._dynamics.step, states[-1], self.control, t)
             states.append(following if t == steps.stop else autodiff.told_apart(following, known))
         self.forward_steps += len(steps)
+        autodiff.forget_casts()
         if first:
             _refuse_hidden(block, given)
         return block

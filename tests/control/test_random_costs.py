@@ -178,7 +178,10 @@ def test_costs_of_a_short_dtype_are_summed_in_a_longer_one(dtype, cast):
         return u.float() * 3.0 if cast else u * 3.0
 
     problem = bl.ControlProblem(
-        bl.Map(lambda u, c, t: u + 0 * c), lambda u, c: 6 * u.float() * c, 1000, running
+        bl.Map(lambda u, c, t: u + (0 * c).to(u)),
+        lambda u, c: 6 * u.float() * c,
+        1000,
+        running,
     )
     one = torch.ones((), dtype=dtype)
     for found in (
