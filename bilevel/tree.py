@@ -134,7 +134,9 @@ def moved(values: Tree, direction: Tree, size: Any) -> Tree:
 def inner(a: Tree, b: Tree) -> Tensor:
     """`Re<a, b>`, summed over the variables; differentiable."""
     terms = [
-        torch.real(x.conj() * y).sum()
+        (_real(x) * _real(y)).sum()
+        if x.is_complex() and y.is_complex()
+        else (x.real * y.real).sum()
         for x, y in zip(leaves_of(a), leaves_of(b), strict=True)
         if is_variable(x) and is_variable(y)
     ]
@@ -143,8 +145,13 @@ def inner(a: Tree, b: Tree) -> Tensor:
 
 def norm(vector: Tree) -> float:
     """Euclidean norm of a vector."""
-    norms = [float(torch.linalg.vector_norm(x)) for x in leaves_of(vector) if is_variable(x)]
+    norms = [float(torch.linalg.vector_norm(_real(x))) for x in leaves_of(vector) if is_variable(x)]
     return math.hypot(*norms)
+
+
+def _real(x: Tensor) -> Tensor:
+    """Real and imaginary parts along a last axis: torch is slow with complex tensors."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def check_leaves(tree: Tree, name: str) -> None:

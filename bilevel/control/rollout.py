@@ -135,7 +135,7 @@ class _Rollout(autodiff.Reversible):
             if self._trajectory.draws:
                 self._trajectory.random_start.restore()
             swept = Trajectory(tangent, start, pair, problem.horizon, chosen)
-            swept.forward(tape_last=True)
+            swept.forward(tape_last=False)
             state, moved = swept.final
             multiplier = tree.negative(tree.unflatten(self._state, cotangents))
             nothing = tree.map_leaves(lambda _: None, state)

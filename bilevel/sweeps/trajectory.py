@@ -68,6 +68,7 @@ class Trajectory:
         devices: those whose random generators a step may use.
         final: u(T), detached; None before the forward sweep.
         forward_steps: steps evaluated so far, taped or not.
+        horizon: number of steps, T.
         draws: whether the forward sweep drew from them, so that it must be replayed with the same
             draws; another thread that draws meanwhile is taken for it.
         random_start: state of the generators before g0.
@@ -90,9 +91,9 @@ class Trajectory:
         self.devices = devices_of((observation, control))
         self.final: Tree = None
         self.forward_steps = 0
-        self.draws = False
+        self.draws, self.horizon = False, horizon
         self.random_start: RandomState
-        self._dynamics, self._horizon, self._checkpointing = dynamics, horizon, checkpointing
+        self._dynamics, self._checkpointing = dynamics, checkpointing
         self._costs = costs
         # Costs of steps that are not taped count for what they draw alone.
         self._draw_costs = costs is not no_costs
@@ -195,7 +196,7 @@ class Trajectory:
             if last not in self._kept and len(self._kept) < allowed:
                 self._follow(Action(Do.KEEP, last))
             self._state = None
-            self.final = self._advance(self._schedule.steps(last), state)
+            self.final = self.advance(self._schedule.steps(last), state)
         self._following = self.final
 
     def replaying(self) -> AbstractContextManager[None]:
@@ -266,7 +267,7 @@ class Trajectory:
             _refuse_hidden(block, given)
         return block
 
-    def _advance(self, steps: range, state: Tree) -> Tree:
+    def advance(self, steps: range, state: Tree) -> Tree:
         """The state at the end of steps, none of them taped."""
         control = self._untaped[1]
         for t in range(steps.start + 1, steps.stop + 1):
@@ -293,7 +294,7 @@ class Trajectory:
             case Do.ADVANCE:
                 steps = range(self._schedule.steps(self._at).start, self._schedule.steps(i).start)
                 state, self._state = self._state, None  # not held while the steps go on
-                self._state, self._at = self._advance(steps, state), i
+                self._state, self._at = self.advance(steps, state), i
             case Do.LOAD:
                 (self._state, random), self._at = self._snapshots.get(i), i
                 self._rewind(self._random.like(random) if random else self.random_start)
@@ -338,7 +339,7 @@ class Trajectory:
             The trajectory; to be closed by who asked for it.
         """
         lasting, final = tree.detach(handed)
-        given = self._dynamics, observation, control, self._horizon, self._checkpointing
+        given = self._dynamics, observation, control, self.horizon, self._checkpointing
         again = Trajectory(*given, self._costs)
         again.devices |= self.devices
         if lasting:
