@@ -7,7 +7,7 @@ leaf that is not a variable.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import optree
@@ -158,9 +158,12 @@ def check_leaves(tree: Tree, name: str) -> None:
     """Refuse a leaf whose gradient would be lost because it is not a tensor."""
     for i, leaf in enumerate(leaves_of(tree)):
         if not (leaf is None or isinstance(leaf, Tensor | int)):
+            advice = "wrap it with torch.as_tensor"
+            if isinstance(leaf, torch.nn.Module | Generator):
+                advice = "take the parameters of a module by bilevel.functional(module)"
             raise StructureError(
                 f"{leaf_names(tree, name)[i]} must be a tensor (or an integer, which is carried "
-                f"unchanged), got {type(leaf).__name__}; wrap it with torch.as_tensor."
+                f"unchanged), got {type(leaf).__name__}; {advice}."
             )
 
 

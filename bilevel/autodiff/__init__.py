@@ -11,6 +11,7 @@ from bilevel.autodiff.graphs import (
     autocast_as,
     autocasts,
     forget_casts,
+    is_on,
     is_taped,
     paused,
     recording,
@@ -22,7 +23,16 @@ from bilevel.autodiff.graphs import (
 from bilevel.autodiff.linearisation import Linearisation
 from bilevel.autodiff.reversible import Reversible, no_transforms, reversible
 
-__all__ = ["Cast", "Linearisation", "Reversible", "gradient", "is_taped", "no_transforms", "paused"]
+__all__ = [
+    "Cast",
+    "Linearisation",
+    "Reversible",
+    "gradient",
+    "is_on",
+    "is_taped",
+    "no_transforms",
+    "paused",
+]
 __all__ += ["autocast_as", "autocasts", "forget_casts", "pull", "pushforward", "recording"]
 __all__ += ["refuse_hidden", "refuse_inside", "reversible", "told_apart"]
 __all__ += ["value_and_gradient", "variables"]

@@ -75,6 +75,11 @@ def paused() -> torch.no_grad:
     return torch.no_grad()
 
 
+def is_on() -> bool:
+    """Whether the caller records graphs."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def is_taped(values: Tree) -> bool:
     """Whether what is computed from `values` leaves a graph."""
     return any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves_of(values))

@@ -1,6 +1,5 @@
 """The final state, or the cost, as a differentiable function, its backward a multiplier sweep."""
 
-from collections import deque
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import reduce
@@ -69,14 +68,24 @@ def rollout(
     """
     check_control(control, horizon)
     problem = ControlProblem(dynamics, _no_cost, horizon)
+    if not (autodiff.is_on() and autodiff.is_taped((observation, control))):
+        return _last(dynamics, observation, control, horizon)
     with autodiff.no_transforms():
         chosen = planned(checkpointing, problem, observation, control)
     if chosen.keeps_graphs:
-        final = deque(walk(dynamics, observation, control, horizon), maxlen=1).pop()
-        return tree.copied(final, only=control)
+        return _last(dynamics, observation, control, horizon)
     leaves, structure = tree.flatten((observation, control))
     rolled = _Rollout(problem, checkpointing, chosen, structure)
     return rolled.state_of(autodiff.reversible(rolled, leaves))
+
+
+def _last(dynamics: Dynamics, observation: Tree, control: Tree, horizon: int) -> Tree:
+    """u(T) by a plain loop, of which nothing is kept but the graph, if there is one."""
+    attached, final = autodiff.is_taped((observation, control)), None
+    for final in walk(dynamics, observation, control, horizon):
+        if not attached:
+            autodiff.refuse_hidden(final, (), "the dynamics")
+    return tree.copied(final, only=control)
 
 
 class _Rollout(autodiff.Reversible):

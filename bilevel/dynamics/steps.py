@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from operator import is_
+from typing import Any
 
 from torch import Tensor
 
@@ -70,16 +71,17 @@ def first_infinite(
 
 def watch(values: Tree) -> Callable[[], bool]:
     """Tells, when called, whether a tensor was written to since, or another put in its place."""
-    if isinstance(values, Tensor):
-        version = values._version
-        return lambda: values._version != version
     leaves = tree.leaves_of(values)
-    versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+    versions = [*map(_version, leaves)]
 
     def written() -> bool:
         now = tree.leaves_of(values)
-        if len(now) != len(leaves) or not all(map(is_, now, leaves)):
-            return True
-        return versions != [leaf._version for leaf in now if isinstance(leaf, Tensor)]
+        same = len(now) == len(leaves) and all(map(is_, now, leaves))
+        return not same or versions != [*map(_version, now)]
 
     return written
+
+
+def _version(leaf: Any) -> int | None:
+    """How often a tensor was written to; torch does not count for those of inference mode."""
+    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else None

@@ -54,7 +54,7 @@ class _HostSnapshots(Snapshots):
         if not _on_gpu(leaf):
             return leaf
         leaf = leaf.resolve_conj().resolve_neg()
-        host = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True)
+        host = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu", pin_memory=True)
         stream = self._beside(leaf.device)
         with torch.cuda.stream(stream):
             host.copy_(leaf, non_blocking=True)

@@ -24,6 +24,10 @@ from bilevel.sweeps.schedule import Action, Do
 from bilevel.sweeps.storage import MemorySnapshots, Snapshots
 from bilevel.tree import Tree
 
+# Entries of a state that are compared at every block. Whole states are compared where the number of
+# blocks from the end is 1, 2, 4, ...: a sweep that memory bounds does not read each twice more.
+SAMPLE = 1024
+
 Costs = Callable[[Tree, Tree, int], list[Tensor]]  # of u(t-1), of what step t receives, and of t
 
 
@@ -232,7 +236,9 @@ class Trajectory:
             steps = self._schedule.steps(action.block)
             block = self.tape(steps, self._state, step=step)
             name = f"steps {steps.start + 1} to {steps.stop} of the dynamics"
-            _check_deterministic(compared(block.states[-1]), compared(self._following), name)
+            again, expected = compared(block.states[-1]), compared(self._following)
+            whole = (self.n_blocks - action.block).bit_count() == 1
+            _check_deterministic(again, expected, name, whole=whole)
         self._state = None
         self._following = tree.detach(block.states[0])
         return block
@@ -245,7 +251,7 @@ class Trajectory:
         if state is None:
             self._rewind(self.random_start)
             state = begun(self._dynamics, self.observation, self.control)
-            _check_deterministic(state, self._following, "dynamics.init")
+            _check_deterministic(state, self._following, "dynamics.init", whole=True)
         return state
 
     def tape(
@@ -382,16 +388,28 @@ def _refuse_hidden(block: Block, controls: list[Tensor]) -> None:
         raise
 
 
-def _check_deterministic(again: Tree, expected: Tree, name: str) -> None:
-    """Refuse a state that is not what the forward sweep found; half of the digits count."""
-    # Some kernels are deterministic only to rounding, so equality to the last bit is too much.
+def _check_deterministic(again: Tree, expected: Tree, name: str, *, whole: bool) -> None:
+    """Refuse a state that is not what the forward sweep found; not whole, its first entries."""
     for new, old in zip(tree.leaves_of(again), tree.leaves_of(expected), strict=True):
-        if not tree.is_variable(old) or torch.equal(new, old):
+        if not isinstance(old, Tensor):
             continue
-        tolerance = torch.finfo(old.dtype).eps ** 0.5 * float(torch.linalg.vector_norm(old))
-        if float(torch.linalg.vector_norm(new.detach() - old)) > tolerance:
+        new, old = new.detach(), old.detach()
+        if not whole and old.is_contiguous() and new.is_contiguous() and old.numel() > SAMPLE:
+            new, old = (x.view(-1)[:SAMPLE] for x in (new, old))
+        if not (torch.equal(new, old) or _rounded(new, old)):
             raise ArgumentError(
                 f"{name} gave another state when evaluated again, although torch's default "
                 "generators were restored: pass what is random in with the observation, or a field "
                 "of the dynamics, or keep the graphs with Checkpointing(block=None)."
             )
+
+
+def _rounded(new: Tensor, old: Tensor) -> bool:
+    """Whether two variables differ by rounding, which in some kernels depends on timing."""
+    if not tree.is_variable(old):
+        return False
+    # Single digits of a short dtype, and a thousand units of rounding of a long one, in which
+    # many steps of such kernels may add up; of the largest entry, so that one entry alone counts.
+    eps = torch.finfo(old.dtype).eps
+    tolerance = max(eps, min(1000 * eps, 1e-3)) * float(old.abs().max())
+    return not float((new - old).abs().max()) > tolerance  # NaN is told elsewhere
