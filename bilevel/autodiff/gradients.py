@@ -128,7 +128,8 @@ def gradient(
         point = _point(params, attached=attached)
         value = check_scalar(function(point, control), name)
         if check:
-            refuse_hidden(value, ((params, control) if attached else (), point), name)
+            given = ((params, control) if attached else (), point)
+            refuse_hidden(value, given, name, twice=attached)
         found = grad([value] if value.requires_grad else [], point, None, create_graph=attached)
         if not attached:
             forget_casts()
@@ -205,7 +206,7 @@ def pushforward(
         inputs = told_apart(arguments, set())
         value = function(*inputs)
         if not attached:
-            refuse_hidden(value, inputs, "the function")
+            refuse_hidden(value, inputs, "the function", twice=True)
         outputs = [y for y in tree.leaves_of(value) if isinstance(y, Tensor) and y.requires_grad]
         along = zip(tree.leaves_of(inputs), tree.leaves_of(tree.detach(directions)), strict=True)
         moved = [(x, d) for x, d in along if tree.is_variable(x) and d is not None]

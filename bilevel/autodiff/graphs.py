@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable as once_differentiable_of_torch
 from torch.autograd.graph import Node
 
 from bilevel import tree
-from bilevel.errors import LostGradientError
+from bilevel.errors import LostGradientError, UnsupportedError
 from bilevel.tree import Tree
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -122,7 +123,7 @@ def told_apart(values: Tree, known: set[int]) -> Tree:
     return tree.map_leaves(apart, values)
 
 
-def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
+def refuse_hidden(outputs: Tree, inputs: Tree, name: str, *, twice: bool = False) -> None:
     """Refuse `outputs` whose graph reaches a tensor that is not among `inputs`."""
     # With `inputs` empty this is one look at `requires_grad`: nothing then should have a graph.
     if isinstance(outputs, Tensor) and not outputs.requires_grad:
@@ -132,7 +133,7 @@ def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
         return
     given = [x for x in tree.leaves_of(inputs) if isinstance(x, Tensor)]
     known, behind = {id(x) for x in given}, {x.grad_fn for x in given}
-    for leaf in _graph_leaves(tensors, behind):
+    for leaf in _graph_leaves(tensors, behind, name if twice else ""):
         if id(leaf) not in known:
             raise LostGradientError(
                 f"{name} uses a tensor of shape {tuple(leaf.shape)} that requires grad but is not "
@@ -141,8 +142,30 @@ def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
             )
 
 
-def _graph_leaves(tensors: Sequence[Tensor], seen: set[Node | None]) -> Iterator[Tensor]:
+def once_differentiable(name: str, function: str) -> UnsupportedError:
+    """The error for a second derivative that a function of the user's does not have."""
+    return UnsupportedError(
+        f"{name} needs a second derivative of {function}, whose backward is marked with "
+        "once_differentiable, so that terms would be lost: write its backward in differentiable "
+        "operations, without the mark, or take a method that differentiates once."
+    )
+
+
+def _refuse_once(node: Node, name: str) -> None:
+    function = getattr(type(node), "_forward_cls", None)
+    code = getattr(getattr(function, "backward", None), "__code__", None)
+    if function is not None and code is _MARK:
+        raise once_differentiable(name, function.__name__)
+
+
+_MARK: Any = getattr(once_differentiable_of_torch(print), "__code__", None)
+
+
+def _graph_leaves(
+    tensors: Sequence[Tensor], seen: set[Node | None], twice: str
+) -> Iterator[Tensor]:
     """The tensors that accumulate a gradient in the graph behind `tensors`, not behind `seen`."""
+    # `twice` names what is differentiated twice, if it is.
     pending: list[Node] = []
     for tensor in tensors:
         node = tensor.grad_fn
@@ -153,6 +176,10 @@ def _graph_leaves(tensors: Sequence[Tensor], seen: set[Node | None]) -> Iterator
             pending.append(node)
     while pending:
         node = pending.pop()
+        if twice:
+            _refuse_once(node, twice)
+        if node.name().endswith("Error"):  # what the mark leaves where a graph is asked for
+            raise once_differentiable("this graph", "a function")
         edges = node.next_functions
         if not edges:
             # Only a node that accumulates a gradient has a `variable`.

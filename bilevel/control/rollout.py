@@ -1,5 +1,6 @@
 """The final state, or the cost, as a differentiable function, its backward a multiplier sweep."""
 
+from collections import deque
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import reduce
@@ -68,7 +69,7 @@ def rollout(
     """
     check_control(control, horizon)
     problem = ControlProblem(dynamics, _no_cost, horizon)
-    if not (autodiff.is_on() and autodiff.is_taped((observation, control))):
+    if not autodiff.is_on():
         return _last(dynamics, observation, control, horizon)
     with autodiff.no_transforms():
         chosen = planned(checkpointing, problem, observation, control)
@@ -81,10 +82,7 @@ def rollout(
 
 def _last(dynamics: Dynamics, observation: Tree, control: Tree, horizon: int) -> Tree:
     """u(T) by a plain loop, of which nothing is kept but the graph, if there is one."""
-    attached, final = autodiff.is_taped((observation, control)), None
-    for final in walk(dynamics, observation, control, horizon):
-        if not attached:
-            autodiff.refuse_hidden(final, (), "the dynamics")
+    final = deque(walk(dynamics, observation, control, horizon), maxlen=1).pop()
     return tree.copied(final, only=control)
 
 

@@ -243,7 +243,8 @@ def _reverse(
     # block only.
     parts = [tangent.apart(received) for received in block.controls]
     costs = block.costs
-    autodiff.refuse_hidden(costs, (block.states[:-1], block.controls), "the running cost")
+    given = block.states[:-1], block.controls
+    autodiff.refuse_hidden(costs, given, "the running cost", twice=True)
     # A leaf that several steps share is one variable: it is pulled back to once.
     own = {
         id(x): (x, dx)
@@ -315,7 +316,7 @@ def ended(
     state, moved = final
     inputs = autodiff.variables((state, theta))
     cost = problem.final_cost(*inputs)
-    autodiff.refuse_hidden(cost, inputs, "the terminal cost")
+    autodiff.refuse_hidden(cost, inputs, "the terminal cost", twice=True)
     first, second = _twice(cost, torch.ones_like(cost), None, inputs, (moved, tree.detach(d)))
     return cost.detach(), first, second
 

@@ -280,9 +280,15 @@ class Trajectory:
             if self._draw_costs:
                 costs = self._costs(state, step_control(control, t), t)
                 autodiff.refuse_hidden(costs, (), "the running cost")
-            state = stepped(self._dynamics.step, state, control, t)
-            # Nothing here requires grad, unless the step closed over something that does.
-            autodiff.refuse_hidden(state, (), f"step {t} of the dynamics")
+            before, state = state, stepped(self._dynamics.step, state, control, t)
+            # Nothing here requires grad, unless the step closed over something that does, or asked
+            # its arguments to: taped, which they are then, it shows what is lost.
+            if autodiff.is_taped(state):
+                with preserved(self.devices):
+                    self.tape(range(t - 1, t), before, first=True)
+                self.forward_steps -= 1
+                state = tree.detach(state)
+            del before
         self.forward_steps += len(steps)
         return state
 
