@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, tree
-from bilevel.dynamics.per_step import GradientSum
+from bilevel.dynamics.per_step import GradientSum, PerStep
 from bilevel.dynamics.problem import ControlProblem, precise
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import planned
@@ -130,7 +130,8 @@ def adjoint(
         )
     return Adjoint(
         cost=cost + swept.running,
-        gradient=gradient.total(),
+        # Of a control per step, the steps that were left out have no part in it.
+        gradient=gradient.total(zeros=swept.stopped and isinstance(control, PerStep)),
         observation_gradient=swept.observation_gradient,
         final_state=tree.copied(trajectory.final, only=control),
         states=tree.copied(swept.states, only=control),
@@ -148,12 +149,14 @@ class MultiplierSweep:
         observation_gradient: vector of the space of the observation; None if it was stopped.
         states: u(0), ..., u(T) or None.
         multipliers: lambda_0, ..., lambda_T or None.
+        stopped: whether `stop` left out earlier steps.
     """
 
     running: Tensor | float
     observation_gradient: Tree
     states: list[Tree] | None
     multipliers: list[Tree] | None
+    stopped: bool
 
 
 def multiplier_sweep(
@@ -206,6 +209,7 @@ def multiplier_sweep(
         observation_gradient,
         states[::-1] if keep_states else None,
         multipliers[::-1] if keep_multipliers else None,
+        stopped,
     )
 
 

@@ -128,8 +128,10 @@ class GradientSum:
         """What was gathered, None where nothing was."""
         return tree.unflatten(self._structure, self._sums)
 
-    def total(self) -> Tree:
-        """The gradient of the whole problem."""
+    def total(self, *, zeros: bool = False) -> Tree:
+        """The gradient of the whole problem; with `zeros`, zero where nothing was gathered."""
+        if zeros:
+            return tree.filled(self.sums(), self._control)
         for i, (leaf, total) in enumerate(zip(self._leaves, self._sums, strict=True)):
             if tree.is_variable(leaf) and total is None:
                 name = tree.leaf_names(self._control, "control")[i]

@@ -46,3 +46,12 @@ def test_a_compiled_dynamics_that_was_used_can_be_pickled():
     again = pickle.loads(pickle.dumps(compiled))
     assert type(again.dynamics) is bl.Phases
     assert not again._chosen
+
+
+def test_a_sweep_of_a_control_per_step_may_be_stopped():
+    u = real(1, 3)
+    control = bl.PerStep([real(t, 3) for t in range(4)])
+    whole = bl.adjoint(problem_of(), u, control).gradient
+    part = bl.adjoint(problem_of(), u, control, stop=lambda swept: swept.steps.start == 2).gradient
+    for t, (found, expected) in enumerate(zip(part.steps, whole.steps, strict=True)):
+        assert torch.equal(found, expected if t >= 2 else torch.zeros(3, dtype=u.dtype))
