@@ -264,7 +264,8 @@ class Trajectory:
         states, known = block.states, set[int]()
         given = tree.distinct_leaves(block.controls) if first else []
         for t, theta in zip(times, controls, strict=True):
-            block.costs.extend(self._costs(states[-1], theta, t))
+            if self._costs is not no_costs:
+                block.costs.extend(self._costs(states[-1], theta, t))
             following = stepped(step or self._dynamics.step, states[-1], self.control, t)
             states.append(following if t == steps.stop else autodiff.told_apart(following, known))
         self.forward_steps += len(steps)
