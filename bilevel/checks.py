@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from inspect import signature
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +14,8 @@ from bilevel.tree import Tree
 
 
 def is_whole(value: Any, least: float = 0) -> bool:
-    """Whether `value` is an integer, no boolean, and at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Whether `value` is an integer, one of NumPy's or Python's but no boolean, from `least` on."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_whole(

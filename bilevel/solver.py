@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bilevel import tree
+from bilevel import autodiff, tree
 from bilevel.certificates.against_minimiser import AgainstMinimiser
 from bilevel.certificates.against_steps import AgainstSteps
 from bilevel.certificates.certificate import Certificate, Certifier
@@ -341,6 +341,7 @@ class BilevelSolver:
         warm: Warm | None = None,
         inner_tolerance: float | None = None,
     ) -> Instance:
+        autodiff.refuse_inside("hypergradient", params, control)
         for name, value in (("params", params), ("control", control)):
             tree.check_leaves(value, name)
             if not any(tree.is_variable(x) for x in tree.leaves_of(value)):

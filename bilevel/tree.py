@@ -73,6 +73,24 @@ def detach(tree: Tree) -> Tree:
     return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def copied(tree: Tree, *, only: Tree = None) -> Tree:
+    """`tree` with tensors of its own; with `only`, of its own where it shares memory with that."""
+    if only is None:
+        return map_leaves(lambda x: x.clone() if isinstance(x, Tensor) else x, tree)
+    theirs = {_memory(x) for x in leaves_of(only) if isinstance(x, Tensor)}
+    return map_leaves(
+        lambda x: x.clone() if isinstance(x, Tensor) and _memory(x) in theirs else x, tree
+    )
+
+
+def _memory(x: Tensor) -> int:
+    """What tells the memory of a tensor; itself where it has none of its own to show."""
+    try:
+        return x.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse, or inside a torch.func transform
+        return id(x)
+
+
 def zeros_like(tree: Tree) -> Tree:
     """The zero vector of the space of `tree`."""
     return map_leaves(lambda leaf: torch.zeros_like(leaf) if is_variable(leaf) else None, tree)
@@ -116,7 +134,9 @@ def moved(values: Tree, direction: Tree, size: Any) -> Tree:
 def inner(a: Tree, b: Tree) -> Tensor:
     """`Re<a, b>`, summed over the variables; differentiable."""
     terms = [
-        torch.real(x.conj() * y).sum()
+        (_real(x) * _real(y)).sum()
+        if x.is_complex() and y.is_complex()
+        else (x.real * y.real).sum()
         for x, y in zip(leaves_of(a), leaves_of(b), strict=True)
         if is_variable(x) and is_variable(y)
     ]
@@ -125,7 +145,7 @@ def inner(a: Tree, b: Tree) -> Tensor:
 
 def norm(vector: Tree) -> float:
     """Euclidean norm of a vector; large and small entries neither over- nor underflow."""
-    return math.hypot(*(_length(x) for x in leaves_of(vector) if is_variable(x)))
+    return math.hypot(*(_length(_real(x)) for x in leaves_of(vector) if is_variable(x)))
 
 
 def _length(x: Tensor) -> float:
@@ -138,6 +158,11 @@ def _length(x: Tensor) -> float:
     if not 0 < largest < math.inf:
         return size if math.isnan(size) else largest
     return largest * float(torch.linalg.vector_norm(x / largest))
+
+
+def _real(x: Tensor) -> Tensor:
+    """Real and imaginary parts along a last axis: torch is slow with complex tensors."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def check_leaves(tree: Tree, name: str) -> None:

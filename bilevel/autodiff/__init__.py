@@ -7,16 +7,32 @@ it is a graph of its own, connected to nothing the caller holds. Read `graphs`, 
 
 from bilevel.autodiff.gradients import gradient, pull, pushforward, value_and_gradient
 from bilevel.autodiff.graphs import (
+    Cast,
+    autocast_as,
+    autocasts,
+    forget_casts,
+    is_on,
     is_taped,
     paused,
     recording,
     refuse_hidden,
+    refuse_inside,
     told_apart,
     variables,
 )
 from bilevel.autodiff.linearisation import Linearisation
 from bilevel.autodiff.reversible import Reversible, no_transforms, reversible
 
-__all__ = ["Linearisation", "Reversible", "gradient", "is_taped", "no_transforms", "paused"]
-__all__ += ["pull", "pushforward", "recording", "refuse_hidden", "reversible", "told_apart"]
+__all__ = [
+    "Cast",
+    "Linearisation",
+    "Reversible",
+    "gradient",
+    "is_on",
+    "is_taped",
+    "no_transforms",
+    "paused",
+]
+__all__ += ["autocast_as", "autocasts", "forget_casts", "pull", "pushforward", "recording"]
+__all__ += ["refuse_hidden", "refuse_inside", "reversible", "told_apart"]
 __all__ += ["value_and_gradient", "variables"]

@@ -1,13 +1,23 @@
 """Values and gradients of functions of trees, pullbacks and pushforwards."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.autodiff.graphs import is_taped, refuse_hidden, told_apart, variables
+from bilevel.autodiff.graphs import (
+    autocast_as,
+    autocasts,
+    forget_casts,
+    is_taped,
+    recording,
+    refuse_hidden,
+    told_apart,
+    variables,
+)
 from bilevel.checks import check_scalar
 from bilevel.errors import LostGradientError
 from bilevel.tree import Tree
@@ -38,14 +48,16 @@ def grad(
     found: list[Tensor | None] = [None] * len(leaves)
     if outputs and places:
         wanted = [leaves[i] for i in places]
-        gradients = torch.autograd.grad(
-            outputs,
-            wanted,
-            cotangents,
-            retain_graph=retain_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+        # A backward runs in the dtypes of its forward: autocast would cast once more.
+        with autocast_as([]) if autocasts() else nullcontext():
+            gradients = torch.autograd.grad(
+                outputs,
+                wanted,
+                cotangents,
+                retain_graph=retain_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         for i, gradient in zip(places, gradients, strict=True):
             found[i] = gradient
     return tree.unflatten(structure, found)
@@ -76,10 +88,12 @@ def value_and_gradient(
 ) -> tuple[Tensor, tuple[Tree, ...]]:
     """Value of a real scalar `function`, and its gradient in each argument."""
     inputs = tuple(variables(argument) for argument in arguments)
-    with torch.enable_grad():
+    with recording():
         value = check_scalar(function(*inputs), name)
         refuse_hidden(value, inputs, name)
-        return value.detach(), pull(value, torch.ones_like(value), inputs)
+        found = value.detach(), pull(value, torch.ones_like(value), inputs)
+    forget_casts()
+    return found
 
 
 def gradient(
@@ -110,12 +124,15 @@ def gradient(
         LostGradientError: if asked to check, and a gradient would be lost.
     """
     attached = torch.is_grad_enabled() and (is_taped(params) or is_taped(control))
-    with torch.enable_grad():
+    with recording():
         point = _point(params, attached=attached)
         value = check_scalar(function(point, control), name)
         if check:
-            refuse_hidden(value, ((params, control) if attached else (), point), name)
+            given = ((params, control) if attached else (), point)
+            refuse_hidden(value, given, name, twice=attached)
         found = grad([value] if value.requires_grad else [], point, None, create_graph=attached)
+        if not attached:
+            forget_casts()
         if check and all(g is None for g in tree.leaves_of(found)):
             raise LostGradientError(
                 f"the {name} does not depend on the params, so that nothing would be minimised: "
@@ -185,11 +202,11 @@ def pushforward(
         LostGradientError: if nothing is attached and the value is nevertheless.
     """
     attached = is_taped(arguments)
-    with torch.enable_grad():
+    with recording():
         inputs = told_apart(arguments, set())
         value = function(*inputs)
         if not attached:
-            refuse_hidden(value, inputs, "the function")
+            refuse_hidden(value, inputs, "the function", twice=True)
         outputs = [y for y in tree.leaves_of(value) if isinstance(y, Tensor) and y.requires_grad]
         along = zip(tree.leaves_of(inputs), tree.leaves_of(tree.detach(directions)), strict=True)
         moved = [(x, d) for x, d in along if tree.is_variable(x) and d is not None]

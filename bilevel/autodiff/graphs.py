@@ -1,25 +1,84 @@
 """What has a graph, and whether the graph reaches only what it should."""
 
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable as once_differentiable_of_torch
 from torch.autograd.graph import Node
 
 from bilevel import tree
-from bilevel.errors import LostGradientError
+from bilevel.errors import LostGradientError, UnsupportedError
 from bilevel.tree import Tree
 
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+_inside = threading.local()
 
-def recording() -> torch.enable_grad:
+
+@contextmanager
+def recording() -> Iterator[None]:
     """Grad mode on, whatever the caller's mode: a sweep differentiates by itself."""
-    return torch.enable_grad()
+    outside = getattr(_inside, "sweep", False)
+    _inside.sweep = True
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        _inside.sweep = outside
+
+
+def refuse_inside(name: str, *arguments: Tree) -> None:
+    """Refuse a sweep that a step or an objective calls: what it returns has no graph."""
+    if getattr(_inside, "sweep", False) and is_taped(arguments):
+        raise LostGradientError(
+            f"{name} was called inside a step or an objective with arguments that require grad, "
+            "but what it returns has no graph, so that its part of the gradient would be lost: use "
+            "bilevel.rollout or bilevel.total_cost there, or detach the arguments."
+        )
+
+
+class Cast(NamedTuple):
+    """What autocast does on a device: to which dtype, and whether it keeps its copies."""
+
+    device: str
+    dtype: torch.dtype
+    cache: bool
+
+
+def autocasts() -> list[Cast]:
+    """Where autocast is on."""
+    on = [d for d in _AUTOCAST_DEVICES if torch.is_autocast_enabled(d)]
+    return [Cast(d, torch.get_autocast_dtype(d), torch.is_autocast_cache_enabled()) for d in on]
+
+
+@contextmanager
+def autocast_as(wanted: list[Cast]) -> Iterator[None]:
+    """Autocast on where `wanted`, off elsewhere."""
+    with ExitStack() as stack:
+        for device in {cast.device for cast in autocasts()} - {cast.device for cast in wanted}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        for device, dtype, cache in wanted:
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=cache))
+        yield
+
+
+def forget_casts() -> None:
+    """Autocast keeps a copy of each leaf that it cast until its context ends; let go of them."""
+    if autocasts():
+        torch.clear_autocast_cache()
 
 
 def paused() -> torch.no_grad:
     """Grad mode off: arithmetic on vectors leaves no graph."""
     return torch.no_grad()
+
+
+def is_on() -> bool:
+    """Whether the caller records graphs."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 def is_taped(values: Tree) -> bool:
@@ -64,7 +123,7 @@ def told_apart(values: Tree, known: set[int]) -> Tree:
     return tree.map_leaves(apart, values)
 
 
-def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
+def refuse_hidden(outputs: Tree, inputs: Tree, name: str, *, twice: bool = False) -> None:
     """Refuse `outputs` whose graph reaches a tensor that is not among `inputs`."""
     # With `inputs` empty this is one look at `requires_grad`: nothing then should have a graph.
     if isinstance(outputs, Tensor) and not outputs.requires_grad:
@@ -74,7 +133,7 @@ def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
         return
     given = [x for x in tree.leaves_of(inputs) if isinstance(x, Tensor)]
     known, behind = {id(x) for x in given}, {x.grad_fn for x in given}
-    for leaf in _graph_leaves(tensors, behind):
+    for leaf in _graph_leaves(tensors, behind, name if twice else ""):
         if id(leaf) not in known:
             raise LostGradientError(
                 f"{name} uses a tensor of shape {tuple(leaf.shape)} that requires grad but is not "
@@ -83,8 +142,30 @@ def refuse_hidden(outputs: Tree, inputs: Tree, name: str) -> None:
             )
 
 
-def _graph_leaves(tensors: Sequence[Tensor], seen: set[Node | None]) -> Iterator[Tensor]:
+def once_differentiable(name: str, function: str) -> UnsupportedError:
+    """The error for a second derivative that a function of the user's does not have."""
+    return UnsupportedError(
+        f"{name} needs a second derivative of {function}, whose backward is marked with "
+        "once_differentiable, so that terms would be lost: write its backward in differentiable "
+        "operations, without the mark, or take a method that differentiates once."
+    )
+
+
+def _refuse_once(node: Node, name: str) -> None:
+    function = getattr(type(node), "_forward_cls", None)
+    code = getattr(getattr(function, "backward", None), "__code__", None)
+    if function is not None and code is _MARK:
+        raise once_differentiable(name, function.__name__)
+
+
+_MARK: Any = getattr(once_differentiable_of_torch(print), "__code__", None)
+
+
+def _graph_leaves(
+    tensors: Sequence[Tensor], seen: set[Node | None], twice: str
+) -> Iterator[Tensor]:
     """The tensors that accumulate a gradient in the graph behind `tensors`, not behind `seen`."""
+    # `twice` names what is differentiated twice, if it is.
     pending: list[Node] = []
     for tensor in tensors:
         node = tensor.grad_fn
@@ -95,6 +176,10 @@ def _graph_leaves(tensors: Sequence[Tensor], seen: set[Node | None]) -> Iterator
             pending.append(node)
     while pending:
         node = pending.pop()
+        if twice:
+            _refuse_once(node, twice)
+        if node.name().endswith("Error"):  # what the mark leaves where a graph is asked for
+            raise once_differentiable("this graph", "a function")
         edges = node.next_functions
         if not edges:
             # Only a node that accumulates a gradient has a `variable`.

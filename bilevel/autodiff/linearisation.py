@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff.gradients import grad, slopes, spread, tangents
-from bilevel.autodiff.graphs import refuse_hidden, variables
+from bilevel.autodiff.graphs import recording, refuse_hidden, variables
 from bilevel.tree import Tree
 
 
@@ -21,7 +20,7 @@ class Linearisation:
     def __init__(self, function: Callable[..., Tree], *arguments: Tree, name: str) -> None:
         """Evaluate `function` and keep its graph."""
         self._inputs = tuple(variables(argument) for argument in arguments)
-        with torch.enable_grad():
+        with recording():
             self._outputs = function(*self._inputs)
             refuse_hidden(self._outputs, self._inputs, name)
         self.value = tree.detach(self._outputs)

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, tree
-from bilevel.dynamics.per_step import GradientSum
-from bilevel.dynamics.problem import ControlProblem
+from bilevel.dynamics.per_step import GradientSum, PerStep
+from bilevel.dynamics.problem import ControlProblem, precise
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import planned
-from bilevel.sweeps.randomness import preserved
-from bilevel.sweeps.trajectory import Block, Trajectory
+from bilevel.sweeps.trajectory import Block, Costs, Trajectory, no_costs
 from bilevel.tree import Tree
 
 
@@ -108,10 +107,14 @@ def adjoint(
         >>> found.cost, found.gradient, found.multipliers[0]
         (tensor(24.5000), tensor(21.), tensor(-7.))
     """
+    autodiff.refuse_inside("adjoint", observation, control)
     chosen = planned(checkpointing, problem, observation, control)
-    trajectory = Trajectory(problem.dynamics, observation, control, problem.horizon, chosen)
+    trajectory = Trajectory(
+        problem.dynamics, observation, control, problem.horizon, chosen, costs_of(problem)
+    )
     trajectory.forward(tape_last=True)  # (6a), (6b)
-    with closing(trajectory), preserved(trajectory.devices):
+    with closing(trajectory):
+        # In its place: what it draws comes after what the steps drew, and is not drawn again.
         cost, (state_gradient, control_gradient) = autodiff.value_and_gradient(
             problem.final_cost, trajectory.final, control, name="the terminal cost"
         )
@@ -119,7 +122,6 @@ def adjoint(
         gradient.add(trajectory.control, control_gradient)  # grad_{theta_t} l of (8)
         swept = multiplier_sweep(
             trajectory,
-            problem,
             tree.negative(state_gradient),  # (7a)
             gradient,
             keep_states=keep_states,
@@ -128,10 +130,11 @@ def adjoint(
         )
     return Adjoint(
         cost=cost + swept.running,
-        gradient=gradient.total(),
+        # Of a control per step, the steps that were left out have no part in it.
+        gradient=gradient.total(zeros=swept.stopped and isinstance(control, PerStep)),
         observation_gradient=swept.observation_gradient,
-        final_state=trajectory.final,
-        states=swept.states,
+        final_state=tree.copied(trajectory.final, only=control),
+        states=tree.copied(swept.states, only=control),
         multipliers=swept.multipliers,
         forward_steps=trajectory.forward_steps,
     )
@@ -146,17 +149,18 @@ class MultiplierSweep:
         observation_gradient: vector of the space of the observation; None if it was stopped.
         states: u(0), ..., u(T) or None.
         multipliers: lambda_0, ..., lambda_T or None.
+        stopped: whether `stop` left out earlier steps.
     """
 
     running: Tensor | float
     observation_gradient: Tree
     states: list[Tree] | None
     multipliers: list[Tree] | None
+    stopped: bool
 
 
 def multiplier_sweep(
     trajectory: Trajectory,
-    problem: ControlProblem,
     multiplier: Tree,
     gradient: GradientSum,
     *,
@@ -168,7 +172,6 @@ def multiplier_sweep(
 
     Args:
         trajectory: swept forward.
-        problem: whose running cost counts.
         multiplier: lambda_T; None in it stands for zero.
         gradient: gathers (8) over the steps and g0.
         keep_states: return the states.
@@ -182,19 +185,18 @@ def multiplier_sweep(
     running: Tensor | float = 0.0
     states, multipliers = [trajectory.final], [tree.filled(multiplier, trajectory.final)]
     observation_gradient, stopped = None, False
-    with autodiff.recording():
+    with autodiff.recording(), trajectory.replaying():
         for _ in range(trajectory.n_blocks):
             # The block is an argument and nothing else, so that its graph ends with the call.
             found = _reverse(
                 trajectory.tape_previous(),
-                problem,
                 multiplier,
                 gradient,
                 keep_states=keep_states,
                 keep_multipliers=keep_multipliers,
             )
             multiplier = found.multiplier
-            running = sum(found.costs, running)
+            running = sum(map(precise, found.costs), running)
             states += found.states
             multipliers += found.multipliers
             stopped = stop is not None and stop(Swept(found.steps, multiplier, gradient.sums()))
@@ -207,7 +209,13 @@ def multiplier_sweep(
         observation_gradient,
         states[::-1] if keep_states else None,
         multipliers[::-1] if keep_multipliers else None,
+        stopped,
     )
+
+
+def costs_of(problem: ControlProblem) -> Costs:
+    """The running costs of a problem, as a trajectory evaluates them."""
+    return no_costs if problem.running is None else problem.step_costs
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +239,6 @@ class _Reversed:
 
 def _reverse(
     block: Block,
-    problem: ControlProblem,
     multiplier: Tree,
     gradient: GradientSum,
     *,
@@ -240,11 +247,7 @@ def _reverse(
 ) -> _Reversed:
     """Equations (7b), (7c) and (8) of the steps of one block, from lambda_b to lambda_a."""
     before = block.states[:-1]  # u(a), ..., u(b-1)
-    costs = [
-        cost
-        for u, theta, t in zip(before, block.controls, block.times, strict=True)
-        for cost in problem.step_costs(u, theta, t)
-    ]
+    costs = block.costs
     autodiff.refuse_hidden(costs, (before, block.controls), "the running cost")
     # One pull of lambda_b through the connected graph of the block passes every u(t) on its way.
     # With the cotangent -1 of each r, what arrives at a state is its multiplier:

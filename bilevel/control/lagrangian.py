@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.dynamics.per_step import GradientSum, check_control, initial_control, step_control
-from bilevel.dynamics.problem import ControlProblem
+from bilevel.dynamics.problem import ControlProblem, precise
 from bilevel.errors import StructureError
 from bilevel.tree import Tree
 
@@ -47,16 +47,16 @@ def lagrangian(
         StructureError: if there are not T + 1 states and multipliers, or the control does not fit.
     """
     _check_point(problem, control, states, multipliers)
-    value = problem.final_cost(states[-1], control)
+    # In the order of a forward sweep, for costs and steps that draw.
     start = problem.dynamics.init(observation, initial_control(control))
-    value = value + tree.inner(multipliers[0], tree.subtract(states[0], start))
+    value = precise(tree.inner(multipliers[0], tree.subtract(states[0], start)))
     for t in range(1, problem.horizon + 1):
         theta = step_control(control, t)
+        for cost in problem.step_costs(states[t - 1], theta, t):
+            value = value + precise(cost)
         step = problem.dynamics.step(states[t - 1], theta, t)
         value = value + tree.inner(multipliers[t], tree.subtract(states[t], step))
-        for cost in problem.step_costs(states[t - 1], theta, t):
-            value = value + cost
-    return value
+    return value + problem.final_cost(states[-1], control)
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def kkt(
         LostGradientError: if nothing reads a part of the control, or a function closes over a
             tensor that requires grad.
     """
+    autodiff.refuse_inside("kkt", observation, control, states, multipliers)
     _check_point(problem, control, states, multipliers)
     states, multipliers = tree.detach((list(states), list(multipliers)))
     theta = autodiff.variables(control)
@@ -113,8 +114,8 @@ def kkt(
         feasibility = tree.norm(tree.subtract(states[0], tree.detach(start)))
         for t in range(1, problem.horizon + 1):
             u, theta_t = autodiff.variables(states[t - 1]), step_control(theta, t)
-            step = problem.dynamics.step(u, theta_t, t)
             costs = problem.step_costs(u, theta_t, t)
+            step = problem.dynamics.step(u, theta_t, t)
             autodiff.refuse_hidden((step, costs), (u, theta), f"step {t} or its running cost")
             swept, control_part = autodiff.pull(
                 (step, costs), (multipliers[t], [-torch.ones_like(r) for r in costs]), (u, theta_t)

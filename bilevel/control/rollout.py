@@ -2,7 +2,8 @@
 
 from collections import deque
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import optree
@@ -16,11 +17,11 @@ from bilevel.control.tangent import paired, tangent_of, tangent_plan, tangent_sw
 from bilevel.dynamics.compiled import plain
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.dynamics.per_step import GradientSum, check_control
-from bilevel.dynamics.problem import ControlProblem, RunningCost
+from bilevel.dynamics.problem import ControlProblem, RunningCost, precise
 from bilevel.dynamics.steps import walk
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import planned
-from bilevel.sweeps.randomness import preserved
+from bilevel.sweeps.randomness import Surroundings
 from bilevel.sweeps.trajectory import Trajectory
 from bilevel.tree import Tree
 
@@ -68,13 +69,21 @@ def rollout(
     """
     check_control(control, horizon)
     problem = ControlProblem(dynamics, _no_cost, horizon)
+    if not autodiff.is_on():
+        return _last(dynamics, observation, control, horizon)
     with autodiff.no_transforms():
         chosen = planned(checkpointing, problem, observation, control)
     if chosen.keeps_graphs:
-        return deque(walk(dynamics, observation, control, horizon), maxlen=1).pop()
+        return _last(dynamics, observation, control, horizon)
     leaves, structure = tree.flatten((observation, control))
     rolled = _Rollout(problem, checkpointing, chosen, structure)
     return rolled.state_of(autodiff.reversible(rolled, leaves))
+
+
+def _last(dynamics: Dynamics, observation: Tree, control: Tree, horizon: int) -> Tree:
+    """u(T) by a plain loop, of which nothing is kept but the graph, if there is one."""
+    final = deque(walk(dynamics, observation, control, horizon), maxlen=1).pop()
+    return tree.copied(final, only=control)
 
 
 class _Rollout(autodiff.Reversible):
@@ -91,6 +100,7 @@ class _Rollout(autodiff.Reversible):
         self._problem, self._given, self._chosen = problem, given, chosen
         self._inputs = structure  # of observation and control
         # Left by `forward`, which is called first and once. The tensors are with the graph.
+        self._surroundings = Surroundings()
         self._trajectory: Trajectory
         self._state: optree.PyTreeSpec
         self._kept: optree.PyTreeSpec
@@ -112,12 +122,12 @@ class _Rollout(autodiff.Reversible):
     def reverse(self, inputs: list[Any], kept: list[Any], cotangents: list[Any]) -> list[Any]:
         """The multiplier sweep (7), (8) of the terminal cost Re<cotangents, u(T)>."""
         f, theta = tree.unflatten(self._inputs, inputs)
-        with preserved(self._trajectory.devices):
+        with self._surroundings.restored(), self._trajectory.replaying():
             again = self._trajectory.resumed(f, theta, tree.unflatten(self._kept, kept))
             gradient = GradientSum(again.control)
             multiplier = tree.negative(tree.unflatten(self._state, cotangents))  # (7a)
             with closing(again):
-                found = multiplier_sweep(again, self._problem, multiplier, gradient)
+                found = multiplier_sweep(again, multiplier, gradient)
         return tree.leaves_of((found.observation_gradient, gradient.sums()))
 
     def again(
@@ -127,21 +137,19 @@ class _Rollout(autodiff.Reversible):
         (f, theta), (e, d) = (tree.unflatten(self._inputs, x) for x in (inputs, directions))
         problem, tangent = self._problem, tangent_of(self._problem.dynamics, theta)
         start, pair = tree.detach(((f, e), paired(theta, d)))
-        with preserved(self._trajectory.devices):
+        with self._surroundings.restored(), self._trajectory.replaying():
             chosen = tangent_plan(self._given, tangent, problem, start, pair)
-            if self._trajectory.random_start is not None:
+            if self._trajectory.draws:
                 self._trajectory.random_start.restore()
             swept = Trajectory(tangent, start, pair, problem.horizon, chosen)
-            swept.forward(tape_last=True)
+            swept.forward(tape_last=False)
             state, moved = swept.final
             multiplier = tree.negative(tree.unflatten(self._state, cotangents))
             nothing = tree.map_leaves(lambda _: None, state)
             point, _ = unpaired(swept.control)
             gradient, product = GradientSum(point), GradientSum(point)
             with closing(swept):
-                found = tangent_sweep(
-                    swept, tangent, problem, (multiplier, nothing), gradient, product
-                )
+                found = tangent_sweep(swept, tangent, (multiplier, nothing), gradient, product)
         parts = found.observation_product, product.sums()
         return tree.leaves_of(parts), tree.leaves_of(moved)
 
@@ -180,13 +188,14 @@ def total_cost(
         >>> total_cost(problem, torch.tensor(1.0), torch.tensor(2.0))  # 7^2 + 3 2^2
         tensor(61.)
     """
-    dynamics, running = problem.dynamics, problem.running
-    if running is not None:
-        dynamics = _Carrying(plain(dynamics), running)
-    final = rollout(dynamics, observation, control, problem.horizon, checkpointing=checkpointing)
-    state, spent = (final, None) if running is None else final
+    if problem.running is None or not problem.horizon:
+        given = problem.dynamics, observation, control, problem.horizon
+        return problem.final_cost(rollout(*given, checkpointing=checkpointing), control)
+    carrying = _Carrying(plain(problem.dynamics), problem.running)
+    given = carrying, observation, control, problem.horizon
+    state, spent = rollout(*given, checkpointing=checkpointing)
     cost = problem.final_cost(state, control)
-    return cost if spent is None else cost + spent
+    return cost + spent.to(reduce(torch.promote_types, carrying.dtypes))
 
 
 @dataclass(frozen=True)
@@ -195,16 +204,19 @@ class _Carrying(Dynamics):
 
     dynamics: Dynamics
     running: RunningCost
+    dtypes: set[torch.dtype] = field(default_factory=set)  # of the costs seen, at least float32
 
     def init(self, observation: Tree, control: Tree) -> Tree:
         state = self.dynamics.init(observation, control)
         like = next(x for x in tree.leaves_of(state) if tree.is_variable(x))
-        return state, torch.zeros((), dtype=like.real.dtype, device=like.device)
+        # The dtype of the costs is not known yet: no sum loses their digits in this one.
+        return state, torch.zeros((), dtype=torch.float64, device=like.device)
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:
         inner, spent = state
         cost = self.running(self.dynamics.readout(inner), control, t)
         cost = check_scalar(cost, f"the running cost at t = {t}")
+        self.dtypes.add(precise(cost).dtype)
         return self.dynamics.step(inner, control, t), spent + cost.to(spent)
 
 

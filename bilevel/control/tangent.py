@@ -12,6 +12,7 @@ multipliers and the gradient (8) are found together with their derivatives along
 from contextlib import closing
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +21,11 @@ from bilevel import autodiff, tree
 from bilevel.dynamics.compiled import plain
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.dynamics.per_step import GradientSum, PerStep, check_control
-from bilevel.dynamics.problem import ControlProblem
+from bilevel.dynamics.problem import ControlProblem, precise
 from bilevel.errors import StructureError
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
-from bilevel.sweeps.memory import planned
-from bilevel.sweeps.randomness import preserved
-from bilevel.sweeps.trajectory import Block, Trajectory
+from bilevel.sweeps.memory import Rehearsed, begun_sum, planned
+from bilevel.sweeps.trajectory import Block, Costs, Trajectory, no_costs
 from bilevel.tree import Tree
 
 
@@ -56,6 +56,12 @@ class Tangent(Dynamics):
         """The same u(t), with v(t-1) beside it: v is needed at the start of a block alone."""
         (u, v), (theta, _) = state, self.apart(control)
         return self.dynamics.step(u, theta, t), v
+
+    def costs_of(self, problem: ControlProblem) -> Costs:
+        """The running costs of a problem, of u(t-1) and theta_t."""
+        if problem.running is None:
+            return no_costs
+        return lambda state, received, t: problem.step_costs(state[0], self.apart(received)[0], t)
 
     def apart(self, received: Tree) -> tuple[Tree, Tree]:
         """theta_t and d_t, of what a step receives."""
@@ -149,28 +155,25 @@ def hvp(
         >>> found.product, found.gradient, found.cost  # 6 c, 3 c^2, c^3
         (tensor(12.), tensor(12.), tensor(8.))
     """
+    autodiff.refuse_inside("hvp", observation, control)
     check_control(control, problem.horizon)
-    start = observation, tree.zeros_like(observation)
+    start = observation, _nothing_like(observation)
     pair = paired(*tree.detach((control, _checked(direction, control))))
     tangent = tangent_of(problem.dynamics, control)
     chosen = tangent_plan(checkpointing, tangent, problem, start, pair)
-    trajectory = Trajectory(tangent, start, pair, problem.horizon, chosen).forward(tape_last=True)
+    trajectory = Trajectory(
+        tangent, start, pair, problem.horizon, chosen, tangent.costs_of(problem)
+    ).forward(tape_last=False)
     theta, d = unpaired(trajectory.control)
     gradient, product = GradientSum(theta), GradientSum(theta)
-    with closing(trajectory), preserved(trajectory.devices), autodiff.recording():
-        final, moved = trajectory.final
-        final = autodiff.variables(final)
-        cost = problem.final_cost(final, theta)
-        autodiff.refuse_hidden(cost, (final, theta), "the terminal cost")
-        first, second = _twice(
-            cost, torch.ones_like(cost), None, (final, theta), (moved, tree.detach(d))
-        )
+    with closing(trajectory), autodiff.recording():
+        cost, first, second = ended(problem, trajectory.final, theta, d)
         gradient.add(theta, first[1])
         product.add(theta, second[1])
         multipliers = tree.negative((first[0], second[0]))  # (7a) and its derivative
-        found = tangent_sweep(trajectory, tangent, problem, multipliers, gradient, product)
+        found = tangent_sweep(trajectory, tangent, multipliers, gradient, product)
     along = tree.filled(product.sums(), control)
-    return HessianProduct(along, gradient.total(), cost.detach() + found.running)
+    return HessianProduct(along, gradient.total(), cost + found.running)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +192,6 @@ class TangentSweep:
 def tangent_sweep(
     trajectory: Trajectory,
     tangent: Tangent,
-    problem: ControlProblem,
     multipliers: tuple[Tree, Tree],
     gradient: GradientSum,
     product: GradientSum,
@@ -199,7 +201,6 @@ def tangent_sweep(
     Args:
         trajectory: of `tangent`, swept forward.
         tangent: the tangent system.
-        problem: whose running cost counts.
         multipliers: lambda_T and its derivative mu_T; None in them stands for zero.
         gradient: gathers (8).
         product: gathers the derivative of (8).
@@ -208,18 +209,17 @@ def tangent_sweep(
         The running cost and the second derivative in the observation.
     """
     running: Tensor | float = 0.0
-    with autodiff.recording():
+    with autodiff.recording(), trajectory.replaying():
         for _ in range(trajectory.n_blocks):
             # The block is an argument and nothing else, so that its graph ends with the call.
             multipliers, costs = _reverse(
                 trajectory.tape_previous(tangent.step_of_point, compared=itemgetter(0)),
                 tangent,
-                problem,
                 multipliers,
                 gradient,
                 product,
             )
-            running = sum(costs, running)
+            running = sum(map(precise, costs), running)
         start, _ = trajectory.tape_initial()
         theta, d = unpaired(trajectory.control)
         f, e = trajectory.observation
@@ -232,7 +232,6 @@ def tangent_sweep(
 def _reverse(
     block: Block,
     tangent: Tangent,
-    problem: ControlProblem,
     multipliers: tuple[Tree, Tree],
     gradient: GradientSum,
     product: GradientSum,
@@ -243,12 +242,9 @@ def _reverse(
     # p(u, theta; mu): no derivative beyond the second is taken, and v is needed at the start of the
     # block only.
     parts = [tangent.apart(received) for received in block.controls]
-    costs = [
-        cost
-        for (u, _), (theta, _), t in zip(block.states[:-1], parts, block.times, strict=True)
-        for cost in problem.step_costs(u, theta, t)
-    ]
-    autodiff.refuse_hidden(costs, (block.states[:-1], block.controls), "the running cost")
+    costs = block.costs
+    given = block.states[:-1], block.controls
+    autodiff.refuse_hidden(costs, given, "the running cost", twice=True)
     # A leaf that several steps share is one variable: it is pulled back to once.
     own = {
         id(x): (x, dx)
@@ -291,18 +287,45 @@ def tangent_plan(
     observation: Tree,
     control: Tree,
 ) -> Checkpointing:
-    """What was asked for; a budget is planned for pairs of states and graphs pulled back twice."""
+    """What was asked for, or what a budget allows; no graph of the forward sweep is kept."""
 
-    def terminal(state: Tree, pair: Tree) -> Tensor:
-        return problem.final_cost(state[0], unpaired(pair)[0])
+    def end(state: Tree, pair: Tree) -> Any:
+        with autodiff.recording():
+            return ended(problem, (state[0], state[1]), *unpaired(pair))
 
-    def running(state: Tree, received: Tree, t: int) -> Tensor:
-        return problem.step_costs(state[0], tangent.apart(received)[0], t)[0]
+    def reverse(trajectory: Trajectory, block: Block) -> Tree:
+        point, _ = unpaired(trajectory.control)
+        sums = begun_sum(point), begun_sum(point)
+        multiplier = tree.zeros_like(block.states[-1][0])
+        _reverse(block, tangent, (multiplier, multiplier), *sums)
+        return [one.sums() for one in sums]
 
-    costs = None if problem.running is None else running
-    pairs = ControlProblem(tangent, terminal, problem.horizon, costs)
-    # The graph of a pullback reads about twice what the graph it pulls back keeps.
-    return planned(checkpointing, pairs, observation, control, graphs=3)
+    costs = tangent.costs_of(problem)
+    running = None if problem.running is None else lambda *given: costs(*given)[0]
+    pairs = ControlProblem(tangent, problem.terminal, problem.horizon, running)
+    sweep = Rehearsed(tangent.step_of_point, reverse, end)
+    chosen = planned(checkpointing, pairs, observation, control, sweep)
+    # One block, taped when it is reversed: no graph of the tangent system is pulled back.
+    return Checkpointing(1, max(problem.horizon, 1)) if chosen.keeps_graphs else chosen
+
+
+def ended(
+    problem: ControlProblem, final: tuple[Tree, Tree], theta: Tree, d: Tree
+) -> tuple[Tensor, Tree, Tree]:
+    """The terminal cost at (u(T), v(T)), its gradient, and the derivative of that along (v, d)."""
+    state, moved = final
+    inputs = autodiff.variables((state, theta))
+    cost = problem.final_cost(*inputs)
+    autodiff.refuse_hidden(cost, inputs, "the terminal cost", twice=True)
+    first, second = _twice(cost, torch.ones_like(cost), None, inputs, (moved, tree.detach(d)))
+    return cost.detach(), first, second
+
+
+def _nothing_like(values: Tree) -> Tree:
+    """The zero vector of a space, in the memory of one number a leaf."""
+    return tree.map_leaves(
+        lambda x: x.new_zeros(()).expand_as(x) if tree.is_variable(x) else None, values
+    )
 
 
 def _checked(direction: Tree, control: Tree) -> Tree:

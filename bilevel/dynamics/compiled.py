@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class Compiled(Dynamics):
         wanted = "a Dynamics (wrap a plain function g(state, control, t) with bilevel.Map)"
         check_kind(self.dynamics, Dynamics, "dynamics", wanted)
         object.__setattr__(self, "dynamics", plain(self.dynamics))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What was compiled is compiled anew where it is unpickled."""
+        return Compiled, (self.dynamics,)
 
     def init(self, observation: Tree, control: Tree) -> Tree:  # noqa: D102
         return self.dynamics.init(observation, control)

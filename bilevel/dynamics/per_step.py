@@ -175,8 +175,10 @@ class GradientSum:
         """What was gathered, None where nothing was."""
         return tree.unflatten(self._structure, self._sums)
 
-    def total(self) -> Tree:
-        """The gradient of the whole problem."""
+    def total(self, *, zeros: bool = False) -> Tree:
+        """The gradient of the whole problem; with `zeros`, zero where nothing was gathered."""
+        if zeros:
+            return tree.filled(self.sums(), self._control)
         look = _LOOK.get()
         if look is None or look.structure != self._structure:  # a sweep inside of another one
             look = Look(CONTROL_WORDS)

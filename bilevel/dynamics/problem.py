@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bilevel.checks import check_arguments, check_kind, check_scalar, check_whole
@@ -59,3 +60,8 @@ class ControlProblem:
             return []
         cost = self.running(self.dynamics.readout(state), theta, t)
         return [check_scalar(cost, f"the running cost at t = {t}")]
+
+
+def precise(cost: Tensor) -> Tensor:
+    """A cost as a term of a sum, which the digits of a short dtype would not hold."""
+    return cost.to(torch.promote_types(cost.dtype, torch.float32))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from operator import is_
+from typing import Any
 
 from torch import Tensor
 
@@ -26,15 +27,29 @@ def walk(dynamics: Dynamics, observation: Tree, control: Tree, horizon: int) -> 
 
 def begun(dynamics: Dynamics, observation: Tree, control: Tree) -> Tree:
     """u(0) = g0(f; theta_0)."""
-    state = dynamics.init(observation, initial_control(control))
+    # The sweep owns its states: a step or a caller that writes to one must not reach the arguments.
+    own, received = tree.copied(observation), initial_control(control)
+    written = watch(own)
+    state = dynamics.init(own, received)
+    if written():
+        raise ArgumentError(
+            "the dynamics writes to its observation or its control in place: clone them first."
+        )
     tree.check_leaves(state, "u(0)")
-    return state
+    return tree.copied(state, only=received)
 
 
 def stepped(step: Step, state: Tree, control: Tree, t: int) -> Tree:
     """u(t) = g(u(t-1), theta_t), refused where it is not like u(t-1), or u(t-1) was written to."""
     written = watch(state)
-    following = step(state, step_control(control, t), t)
+    try:
+        following = step(state, step_control(control, t), t)
+    except RuntimeError as error:
+        if "leaf Variable that requires grad is being used in an in-place" not in str(error):
+            raise
+        raise ArgumentError(
+            f"step {t} writes to its arguments in place: let it return new tensors."
+        ) from error
     if not tree.alike(following, state):
         source = f"step {t} must return a state like its own"
         tree.check_like(following, state, f"u({t})", source)
@@ -56,16 +71,17 @@ def first_infinite(
 
 def watch(values: Tree) -> Callable[[], bool]:
     """Tells, when called, whether a tensor was written to since, or another put in its place."""
-    if isinstance(values, Tensor):
-        version = values._version
-        return lambda: values._version != version
     leaves = tree.leaves_of(values)
-    versions = [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+    versions = [*map(_version, leaves)]
 
     def written() -> bool:
         now = tree.leaves_of(values)
-        if len(now) != len(leaves) or not all(map(is_, now, leaves)):
-            return True
-        return versions != [leaf._version for leaf in now if isinstance(leaf, Tensor)]
+        same = len(now) == len(leaves) and all(map(is_, now, leaves))
+        return not same or versions != [*map(_version, now)]
 
     return written
+
+
+def _version(leaf: Any) -> int | None:
+    """How often a tensor was written to; torch does not count for those of inference mode."""
+    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else None

@@ -102,7 +102,7 @@ class _Shape:
 
     def read(self, file: Any) -> Tensor:
         """The tensor whose bytes come next in `file`."""
-        found = torch.empty(self.shape, dtype=self.dtype)
+        found = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         if file.readinto(_memory(found)) != found.nbytes:
             raise OSError("the file is too short")
         return found.to(self.device)

@@ -1,5 +1,6 @@
 """Snapshots in the memory of the host, for states on a GPU."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.sweeps.storage import Snapshots, Storage
+from bilevel.sweeps.storage import IN_MEMORY, Snapshots, Storage
 from bilevel.tree import Tree
 
 
@@ -25,6 +26,9 @@ class OnHost(Storage):
 
     def resident(self, snapshots: int) -> int:  # noqa: D102
         return min(snapshots, 2)  # one on its way out or in use, one on its way in
+
+    def bounded(self, devices: Iterable[torch.device]) -> Storage:  # noqa: D102
+        return self if all(d.type == "cuda" for d in devices) else IN_MEMORY  # they stay
 
 
 class _HostSnapshots(Snapshots):
@@ -50,7 +54,7 @@ class _HostSnapshots(Snapshots):
         if not _on_gpu(leaf):
             return leaf
         leaf = leaf.resolve_conj().resolve_neg()
-        host = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True)
+        host = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu", pin_memory=True)
         stream = self._beside(leaf.device)
         with torch.cuda.stream(stream):
             host.copy_(leaf, non_blocking=True)

@@ -1,7 +1,8 @@
 """What one step of a problem needs in memory, and the checkpointings that a budget allows."""
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bilevel import autodiff, tree
 from bilevel.checks import check_kind
 from bilevel.dynamics.compiled import plain
-from bilevel.dynamics.per_step import PerStep
+from bilevel.dynamics.per_step import GradientSum, PerStep
 from bilevel.dynamics.problem import ControlProblem
-from bilevel.dynamics.steps import begun
+from bilevel.dynamics.steps import Step, begun
 from bilevel.sweeps.checkpointing import Budget, Checkpointing, plan
 from bilevel.sweeps.randomness import RandomState, devices_of, preserved
-from bilevel.sweeps.trajectory import Trajectory
+from bilevel.sweeps.trajectory import Block, Trajectory
 from bilevel.tree import Tree
 
 
@@ -78,8 +79,30 @@ class Measurement:
     working_bytes: int
 
 
-def measure(problem: ControlProblem, observation: Tree, control: Tree) -> Measurement:
-    """Bytes that one step needs, found by taping it and pulling it back once.
+@dataclass(frozen=True, eq=False)
+class Rehearsed:
+    """What a sweep that differs from `adjoint` does.
+
+    Attributes:
+        step: what it tapes.
+        reverse: of the trajectory and a block; gives what belongs to the result.
+        end: differentiates the terminal cost, of a final state and the control.
+        grows: whether reversing a block makes something for each step that stays until its end.
+    """
+
+    step: Step
+    reverse: Callable[[Trajectory, Block], Tree]
+    end: Callable[[Tree, Tree], Any]
+    grows: bool = True
+
+
+def measure(
+    problem: ControlProblem,
+    observation: Tree,
+    control: Tree,
+    sweep: Rehearsed | None = None,
+) -> Measurement:
+    """Bytes that one step needs, found by taping and reversing one step and two in a row.
 
     Storages of tensors are counted as they come and go. All steps of a short horizon are measured;
     of a long one the first, the last, and one for each structure, shape and dtype of the control.
@@ -90,6 +113,7 @@ def measure(problem: ControlProblem, observation: Tree, control: Tree) -> Measur
         problem: dynamics, horizon and costs.
         observation: f.
         control: Theta.
+        sweep: which one will run; None is that of `adjoint`.
 
     Returns:
         The bytes.
@@ -102,52 +126,106 @@ def measure(problem: ControlProblem, observation: Tree, control: Tree) -> Measur
         >>> found.state_bytes, found.graph_bytes
         (4000, 4000)
     """
+    sweep = sweep or _adjoint(problem)
     dynamics = plain(problem.dynamics)  # torch compiles nothing where storages are counted
     graphs = Checkpointing(block=None)
-    trajectory = Trajectory(dynamics, observation, control, problem.horizon, graphs)
+    trajectory = Trajectory(
+        dynamics, observation, control, problem.horizon, graphs, problem.step_costs
+    )
     with autodiff.recording(), preserved(trajectory.devices):
-        start = tree.detach(begun(dynamics, *tree.detach((observation, control))))
-        devices = trajectory.devices | devices_of(start)
-        with preserved(devices):
-            found = [
-                _measure_step(trajectory, problem, start, t, RandomState.capture(devices))
-                for t in _distinct(problem.horizon, control)
-            ]
+        with LiveBytes() as live:
+            taped = begun(dynamics, trajectory.observation, trajectory.control)
+            ones = tree.map_leaves(_ones, taped)
+            autodiff.pull(taped, ones, (trajectory.observation, trajectory.control))
+        least, start = live.peak, tree.detach(taped)
+        del taped
+        state = bytes_of(start)
+        with preserved(trajectory.devices | devices_of(start)):
+            rehearsal = _Rehearsal(trajectory, start, sweep)
+            found = [rehearsal.of(t) for t in _distinct(problem.horizon, control)]
             with LiveBytes() as live:
-                terminal = autodiff.value_and_gradient(
-                    problem.final_cost, start, control, name="the terminal cost"
-                )
-            del terminal
-    states, graphs, working = zip(*found, (bytes_of(start), 0, 0), strict=True)
-    # Beside a pull live the final state, the multiplier, the state the block led to, and random
-    # states: of the caller, before g0, and two while one is compared with the last.
+                ended = sweep.end(start, control)
+            del ended
+    # Beside what was measured lives the final state, and random states: of the caller, before g0,
+    # and two while one is compared with the last.
+    drawn = max((size for size, _, _ in found), default=0)
     random = 4 * torch.get_rng_state().nbytes
-    working = 3 * max(states) + max(live.peak, *working) + random
-    return Measurement(max(states), max(graphs), working)
+    working = max([least, 2 * state + live.peak, *(size for _, _, size in found)]) + random
+    return Measurement(state + drawn, max((size for _, size, _ in found), default=0), working)
 
 
-def _measure_step(
-    trajectory: Trajectory, problem: ControlProblem, start: Tree, t: int, random: RandomState
-) -> tuple[int, int, int]:
-    """Bytes of a state, of the graph of step t, and what is alive beyond while it is pulled."""
-    with LiveBytes() as live:
-        block = trajectory.tape(range(t - 1, t), start)
-        costs = problem.step_costs(block.states[0], block.controls[0], t)
-        graph = live.now
-        ones = tree.map_leaves(
-            lambda x: torch.ones_like(x) if tree.is_variable(x) else None, (block.states[-1], costs)
-        )
-        inputs = block.states[0], tree.distinct_leaves(block.controls)
-        pulled = autodiff.pull((block.states[-1], costs), ones, inputs)
-        del pulled
-    state = bytes_of(block.states[-1])
-    if not random.stands():
-        state += random.cpu.nbytes
-    whole = bytes_of(block.controls[0])
-    if isinstance(trajectory.control, PerStep):  # a block's gradients, before they are gathered
-        own = bytes_of(trajectory.control.steps[t - 1])
-        return state, graph + own, live.peak - graph + whole - own
-    return state, graph, live.peak - graph + whole
+def _ones(leaf: Any) -> Tensor | None:
+    return torch.ones_like(leaf) if tree.is_variable(leaf) else None
+
+
+def _adjoint(problem: ControlProblem) -> Rehearsed:
+    def end(state: Tree, control: Tree) -> Any:
+        name = "the terminal cost"
+        return autodiff.value_and_gradient(problem.final_cost, state, control, name=name)
+
+    return Rehearsed(plain(problem.dynamics).step, _reverse, end, grows=False)
+
+
+def _reverse(trajectory: Trajectory, block: Block) -> Tree:
+    """As a multiplier sweep does it, when the gradient of what is shared is there already."""
+    gradient = begun_sum(trajectory.control)
+    outputs, thetas = (block.states[-1], block.costs), tree.distinct_leaves(block.controls)
+    ones = tree.map_leaves(_ones, outputs)
+    pulled = autodiff.pull(outputs, ones, (block.states[0], thetas))
+    gradient.subtract(thetas, pulled[1])
+    return gradient.sums()
+
+
+def begun_sum(control: Tree) -> GradientSum:
+    """A gradient that has terms already in what all steps share."""
+    gradient = GradientSum(control)
+    gradient.add(_shared(control), tree.zeros_like(_shared(control)))
+    return gradient
+
+
+@dataclass(frozen=True, eq=False)
+class _Rehearsal:
+    """Steps taped from one state and reversed, as a sweep does it."""
+
+    trajectory: Trajectory
+    start: Tree
+    sweep: Rehearsed
+
+    def of(self, t: int) -> tuple[int, int, int]:
+        """Bytes drawn by step t, of its graph, and of what works beside graphs meanwhile."""
+        random = RandomState.capture(self.trajectory.devices)
+        rest, one = self._peak(range(t - 1, t))
+        drawn = 0 if random.stands() else random.cpu.nbytes
+        with LiveBytes() as live:
+            self.trajectory.advance(range(t - 1, t), self.start)
+        # Without a graph beside it, but with the state that it came from.
+        works = max(one - rest, live.peak + bytes_of(self.start))
+        if t not in (1, self.trajectory.horizon) or self.trajectory.horizon < 2:
+            return drawn, rest, works
+        first = min(t, self.trajectory.horizon - 1) - 1
+        _, two = self._peak(range(first, first + 2))
+        # Only the second step adds to a gradient of what is shared; from then on they are alike.
+        slope = two - one - bytes_of(_shared(self.trajectory.control))
+        graph = max(rest, slope) if self.sweep.grows else rest
+        return drawn, graph, max(works, two - 2 * graph)
+
+    def _peak(self, steps: range) -> tuple[int, int]:
+        """What the graph of steps needs before it is reversed, and the most alive meanwhile."""
+        with LiveBytes() as live:
+            block = self.trajectory.tape(steps, self.start, step=self.sweep.step)
+            rest = live.now
+            result = self.sweep.reverse(self.trajectory, block)
+        control, own = self.trajectory.control, 0
+        if isinstance(control, PerStep):  # a block's gradients, before they are gathered
+            own = sum(bytes_of(control.steps[t]) for t in steps)
+        # Beside it: the final state, the one that the block led to, the multiplier.
+        beside = 3 * bytes_of(self.start)
+        return rest + own, live.peak - bytes_of(result) + own + beside
+
+
+def _shared(control: Tree) -> Tree:
+    """What all steps receive of a control."""
+    return control.shared if isinstance(control, PerStep) else control
 
 
 def _distinct(horizon: int, control: Tree) -> list[int]:
@@ -174,8 +252,7 @@ def planned(
     problem: ControlProblem,
     observation: Tree,
     control: Tree,
-    *,
-    graphs: int = 1,
+    sweep: Rehearsed | None = None,
 ) -> Checkpointing:
     """The checkpointing that was asked for, or the one that a budget allows."""
     if checkpointing is None:
@@ -183,15 +260,12 @@ def planned(
     if isinstance(checkpointing, Checkpointing):
         return checkpointing
     check_kind(checkpointing, Budget, "checkpointing", "a Checkpointing, a Budget or None")
-    found = measure(problem, observation, control)
-    return plan(
-        problem.horizon,
-        checkpointing.bytes,
-        found.state_bytes,
-        graphs * found.graph_bytes,
-        checkpointing.storage,
-        working_bytes=found.working_bytes,
-    )
+    found = measure(problem, observation, control, sweep)
+    size, storage = checkpointing.bytes, checkpointing.storage
+    sizes = problem.horizon, size, found.state_bytes, found.graph_bytes
+    bounded = storage.bounded(devices_of((observation, control)))
+    chosen = plan(*sizes, bounded, working_bytes=found.working_bytes)
+    return chosen if chosen.keeps_graphs else replace(chosen, storage=storage)
 
 
 class Plans:

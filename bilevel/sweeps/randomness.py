@@ -1,13 +1,16 @@
-"""The state of torch's default random generators, saved and restored around repeated steps."""
+"""What a step finds when it is evaluated again: the draws, autocast and device of the first time.
+
+Torch's default generators are rewound where the forward sweep drew from them, and there alone.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import autodiff, tree
 from bilevel.tree import Tree
 
 
@@ -46,11 +49,44 @@ class RandomState:
             torch.equal(torch.cuda.get_rng_state(d), state) for d, state in self.cuda.items()
         )
 
+    def with_devices(self, devices: Iterable[torch.device]) -> "RandomState":
+        """With the present state of the generators of further devices."""
+        new = [d for d in devices if d.type == "cuda" and d not in self.cuda]
+        return replace(self, cuda=self.cuda | RandomState.capture(new).cuda) if new else self
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The states one after the other, as a snapshot keeps them."""
+        return self.cpu, *self.cuda.values()
+
+    def like(self, tensors: tuple[Tensor, ...]) -> "RandomState":
+        """What `tensors` were taken from, on the same devices."""
+        cpu, *gpus = tensors
+        return RandomState(cpu, dict(zip(self.cuda, gpus, strict=True)))
+
     def restore(self) -> None:
         """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         for device, state in self.cuda.items():
             torch.cuda.set_rng_state(state, device)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Autocast and the default device.
+
+    Attributes:
+        casts: where autocast is on.
+        device: of the tensors made without one.
+    """
+
+    casts: list[autodiff.Cast] = field(default_factory=autodiff.autocasts)
+    device: torch.device = field(default_factory=torch.get_default_device)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, both are as they were."""
+        with self.device, autodiff.autocast_as(self.casts):
+            yield
 
 
 @contextmanager

@@ -1,7 +1,10 @@
 """Where snapshots are kept, and the place where nothing is copied."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import torch
 
 from bilevel.tree import Tree
 
@@ -36,6 +39,10 @@ class Storage(ABC):
     @abstractmethod
     def resident(self, snapshots: int) -> int:
         """How many states, of so many snapshots, lie in the memory that a budget bounds."""
+
+    def bounded(self, devices: Iterable[torch.device]) -> "Storage":  # noqa: ARG002
+        """What a budget for states on some devices sees of this storage; by default itself."""
+        return self
 
 
 @dataclass(frozen=True)

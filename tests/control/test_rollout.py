@@ -20,6 +20,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import bilevel as bl
 from bilevel import tree
 from bilevel.errors import ArgumentError, LostGradientError, StructureError, UnsupportedError
+from bilevel.sweeps.memory import LiveBytes
 
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
 every_path = pytest.mark.parametrize("checkpointing", PATHS, ids=repr)
@@ -240,6 +241,18 @@ TRANSFORMS = {
 def test_torch_func_with_states_kept_is_refused(name):
     with pytest.raises(UnsupportedError, match=r"torch.func.*Checkpointing\(block=None\)"):
         TRANSFORMS[name](lambda c: bl.rollout(TANH, U, c, 4))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_one_state_is_kept_at_a_time(mode):
+    u, c = real(1, 1000), real(2, 1000)
+    problem = bl.ControlProblem(TANH, lambda u, c: square(u), 50, lambda u, c, t: square(u * c))
+    expected = plain_states(TANH, u, c, 50)[-1]
+    with mode(), LiveBytes() as live:
+        leaf = u.clone()
+        assert_same(bl.rollout(TANH, leaf, c, 50), expected)
+        bl.total_cost(problem, leaf, c)
+        assert live.peak < 8 * u.nbytes
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

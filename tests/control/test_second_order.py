@@ -149,5 +149,5 @@ def test_wrong_arguments_are_refused_by_name():
         bl.hvp(tanh_problem(), U, C, C[:2])
     with pytest.raises(StructureError, match="terminal cost must return a real scalar"):
         bl.hvp(tanh_problem(terminal=lambda u, c: u), U, C, C)
-    with pytest.raises(StructureError, match="running cost at t = 4 must return a real scalar"):
+    with pytest.raises(StructureError, match="running cost at t = 1 must return a real scalar"):
         bl.hvp(tanh_problem(running=lambda u, c, t: u), U, C, C)

@@ -258,3 +258,69 @@ def test_a_hundred_thousand_steps_of_a_control_per_step_begin_at_once():
     with pytest.raises(StopError):
         bl.adjoint(problem, torch.zeros(()), control, checkpointing=chosen)
     assert time.process_time() - began < 10  # a second: every leaf is looked at a few times
+
+
+N, STEPS = 4096, 40
+LARGE = real(11, N)
+BUDGETS = {  # state, control, terminal cost, storage, and the budget in bytes of a state
+    "a number": (LARGE, real(12, 1)[0], square, bl.InMemory(), 24),
+    "a control like the state": (LARGE, real(12, N), square, bl.InMemory(), 34),
+    "a control larger than the state": (
+        real(11, 64),
+        real(12, 64, 64) / 8,
+        square,
+        bl.InMemory(),
+        900,
+    ),
+    "a control per step": (
+        LARGE,
+        bl.PerStep([real(t, N) for t in range(STEPS)]),
+        square,
+        bl.InMemory(),
+        34,
+    ),
+    "a heavy terminal cost": (
+        LARGE,
+        real(12, N),
+        lambda u: (1.1 * (1.1 * (1.1 * u).sin()).sin()).sin().sum(),
+        bl.InMemory(),
+        45,
+    ),
+    "on the host": (LARGE, real(12, N), square, bl.OnHost(), 34),
+    "on disk": (LARGE, real(12, N), square, bl.OnDisk(FOLDER), 34),
+}
+
+
+@pytest.mark.parametrize("sweep", ["adjoint", "hvp"])
+@pytest.mark.parametrize("name", BUDGETS)
+def test_no_sweep_exceeds_its_budget_beyond_what_it_returns(name, sweep):
+    state, control, cost, storage, states = BUDGETS[name]
+
+    def step(u, c, t):
+        return torch.tanh(c @ u if c.ndim == 2 else c * u)
+
+    problem = bl.ControlProblem(bl.Map(step), lambda u, c: cost(u), STEPS)
+    budget = bl.Budget(states * state.nbytes, storage)
+    with LiveBytes() as live:
+        if sweep == "hvp":
+            found = bl.hvp(problem, state, control, control, checkpointing=budget)
+            returned = found.gradient, found.product
+        else:
+            found = bl.adjoint(problem, state, control, checkpointing=budget)
+            returned = found.gradient, found.observation_gradient
+        beyond = live.peak - bytes_of(returned)
+    # A state of the generator more or less, and 2 %.
+    assert beyond <= 1.02 * budget.bytes + 2 * torch.get_rng_state().nbytes
+
+
+def test_states_of_the_generator_wait_on_disk_with_the_states(tmp_path):
+    step = bl.Map(lambda u, c, t: nn.functional.dropout(torch.tanh(c * u)))
+    problem = bl.ControlProblem(step, lambda u, c: square(u), 400)
+    given = problem, real(1, 8), real(2, 8)
+    torch.manual_seed(1)
+    expected = bl.adjoint(*given).gradient
+    torch.manual_seed(1)
+    with LiveBytes() as live:
+        found = bl.adjoint(*given, checkpointing=bl.Checkpointing(storage=bl.OnDisk(tmp_path)))
+    assert torch.equal(found.gradient, expected)
+    assert live.peak < 20 * torch.get_rng_state().nbytes

@@ -1,0 +1,96 @@
+"""Gradients that a function cuts, and recipes that look as if they did."""
+
+import pytest
+import torch
+from choices import CHECKPOINTINGS
+from problems import real, square
+from torch.autograd.function import once_differentiable
+
+import bilevel as bl
+from bilevel.errors import LostGradientError, UnsupportedError
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+
+HALVE = bl.Map(lambda u, c, t: u * c)
+ONCE = {
+    "step": bl.ControlProblem(bl.Map(lambda u, c, t: Once.apply(u * c)), lambda u, c: square(u), 3),
+    "terminal": bl.ControlProblem(HALVE, lambda u, c: Once.apply(u * c).sum(), 3),
+    "running": bl.ControlProblem(
+        HALVE, lambda u, c: square(u), 3, lambda u, c, t: Once.apply(u * c).sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
+@pytest.mark.parametrize("place", ONCE)
+def test_a_second_derivative_of_a_once_differentiable_function_is_refused(place, checkpointing):
+    u, c = real(1, 3), real(2, 3)
+    bl.adjoint(ONCE[place], u, c, checkpointing=checkpointing)
+    with pytest.raises(UnsupportedError, match="once_differentiable"):
+        bl.hvp(ONCE[place], u, c, c, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("method", [bl.Unrolled(), bl.MLM()], ids=repr)
+def test_an_inner_objective_that_is_differentiable_once_is_refused(method):
+    problem = bl.BilevelProblem(
+        lambda w, a, b: (Once.apply(w) * a).sum() + square(w - a), lambda w, a, b: square(w)
+    )
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 5, method, certificate=None)
+    with pytest.raises(UnsupportedError, match="marked with once_differentiable"):
+        solver.hypergradient(real(1, 3), real(2, 3))
+
+
+def test_functions_with_a_constant_derivative_have_a_second_one():
+    step = bl.Map(lambda u, c, t: torch.relu(u * c) + (u * c).sign() + (u * c).round())
+    problem = bl.ControlProblem(step, lambda u, c: square(u), 2)
+    u, c = real(1, 3), real(2, 3).requires_grad_()
+    loss = square(step.step(step.step(u, c, 1), c, 2))
+    (gradient,) = torch.autograd.grad(loss, c, create_graph=True)
+    (expected,) = torch.autograd.grad(gradient.sum(), c)
+    found = bl.hvp(problem, u, c, torch.ones_like(c)).product
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_gradient_inside_a_step_keeps_its_dependence(checkpointing, draws):
+    def step(u, c, t):
+        with torch.enable_grad():
+            x = u if u.requires_grad else u.clone().requires_grad_()
+            noise = torch.rand(3, dtype=x.dtype) if draws else 1.0
+            energy = (c * noise * x**4).sum()
+            (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return u - 0.1 * force
+
+    problem = bl.ControlProblem(bl.Map(step), lambda u, c: square(u), 4)
+    u, c = 0.5 * real(1, 3), 0.5 * real(2, 3)
+    leaf, state = c.clone().requires_grad_(), u
+    torch.manual_seed(1)
+    for t in range(1, 5):
+        state = step(state, leaf, t)
+    (expected,) = torch.autograd.grad(square(state), leaf)
+    torch.manual_seed(1)
+    found = bl.adjoint(problem, u, c, checkpointing=checkpointing)
+    torch.testing.assert_close(found.gradient, expected)
+
+
+def test_a_gradient_inside_a_step_that_lost_its_dependence_is_refused():
+    def step(u, c, t):
+        x = u.detach().requires_grad_()
+        (force,) = torch.autograd.grad((c * x**4).sum(), x, create_graph=True)
+        return u - 0.1 * force
+
+    problem = bl.ControlProblem(bl.Map(step), lambda u, c: square(u), 4)
+    with pytest.raises(LostGradientError, match="uses a tensor"):
+        bl.adjoint(problem, real(1, 3), real(2, 3))

@@ -1,0 +1,57 @@
+"""Inputs that ended in a crash, or in a message about something else."""
+
+import pickle
+
+import pytest
+import torch
+from choices import FOLDER
+from problems import real
+from torch import nn
+
+import bilevel as bl
+from bilevel.errors import StructureError
+
+HALVE = bl.Map(lambda u, c, t: u * c)
+
+
+def problem_of(horizon=4):
+    return bl.ControlProblem(HALVE, lambda u, c: (u**2).sum(), horizon)
+
+
+def test_snapshots_on_disk_do_not_lie_on_the_default_device():
+    u, c = real(1, 3), real(2, 3)
+    expected = bl.adjoint(problem_of(), u, c).gradient
+    with torch.device("meta"):
+        checkpointing = bl.Checkpointing(storage=bl.OnDisk(FOLDER))
+        found = bl.adjoint(problem_of(), u, c, checkpointing=checkpointing).gradient
+    assert torch.equal(found, expected)
+
+
+def test_a_horizon_may_be_an_integer_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    u, c = real(1, 3), real(2, 3)
+    expected = bl.adjoint(problem_of(), u, c).gradient
+    assert torch.equal(bl.adjoint(problem_of(numpy.int64(4)), u, c).gradient, expected)
+
+
+@pytest.mark.parametrize("control", [nn.Linear(2, 2), nn.Linear(2, 2).parameters()], ids=["m", "g"])
+def test_a_module_or_its_parameters_as_a_control_are_pointed_to_functional(control):
+    with pytest.raises(StructureError, match=r"bilevel.functional"):
+        bl.adjoint(problem_of(), real(1, 3), control)
+
+
+def test_a_compiled_dynamics_that_was_used_can_be_pickled():
+    compiled = bl.Compiled(bl.Phases([nn.Linear(2, 2)]))
+    compiled._chosen["step"] = lambda u, c, t: u  # what torch.compile makes is no more picklable
+    again = pickle.loads(pickle.dumps(compiled))
+    assert type(again.dynamics) is bl.Phases
+    assert not again._chosen
+
+
+def test_a_sweep_of_a_control_per_step_may_be_stopped():
+    u = real(1, 3)
+    control = bl.PerStep([real(t, 3) for t in range(4)])
+    whole = bl.adjoint(problem_of(), u, control).gradient
+    part = bl.adjoint(problem_of(), u, control, stop=lambda swept: swept.steps.start == 2).gradient
+    for t, (found, expected) in enumerate(zip(part.steps, whole.steps, strict=True)):
+        assert torch.equal(found, expected if t >= 2 else torch.zeros(3, dtype=u.dtype))
