@@ -14,7 +14,7 @@ import optree
 import torch
 from torch import Tensor
 
-from bilevel.errors import StructureError
+from bilevel.errors import StructureError, UnsupportedError
 
 Tree = Any  # a tensor, or a dict / tuple / list of trees
 NAMESPACE = "bilevel"
@@ -172,6 +172,11 @@ def check_leaves(tree: Tree, name: str) -> None:
             raise StructureError(
                 f"{leaf_names(tree, name)[i]} must be a tensor (or an integer, which is carried "
                 f"unchanged), got {type(leaf).__name__}; {_remedy(leaf)}."
+            )
+        if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+            raise UnsupportedError(
+                f"{leaf_names(tree, name)[i]} must be a dense tensor, got one of layout "
+                f"{leaf.layout}: pass to_dense(), or keep it as a field of the dynamics."
             )
 
 

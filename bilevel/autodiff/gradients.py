@@ -59,7 +59,9 @@ def grad(
                 allow_unused=True,
             )
         for i, gradient in zip(places, gradients, strict=True):
-            found[i] = gradient
+            # As those of an embedding with sparse=True: sums and norms are of dense vectors.
+            sparse = gradient is not None and gradient.layout != torch.strided
+            found[i] = gradient.to_dense() if sparse else gradient
     return tree.unflatten(structure, found)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.dynamics.per_step import initial_control, step_control
-from bilevel.errors import ArgumentError
+from bilevel.errors import ArgumentError, StructureError
 from bilevel.tree import Tree
 
 Step = Callable[[Tree, Tree, int], Tree]
@@ -30,7 +30,11 @@ def begun(dynamics: Dynamics, observation: Tree, control: Tree) -> Tree:
     # The sweep owns its states: a step or a caller that writes to one must not reach the arguments.
     own, received = tree.copied(observation), initial_control(control)
     written = watch(own)
-    state = dynamics.init(own, received)
+    try:
+        state = dynamics.init(own, received)
+    except RuntimeError as error:
+        _name_devices(error, (observation, control), "dynamics.init")
+        raise
     if written():
         raise ArgumentError(
             "the dynamics writes to its observation or its control in place: clone them first."
@@ -45,6 +49,7 @@ def stepped(step: Step, state: Tree, control: Tree, t: int) -> Tree:
     try:
         following = step(state, step_control(control, t), t)
     except RuntimeError as error:
+        _name_devices(error, (state, control), f"step {t}")
         if "leaf Variable that requires grad is being used in an in-place" not in str(error):
             raise
         raise ArgumentError(
@@ -59,6 +64,16 @@ def stepped(step: Step, state: Tree, control: Tree, t: int) -> Tree:
             "let the step return new tensors, or begin it with state.clone()."
         )
     return following
+
+
+def _name_devices(error: RuntimeError, arguments: Tree, name: str) -> None:
+    """Say on which devices the arguments are, if they are on several and that failed."""
+    devices = sorted({str(x.device) for x in tree.leaves_of(arguments) if isinstance(x, Tensor)})
+    if len(devices) > 1 and "device" in str(error):
+        raise StructureError(
+            f"{name} needs its state and its control on one device, got tensors on "
+            f"{' and '.join(devices)}: move them before, by .to(device)."
+        ) from error
 
 
 def first_infinite(

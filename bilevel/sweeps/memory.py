@@ -54,8 +54,20 @@ class LiveBytes(TorchDispatchMode):
 
 def storages(values: Tree) -> dict[int, Any]:
     """The storages of the tensors of a tree, each once."""
-    tensors = (x for x in tree.leaves_of(values) if isinstance(x, Tensor))
+    tensors = [y for x in tree.leaves_of(values) if isinstance(x, Tensor) for y in _parts(x)]
     return {s._cdata: s for s in (x.untyped_storage() for x in tensors)}
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    """What holds the numbers of a tensor: itself, of a sparse one its indices and values."""
+    match x.layout:
+        case torch.sparse_coo:
+            return x._indices(), x._values()
+        case torch.sparse_csr | torch.sparse_bsr:
+            return x.crow_indices(), x.col_indices(), x.values()
+        case torch.sparse_csc | torch.sparse_bsc:
+            return x.ccol_indices(), x.row_indices(), x.values()
+    return (x,)
 
 
 def bytes_of(values: Tree) -> int:

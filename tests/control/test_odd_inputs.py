@@ -9,7 +9,7 @@ from problems import real
 from torch import nn
 
 import bilevel as bl
-from bilevel.errors import StructureError
+from bilevel.errors import StructureError, UnsupportedError
 
 HALVE = bl.Map(lambda u, c, t: u * c)
 
@@ -55,3 +55,48 @@ def test_a_sweep_of_a_control_per_step_may_be_stopped():
     part = bl.adjoint(problem_of(), u, control, stop=lambda swept: swept.steps.start == 2).gradient
     for t, (found, expected) in enumerate(zip(part.steps, whole.steps, strict=True)):
         assert torch.equal(found, expected if t >= 2 else torch.zeros(3, dtype=u.dtype))
+
+
+@pytest.mark.parametrize("which", ["observation", "control"])
+def test_a_sparse_argument_is_refused_by_name(which):
+    given = {"observation": torch.ones(3), "control": torch.ones(3)}
+    given[which] = given[which].to_sparse()
+    problem = bl.ControlProblem(bl.Map(lambda u, c, t: u * c), lambda u, c: u.sum(), 2)
+    with pytest.raises(
+        UnsupportedError, match=f"{which} must be a dense tensor, got one of layout"
+    ):
+        bl.adjoint(problem, given["observation"], given["control"])
+
+
+def test_a_sparse_matrix_in_a_step_is_measured_and_swept():
+    A = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    sparse = A.to_sparse()
+    u, c = torch.ones(3, 1, dtype=torch.float64), torch.full((3, 1), 0.5, dtype=torch.float64)
+
+    def problem(M):
+        return bl.ControlProblem(bl.Map(lambda u, c, t: (M @ u) * c), lambda u, c: (u**2).sum(), 3)
+
+    expected = bl.adjoint(problem(A), u, c).gradient
+    for checkpointing in (None, bl.Budget("1 MB"), bl.Budget("40 kB")):
+        found = bl.adjoint(problem(sparse), u, c, checkpointing=checkpointing)
+        torch.testing.assert_close(found.gradient, expected)
+
+
+def test_a_sparse_gradient_comes_back_dense():
+    words = torch.tensor([0, 2])
+
+    def step(u, table, t):
+        return u + torch.nn.functional.embedding(words, table, sparse=True).sum(0)
+
+    problem = bl.ControlProblem(bl.Map(step), lambda u, c: (u**2).sum() / 2, 2)
+    table = torch.ones(4, 3, dtype=torch.float64)
+    found = bl.adjoint(problem, torch.zeros(3, dtype=torch.float64), table).gradient
+    expected = torch.zeros(4, 3, dtype=torch.float64)
+    expected[words] = 2 * 4.0  # two steps, u(T) = 4
+    torch.testing.assert_close(found, expected)
+
+
+def test_arguments_on_two_devices_are_refused_with_both():
+    problem = bl.ControlProblem(bl.Map(lambda u, c, t: u * c), lambda u, c: u.sum(), 2)
+    with pytest.raises(StructureError, match="on one device, got tensors on cpu and meta"):
+        bl.adjoint(problem, torch.ones(3, 3), torch.ones(3, 3, device="meta"))
