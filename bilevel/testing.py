@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import autodiff, tree
 from bilevel.checks import check_range, check_whole
+from bilevel.control.adjoint import adjoint
+from bilevel.control.rollout import total_cost
+from bilevel.dynamics.problem import ControlProblem
 from bilevel.errors import BilevelError
 from bilevel.linear.gmres import GMRES
 from bilevel.methods.base import HypergradientMethod
@@ -19,6 +22,8 @@ from bilevel.methods.mlm import MLM
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
 from bilevel.solver import BilevelSolver
+from bilevel.sweeps.checkpointing import Budget, Checkpointing
+from bilevel.sweeps.randomness import RandomState, devices_of, preserved
 from bilevel.tree import Tree
 
 
@@ -162,6 +167,81 @@ def unit_like(values: Tree, generator: torch.Generator) -> Tree:
     vector = random_like(values, generator)
     size = tree.norm(vector)
     return tree.map_leaves(lambda x: None if x is None else x / size, vector)
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """The gradient of a control problem and a difference of its cost, along a random direction.
+
+    Attributes:
+        slope: Re<gradient, direction>, by `adjoint`.
+        difference: the central difference of J.
+        noise: what doubling the step changes, and rounding.
+    """
+
+    slope: float
+    difference: float
+    noise: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both are the same, to a thousandth and to what the difference is good for."""
+        size = max(abs(self.slope), abs(self.difference))
+        return abs(self.slope - self.difference) <= 1e-3 * size + 4 * self.noise
+
+
+def check_gradient(
+    problem: ControlProblem,
+    observation: Tree,
+    control: Tree,
+    *,
+    checkpointing: Checkpointing | Budget | None = None,
+    seed: int = 0,
+) -> GradientCheck:
+    """Whether the gradient that `adjoint` finds is that of the cost, along a random direction.
+
+    It sees what no sweep can: a `detach()`, an `.item()` or an `autograd.grad` without
+    `create_graph` inside a step or a cost, a wrong backward of one's own, a straight-through
+    estimate, draws from a generator of one's own, a cost that is not smooth. Steps that draw from
+    torch's default generators draw the same in every evaluation. It costs a sweep and four costs.
+
+    Args:
+        problem: dynamics, horizon and costs.
+        observation: f.
+        control: Theta.
+        checkpointing: as in `adjoint`.
+        seed: of the direction.
+
+    Returns:
+        Both numbers; `agrees` compares them.
+
+    Example:
+        >>> import bilevel as bl
+        >>> terminal = lambda state, control: state**2
+        >>> whole = bl.ControlProblem(bl.Map(lambda u, c, t: u * c), terminal, horizon=3)
+        >>> cut = bl.ControlProblem(bl.Map(lambda u, c, t: u * c.detach() + c), terminal, horizon=3)
+        >>> one, two = torch.tensor(1.0), torch.tensor(2.0)
+        >>> check_gradient(whole, one, two).agrees, check_gradient(cut, one, two).agrees
+        (True, False)
+    """
+    direction = unit_like(control, torch.Generator().manual_seed(seed))
+    control = tree.detach(control)
+    devices = devices_of((observation, control))
+    start = RandomState.capture(devices)
+
+    def cost(h: float) -> float:
+        start.restore()
+        moved = tree.moved(control, direction, -h)
+        return float(total_cost(problem, observation, moved, checkpointing=checkpointing))
+
+    with preserved(devices):
+        found = adjoint(problem, observation, control, checkpointing=checkpointing)
+        h = _eps(control) ** (1 / 3) * max(1.0, tree.norm(control))
+        with autodiff.paused():
+            fine, coarse = ((cost(k) - cost(-k)) / (2 * k) for k in (h, 2 * h))
+    slope = float(tree.inner(found.gradient, direction))
+    rounding = 4 * _eps(control) * abs(float(found.cost)) / h
+    return GradientCheck(slope, fine, abs(fine - coarse) + rounding)
 
 
 @dataclass(frozen=True, eq=False)

@@ -142,3 +142,47 @@ def test_proximal_gradient_is_compared_with_gmres():
     row = next(row for row in found.rows if isinstance(row.method, bl.Implicit))
     assert isinstance(row.method.linear, bl.linear.GMRES)
     assert row.error < 1e-6
+
+
+def straight_through(generator):
+    """A random mask in the backward alone: the state is the same at every evaluation."""
+
+    def step(u, c, t):
+        mask = torch.rand(3, generator=generator, dtype=u.dtype) < 0.5
+        v = torch.tanh(c * u)
+        return v.detach() + (v - v.detach()) * mask
+
+    return step
+
+
+CUTS = {
+    "detach": lambda u, c, t: torch.tanh(c.detach() * u) + 0.1 * c,
+    "item": lambda u, c, t: torch.tanh(c.detach()[0].item() * u) + 0.1 * c,
+    "new tensor": lambda u, c, t: torch.tanh(torch.tensor(c.tolist(), dtype=c.dtype) * u) + 0.1 * c,
+    "straight through": straight_through(torch.Generator().manual_seed(1)),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_gradient_that_is_cut_inside_a_step_is_told_by_a_difference(name):
+    problem = bl.ControlProblem(bl.Map(CUTS[name]), lambda u, c: (u**2).sum(), 4)
+    found = bl.testing.check_gradient(problem, 1 + real(1, 3).abs(), real(2, 3))
+    assert not found.agrees
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["plain", "dropout", "running"])
+def test_a_right_gradient_agrees_with_the_difference(name, dtype):
+    def step(u, c, t):
+        v = torch.tanh(c * u)
+        return torch.nn.functional.dropout(v, 0.3) if name == "dropout" else v
+
+    running = (lambda u, c, t: (c * u).sum() * 0.1) if name == "running" else None
+    problem = bl.ControlProblem(bl.Map(step), lambda u, c: (u**2).sum(), 4, running)
+    before = torch.get_rng_state()
+    found = bl.testing.check_gradient(problem, real(1, 3).to(dtype), real(2, 3).to(dtype))
+    assert found.agrees
+    assert found.slope == pytest.approx(
+        found.difference, rel=1e-6 if dtype == torch.float64 else 0.05
+    )
+    assert torch.equal(torch.get_rng_state(), before)
