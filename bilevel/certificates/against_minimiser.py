@@ -112,7 +112,7 @@ class AgainstMinimiser(Certifier):
     Attributes:
         trust: largest estimate of the relative error that is trustworthy.
         max_products: products with second derivatives that a certificate may take, Hessian and
-            mixed; at least 18. None is 58, or twice what the method itself took if that is more.
+            mixed; at least 22. None is 62, or twice what the method itself took if that is more.
         constants: of the problem; the certificate then has a rigorous bound as well, usually a
             loose one.
 

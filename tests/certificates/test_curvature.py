@@ -7,7 +7,7 @@ import torch
 from problems import real, square
 
 import bilevel as bl
-from bilevel.certificates.curvature import probe
+from bilevel.certificates.curvature import DIRECTIONS, probe
 from bilevel.linear import CG, GMRES, Dense, NormalCG, Operator
 
 F64 = torch.float64
@@ -313,3 +313,11 @@ def test_the_probe_of_an_asymmetric_operator_wants_its_finding_to_stay():
     )
     assert found.smallest == pytest.approx(-0.2, abs=1e-6)
     assert math.isfinite(found.largest)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_negative_direction_among_many_is_met(seed):
+    values = torch.linspace(0.01, 1, 500, dtype=F64)
+    values[seed] = -0.1
+    found = probe(Operator(lambda v: values * v, symmetric=True), values, DIRECTIONS, seed)
+    assert found.negative(2e-16)
