@@ -4,7 +4,7 @@ Torch's default generators are rewound where the forward sweep drew from them, a
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -85,7 +85,9 @@ class Surroundings:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside, both are as they were."""
-        with self.device, autodiff.autocast_as(self.casts):
+        # A device as a context sees every call of torch, which costs as much as a small kernel.
+        same = torch.get_default_device() == self.device
+        with nullcontext() if same else self.device, autodiff.autocast_as(self.casts):
             yield
 
 
