@@ -312,7 +312,8 @@ def check_hypergradient(
     """Compare all methods with central finite differences on one's own problem.
 
     The differences are of the value after the solver's inner steps, so that `Unrolled` and `MLM`
-    must agree with them; `Implicit` does as far as the inner iteration has converged.
+    must agree with them; `Implicit` does as far as the inner iteration has converged. Objectives
+    that draw, a dropout mask or a minibatch, draw the same in every evaluation.
 
     Args:
         solver: whose problem, optimiser and number of inner steps are used.
@@ -341,29 +342,30 @@ def check_hypergradient(
     directions = [unit_like(control, generator) for _ in range(n_directions)]
     h = step or _eps(control) ** (1 / 3) * max(1.0, tree.norm(control))
 
-    def slope(direction: Tree, h: float) -> float:
-        up, down = (
-            float(
-                quiet.value(
-                    params, tree.moved(control, direction, -sign * h), inner_batch, outer_batch
-                )
-            )
-            for sign in (1, -1)
-        )
-        return (up - down) / (2 * h)
+    batches = inner_batch, outer_batch
+    devices = devices_of((params, control))
+    start = RandomState.capture(devices)
 
-    fine = torch.tensor([slope(d, h) for d in directions], dtype=torch.float64)
-    coarse = torch.tensor([slope(d, 2 * h) for d in directions], dtype=torch.float64)
+    def value(direction: Tree, h: float) -> float:
+        start.restore()
+        return float(quiet.value(params, tree.moved(control, direction, -h), *batches))
+
+    def slopes(h: float) -> Tensor:
+        found = [(value(d, h) - value(d, -h)) / (2 * h) for d in directions]
+        return torch.tensor(found, dtype=torch.float64)
+
+    with preserved(devices):
+        fine, coarse = slopes(h), slopes(2 * h)
+        rows = [
+            _row(replace(quiet, method=method), solver, params, control, batches, start)
+            for method in (_all_methods(solver) if methods is None else methods)
+        ]
     size = float(fine.norm()) or 1.0
-    rows = [
-        _row(replace(quiet, method=method), solver, params, control, (inner_batch, outer_batch))
-        for method in (_all_methods(solver) if methods is None else methods)
-    ]
     judged = []
     for row in rows:
         if row.gradient is not None:
-            slopes = [float(tree.inner(row.gradient, d)) for d in directions]
-            error = float((torch.tensor(slopes, dtype=torch.float64) - fine).norm()) / size
+            along = [float(tree.inner(row.gradient, d)) for d in directions]
+            error = float((torch.tensor(along, dtype=torch.float64) - fine).norm()) / size
             row = replace(row, error=error)
         judged.append(row)
     own = float((fine - coarse).norm()) / size
@@ -382,9 +384,11 @@ def _row(
     params: Tree,
     control: Tree,
     batches: tuple[Any, Any],
+    start: RandomState,
 ) -> MethodCheck:
     try:
         quiet.hypergradient(params, control, *batches)
+        start.restore()
         begun = time.perf_counter()
         found = quiet.hypergradient(params, control, *batches)
         seconds = time.perf_counter() - begun
@@ -393,6 +397,7 @@ def _row(
     estimate = math.nan
     if solver.certificate is not None:
         judged = replace(quiet, certificate=solver.certificate)
+        start.restore()
         certificate = judged.hypergradient(params, control, *batches).certificate
         estimate = math.nan if certificate is None else certificate.error_estimate
     return MethodCheck(
@@ -402,6 +407,12 @@ def _row(
 
 def _recommend(rows: Sequence[MethodCheck], difference_error: float) -> str:
     by = {type(row.method): row for row in rows if row.gradient is not None}
+    if not difference_error <= 0.1:
+        return (
+            "The differences do not settle, so no method can be judged by them: the objectives are "
+            "not smooth here, not deterministic, or computed in too low a precision, or the "
+            "hypergradient is zero. Try float64, another step=, or another point."
+        )
     allowed = max(10 * difference_error, 1e-6)
     for kind in (Unrolled, MLM):
         if kind in by and not by[kind].error <= allowed:

@@ -109,6 +109,36 @@ def test_the_table_has_a_row_for_each_method_and_says_what_does_not_apply():
     assert "Implicit does not apply" in table.recommendation
 
 
+def test_objectives_that_draw_are_compared_draw_by_draw():
+    def outer(w, a, batch):
+        return (torch.nn.functional.dropout(w, 0.5) ** 2).sum() + (torch.rand(6).to(w) * a).sum()
+
+    problem = bl.BilevelProblem(lambda w, a, batch: ((w - a) ** 2).sum(), outer)
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.4), 30)
+    control = torch.linspace(1, 2, 6, dtype=torch.float64)
+    torch.manual_seed(2)
+    after = torch.rand(())
+    torch.manual_seed(2)
+    check = bl.check_hypergradient(solver, torch.zeros(6, dtype=torch.float64), control)
+    errors = {type(row.method).__name__: row.error for row in check.rows}
+    assert max(errors[name] for name in ("Unrolled", "MLM", "Implicit")) < 1e-8
+    assert check.recommendation.startswith("Take Implicit")
+    assert torch.equal(torch.rand(()), after)  # the generator stands where it stood
+
+
+def test_no_method_is_recommended_on_differences_that_do_not_settle():
+    count = iter(range(10**6))
+
+    def outer(w, a, batch):
+        return (w**2).sum() * (1 + next(count) % 7)
+
+    problem = bl.BilevelProblem(lambda w, a, batch: ((w - a) ** 2).sum(), outer)
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.4), 30, bl.Unrolled(), certificate=None)
+    point = torch.ones(2, dtype=torch.float64)
+    check = bl.check_hypergradient(solver, point, 2 * point, methods=[bl.Implicit()])
+    assert "do not settle" in check.recommendation
+
+
 def test_an_objective_that_is_not_smooth_is_found_out():
     problem = bl.BilevelProblem(
         lambda w, a, batch: square(w - a),

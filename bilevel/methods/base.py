@@ -2,7 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +21,7 @@ from bilevel.inner.problem import BilevelProblem
 from bilevel.linear.operator import LinearResult
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.settings import ByStep, at_step
+from bilevel.sweeps.randomness import RandomState, devices_of, preserved
 from bilevel.tree import Tree
 
 
@@ -35,6 +38,35 @@ class Warm:
     state: Tree
     steps: int
     linear: Tree = None
+
+
+@dataclass(eq=False)
+class Draws:
+    """What the outer objective drew, a dropout mask or a minibatch: a certificate sees the same.
+
+    Attributes:
+        state: where the generators stood before; None if it drew nothing.
+    """
+
+    state: RandomState | None = None
+
+    @contextmanager
+    def noted(self, values: Tree) -> Iterator[None]:
+        """Inside, the outer objective of these values is evaluated for the first time."""
+        before = RandomState.capture(devices_of(values))
+        yield
+        self.state = None if before.stands() else before
+
+    @contextmanager
+    def repeated(self, values: Tree) -> Iterator[None]:
+        """Inside, it draws what it drew; outside, the generators stand as if it had not been."""
+        if self.state is None:
+            with self.noted(values):
+                yield
+            return
+        with preserved(devices_of(values)):
+            self.state.restore()
+            yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +86,7 @@ class Instance:
         warm: go on from there instead of `params`. A problem with `start` always begins there, and
             takes the linear solution alone.
         inner_tolerance: stop the inner iteration where the norm of its residual is at most this.
+        draws: of the outer objective.
 
     Raises:
         StructureError: if the warm start does not fit the params.
@@ -69,6 +102,7 @@ class Instance:
     linear_batch: Any = None
     warm: Warm | None = None
     inner_tolerance: float | None = None
+    draws: Draws = field(default_factory=Draws)
 
     def __post_init__(self) -> None:
         if self._begun is not None:
@@ -185,18 +219,20 @@ class Instance:
     def outer(self, params: Tree, control: Tree) -> Tensor:
         """The outer objective with its batch, checked."""
         name = "the outer objective"
-        value = check_scalar(self.problem.outer(params, control, self.outer_batch), name)
+        with self.draws.noted((params, control)):
+            value = check_scalar(self.problem.outer(params, control, self.outer_batch), name)
         autodiff.refuse_hidden(value, (params, control), name)
         return value
 
     def outer_gradient(self, params: Tree) -> "OuterGradient":
-        """Value and gradients of the outer objective at some params."""
-        value, (in_params, in_control) = autodiff.value_and_gradient(  # which checks it
-            lambda p, c: self.problem.outer(p, c, self.outer_batch),
-            params,
-            self.control,
-            name="the outer objective",
-        )
+        """Value and gradients of the outer objective at some params, with the draws it had."""
+        with self.draws.repeated((params, self.control)):
+            value, (in_params, in_control) = autodiff.value_and_gradient(  # which checks it
+                lambda p, c: self.problem.outer(p, c, self.outer_batch),
+                params,
+                self.control,
+                name="the outer objective",
+            )
         return OuterGradient(value, in_params, in_control)
 
     def linearised(self, params: Tree) -> Linearisation:

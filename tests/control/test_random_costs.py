@@ -153,6 +153,32 @@ def test_an_outer_objective_with_dropout_draws_the_same_masks_in_every_method(me
     assert len(set(values)) > 1
 
 
+@pytest.mark.parametrize(
+    "method", [bl.MLM(), bl.Unrolled(), bl.Implicit(), bl.OneStep()], ids=lambda m: type(m).__name__
+)
+def test_a_certificate_sees_the_draw_of_the_outer_objective_and_makes_none_itself(method):
+    def outer(w, a, batch):
+        return (torch.rand(3, dtype=w.dtype) * (w - 1) ** 2).sum()
+
+    problem = bl.BilevelProblem(lambda w, a, batch: ((w - a) ** 2).sum(), outer)
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.4), 30, method, on_failure="ignore")
+    w, a = torch.zeros(3, dtype=torch.float64), torch.tensor([2.0, 3, 4], dtype=torch.float64)
+    torch.manual_seed(7)
+    found = [solver.hypergradient(w, a) for _ in range(3)]
+    torch.manual_seed(7)
+    for one in found:
+        weights = torch.rand(3, dtype=torch.float64)
+        gradient = 2 * weights * (a - 1)
+        assert float(one.value) == pytest.approx(float((weights * (a - 1) ** 2).sum()))
+        if isinstance(method, bl.OneStep):  # leaves out 0.2 of every entry
+            gradient *= 0.8
+            assert one.certificate.error_estimate == pytest.approx(0.2)
+        else:
+            assert one.certificate.trustworthy, one.certificate
+            assert one.certificate.error_estimate < 1e-10
+        assert torch.allclose(one.gradient, gradient)
+
+
 @pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
 def test_a_sweep_that_draws_nothing_leaves_the_generator_to_other_threads(checkpointing):
     problem = bl.ControlProblem(bl.Map(lambda u, c, t: c * u), lambda u, c: u, 4)
