@@ -93,7 +93,7 @@ def train_command(
         report = stack.enter_context(progress_bars())
         if scans.data is None:
             place = Path(stack.enter_context(TemporaryDirectory(prefix="scans-")))
-            opened = _of_tasks(listed, place, report, looks=looks)
+            opened = _of_tasks(listed, place, report, settings.seed, looks=looks)
         else:
             validation = None if scans.validation is None else SliceDataset(scans.validation)
             opened = _Opened(SliceDataset(scans.data), validation)
@@ -102,6 +102,7 @@ def train_command(
         record = describe(settings)
         if listed:
             record["samplings"] = {one.name: repr(one.sampling) for one in listed}
+            record["target noise"] = {one.name: one.target_noise for one in listed}
         found = _trained(out, begun, opened, settings, record, report, board, resume=resume)
     _print(found, out)
 
@@ -193,15 +194,16 @@ def _looks(training: Given[TrainingSettings], *, possible: bool) -> bool:
 
 
 def _of_tasks(
-    listed: Sequence[TaskSettings], place: Path, report: Report, *, looks: bool
+    listed: Sequence[TaskSettings], place: Path, report: Report, seed: int, *, looks: bool
 ) -> _Opened:
     tasks = open_each(listed, place, lambda k, n: report("opening tasks", k / n))
-    return _Opened(_of_role(tasks, "train"), _of_role(tasks, "validation") if looks else None)
+    looked_at = _of_role(tasks, "validation", seed) if looks else None
+    return _Opened(_of_role(tasks, "train", seed), looked_at)
 
 
-def _of_role(tasks: Sequence[Task], role: str) -> list[Source]:
-    # References are taken as they are: noise on them is for studies of task weights.
-    found = [Source(one.parts[role], (one.sampling,)) for one in tasks if role in one.parts]
+def _of_role(tasks: Sequence[Task], role: str, seed: int) -> list[Source]:
+    having = [one for one in tasks if role in one.parts]
+    found = [one.source(role, seed, i) for i, one in enumerate(having)]
     if not found:
         raise InputError(
             f"at least one task with the role {role} was needed, none of {len(tasks)} has it; add "

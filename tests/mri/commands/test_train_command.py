@@ -169,15 +169,19 @@ def test_tasks_bring_scans_masks_and_validation(data, small, tmp_path, monkeypat
     )
     point = f"name=points,scans={tmp_path / 'scans'},mask=poisson,acceleration=2,calibration=6"
     out = tmp_path / "w"
-    options = ["--tasks", listed, "--task", f"{point},roles=train", "--init", small]
+    point = f"{point},roles=train,target_noise=0.5"
+    options = ["--tasks", listed, "--task", point, "--init", small]
     text = succeed("train", "--out", out, *options, "--steps", 2, "--validate-every", 2)
     (columns, points), (looked_at,) = seen[0]
     assert columns.samplings == looked_at.samplings == (CartesianRandom(2.0, 0.25),)
     assert points.samplings == (PoissonDisc(2.0, 6),)
     assert len(columns.slices) == len(points.slices) == len(looked_at.slices) == 4
     assert "Least validation loss" in text
-    kept = load_weights(out).record["samplings"]
-    assert kept == {"columns": "CartesianRandom(acceleration=2.0, center_fraction=0.25)"} | {
+    assert columns.noise is looked_at.noise is None
+    assert points.noise.level == 0.5
+    record = load_weights(out).record
+    assert record["target noise"] == {"columns": 0.0, "points": 0.5}
+    assert record["samplings"] == {"columns": "CartesianRandom(acceleration=2.0, center_fraction=0.25)"} | {
         "points": repr(points.samplings[0])
     }
     succeed("train", "--out", out, *options, "--steps", 1)
