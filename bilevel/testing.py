@@ -146,6 +146,11 @@ def _slope(points: list[tuple[float, float]]) -> float:
     return above / sum((x - mean_x) ** 2 for x, _ in points)
 
 
+def _difference_step(control: Tree) -> float:
+    """Where rounding and curvature weigh alike in a central difference."""
+    return _eps(control) ** (1 / 3) * max(1.0, tree.norm(control))
+
+
 def _eps(values: Tree) -> float:
     return max(torch.finfo(x.dtype).eps for x in tree.leaves_of(values) if tree.is_variable(x))
 
@@ -236,7 +241,7 @@ def check_gradient(
 
     with preserved(devices):
         found = adjoint(problem, observation, control, checkpointing=checkpointing)
-        h = _eps(control) ** (1 / 3) * max(1.0, tree.norm(control))
+        h = _difference_step(control)
         with autodiff.paused():
             fine, coarse = ((cost(k) - cost(-k)) / (2 * k) for k in (h, 2 * h))
     slope = float(tree.inner(found.gradient, direction))
@@ -340,7 +345,7 @@ def check_hypergradient(
     control = tree.detach(control)
     generator = torch.Generator().manual_seed(seed)
     directions = [unit_like(control, generator) for _ in range(n_directions)]
-    h = step or _eps(control) ** (1 / 3) * max(1.0, tree.norm(control))
+    h = step or _difference_step(control)
 
     batches = inner_batch, outer_batch
     devices = devices_of((params, control))

@@ -29,15 +29,31 @@ def limit_of(max_steps: int | None, system: System) -> int:
     return min(10 * system.flat.width, 1000) if max_steps is None else max_steps
 
 
-def tracked(rtol: float, probes: int) -> float:
-    """The tolerance of the residual that is tracked, so that the true one keeps `rtol`."""
-    # That of a balanced system is taken in another norm: a tenth leaves room between the two.
-    return 0.1 * rtol if probes else rtol
+@dataclass(frozen=True)
+class Conjugate(LinearSolver):
+    """The settings of conjugate gradients, on the system itself or on its normal equations."""
+
+    rtol: float = 1e-8
+    max_steps: int | None = None
+    damping: float = 0.0
+    probes: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self.rtol, "rtol", least=0)
+        check_whole(self.max_steps, "max_steps", 1, optional=True)
+        check_range(self.damping, "damping", least=0)
+        check_whole(self.probes, "probes")
+
+    @property
+    def tracked(self) -> float:
+        """The tolerance of the residual that is tracked, so that the true one keeps `rtol`."""
+        # That of a balanced system is taken in another norm: a tenth leaves room between the two.
+        return 0.1 * self.rtol if self.probes else self.rtol
 
 
 @final
 @dataclass(frozen=True)
-class CG(LinearSolver):
+class CG(Conjugate):
     """Conjugate gradients, for symmetric positive operators (Hestenes & Stiefel 1952).
 
     It stops where it meets a direction of non-positive curvature, and says so in the result. A
@@ -62,17 +78,6 @@ class CG(LinearSolver):
         (tensor([1., 2.]), 2, True)
     """
 
-    rtol: float = 1e-8
-    max_steps: int | None = None
-    damping: float = 0.0
-    probes: int = 0
-
-    def __post_init__(self) -> None:
-        check_range(self.rtol, "rtol", least=0)
-        check_whole(self.max_steps, "max_steps", 1, optional=True)
-        check_range(self.damping, "damping", least=0)
-        check_whole(self.probes, "probes")
-
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
         """See `LinearSolver`; `steps` products, one more with a `start`."""
         refuse_asymmetric(operator, "CG")
@@ -80,8 +85,7 @@ class CG(LinearSolver):
 
     def _iterate(self, system: System) -> LinearResult:
         x, r, norms = system.begin()
-        limit = limit_of(self.max_steps, system)
-        rtol = tracked(self.rtol, self.probes)
+        limit, rtol = limit_of(self.max_steps, system), self.tracked
         columns = [_Column(system, k, norm, rtol, limit) for k, norm in enumerate(norms)]
         if system.columns is None:
             _alone(system, columns[0], x, r)

@@ -4,17 +4,16 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-from bilevel.checks import check_range, check_whole
 from bilevel.errors import ArgumentError
-from bilevel.linear.cg import limit_of, tracked
-from bilevel.linear.operator import LinearResult, LinearSolver, Operator
+from bilevel.linear.cg import Conjugate, limit_of
+from bilevel.linear.operator import LinearResult, Operator
 from bilevel.linear.system import System, solve_flat
 from bilevel.tree import Tree
 
 
 @final
 @dataclass(frozen=True)
-class NormalCG(LinearSolver):
+class NormalCG(Conjugate):
     """Conjugate gradients on `A^* A x = A^* b` (CGLS, Hestenes & Stiefel 1952); any operator.
 
     Two products a step, and the condition number counts squared. Where the system has no solution
@@ -40,17 +39,6 @@ class NormalCG(LinearSolver):
         (tensor([ 2., -1.]), 4)
     """
 
-    rtol: float = 1e-8
-    max_steps: int | None = None
-    damping: float = 0.0
-    probes: int = 0
-
-    def __post_init__(self) -> None:
-        check_range(self.rtol, "rtol", least=0)
-        check_whole(self.max_steps, "max_steps", 1, optional=True)
-        check_range(self.damping, "damping", least=0)
-        check_whole(self.probes, "probes")
-
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
         """See `LinearSolver`; `2 steps + 1` products, one more with a `start`, one to measure."""
         if operator.adjoint is None and not operator.symmetric:
@@ -69,7 +57,7 @@ class NormalCG(LinearSolver):
         s = system.adjoint(r)
         p = s.clone()  # the operator may write its products to one buffer
         columns = [
-            _Normal(norm, ss, size, tracked(self.rtol, self.probes), system)
+            _Normal(norm, ss, size, self.tracked, system)
             for norm, ss, size in zip(norms, system.dots(s, s, 0), system.rhs_norms, strict=True)
         ]
         while True:
