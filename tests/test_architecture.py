@@ -16,13 +16,21 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "bilevel": ["errors", "tree", "records", "checks", "settings", "drawing"],
     "bilevel.autodiff": ["graphs", "gradients", "linearisation", "reversible"],
-    "bilevel.dynamics": ["dynamics", "per_step", "steps", "problem", "compiled", "modules"],
+    "bilevel.dynamics": [
+        "dynamics",
+        "closures",
+        "per_step",
+        "steps",
+        "problem",
+        "compiled",
+        "modules",
+    ],
     "bilevel.linear": [
         *("operator", "flat", "system", "cg", "normal_cg", "gmres", "neumann", "direct"),
     ],
     "bilevel.sweeps": [
-        *("storage", "host", "disk", "schedule", "checkpointing", "randomness", "trajectory"),
-        "memory",
+        *("storage", "host", "disk", "schedule", "checkpointing", "randomness"),
+        *("block", "determinism", "trajectory", "memory"),
     ],
     "bilevel.outer": ["watching", "batches", "leaves", "descent"],
     "bilevel.control": ["lagrangian", "adjoint", "tangent", "rollout", "newton_cg", "solver"],

@@ -20,9 +20,10 @@ from torch import Tensor
 from bilevel import autodiff, tree
 from bilevel.dynamics.per_step import GradientSum, PerStep
 from bilevel.dynamics.problem import ControlProblem, precise
+from bilevel.sweeps.block import Block, Costs, no_costs
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import planned
-from bilevel.sweeps.trajectory import Block, Costs, Trajectory, no_costs
+from bilevel.sweeps.trajectory import Trajectory
 from bilevel.tree import Tree
 
 

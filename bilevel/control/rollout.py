@@ -206,6 +206,10 @@ class _Carrying(Dynamics):
     running: RunningCost
     dtypes: set[torch.dtype] = field(default_factory=set)  # of the costs seen, at least float32
 
+    @property
+    def origin(self) -> object:
+        return self.dynamics.origin
+
     def init(self, observation: Tree, control: Tree) -> Tree:
         state = self.dynamics.init(observation, control)
         like = next(x for x in tree.leaves_of(state) if tree.is_variable(x))

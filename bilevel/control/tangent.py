@@ -23,9 +23,10 @@ from bilevel.dynamics.dynamics import Dynamics
 from bilevel.dynamics.per_step import GradientSum, PerStep, check_control
 from bilevel.dynamics.problem import ControlProblem, precise
 from bilevel.errors import StructureError
+from bilevel.sweeps.block import Block, Costs, no_costs
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import Rehearsed, begun_sum, planned
-from bilevel.sweeps.trajectory import Block, Costs, Trajectory, no_costs
+from bilevel.sweeps.trajectory import Trajectory
 from bilevel.tree import Tree
 
 
@@ -51,6 +52,10 @@ class Tangent(Dynamics):
         return autodiff.pushforward(
             lambda u, theta: self.dynamics.step(u, theta, t), (u, theta), (v, d)
         )
+
+    @property
+    def origin(self) -> object:  # noqa: D102
+        return self.dynamics.origin
 
     def step_of_point(self, state: Tree, control: Tree, t: int) -> Tree:
         """The same u(t), with v(t-1) beside it: v is needed at the start of a block alone."""

@@ -1,6 +1,7 @@
 """Dynamics, controls and costs: the control problem (1).
 
-Read `dynamics`, `per_step`, `steps`, `problem`; then `compiled` and `modules`, two ways to a step.
+Read `dynamics`, `per_step`, `steps`, `problem`; then `compiled` and `modules`, two ways to a
+step, and `closures`: modules that a step reaches without being given them.
 """
 
 from bilevel.dynamics.compiled import Compiled

@@ -56,6 +56,10 @@ class Compiled(Dynamics):
     def readout(self, state: Tree) -> Tree:  # noqa: D102
         return self.dynamics.readout(state)
 
+    @property
+    def origin(self) -> object:  # noqa: D102
+        return self.dynamics.origin
+
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         step = self._chosen.get("step")
         if step is not None and step == self.dynamics.step:

@@ -28,6 +28,11 @@ class Dynamics(ABC):
         """The part of the state that costs see; by default all of it."""
         return state
 
+    @property
+    def origin(self) -> object:
+        """What its steps come from, and is still there where the dynamics is made anew."""
+        return self
+
 
 @dataclass(frozen=True)
 class Map(Dynamics):
@@ -51,3 +56,7 @@ class Map(Dynamics):
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         return self.g(state, control, t)
+
+    @property
+    def origin(self) -> object:  # noqa: D102
+        return self.g

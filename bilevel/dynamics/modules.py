@@ -128,6 +128,10 @@ class Phases(Dynamics):
             return observation
         return _call(self.initial, control, observation)
 
+    @property
+    def origin(self) -> object:  # noqa: D102
+        return self.modules[0] if self.modules else self
+
     def controls(self) -> PerStep:
         """Detached copies of the trainable parameters, as a control."""
         return PerStep(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import autodiff, tree
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.dynamics.per_step import initial_control, step_control
 from bilevel.errors import ArgumentError, StructureError
@@ -28,8 +28,8 @@ def walk(dynamics: Dynamics, observation: Tree, control: Tree, horizon: int) -> 
 def begun(dynamics: Dynamics, observation: Tree, control: Tree) -> Tree:
     """u(0) = g0(f; theta_0)."""
     # The sweep owns its states: a step or a caller that writes to one must not reach the arguments.
-    own, received = tree.copied(observation), initial_control(control)
-    written = watch(own)
+    own, received = tree.copied(observation), _lent(initial_control(control))
+    written = watch((own, received))
     try:
         state = dynamics.init(own, received)
     except RuntimeError as error:
@@ -44,10 +44,13 @@ def begun(dynamics: Dynamics, observation: Tree, control: Tree) -> Tree:
 
 
 def stepped(step: Step, state: Tree, control: Tree, t: int) -> Tree:
-    """u(t) = g(u(t-1), theta_t), refused where it is not like u(t-1), or u(t-1) was written to."""
-    written = watch(state)
+    """u(t) = g(u(t-1), theta_t); refused if not like u(t-1), or if arguments were written to."""
+    received = step_control(control, t)
+    if t == 1:
+        received = _lent(received)
+    written, theirs = watch(state), watch(received)
     try:
-        following = step(state, step_control(control, t), t)
+        following = step(state, received, t)
     except RuntimeError as error:
         _name_devices(error, (state, control), f"step {t}")
         if "leaf Variable that requires grad is being used in an in-place" not in str(error):
@@ -63,7 +66,20 @@ def stepped(step: Step, state: Tree, control: Tree, t: int) -> Tree:
             f"step {t} writes to its state in place, but the sweep still needs that state: "
             "let the step return new tensors, or begin it with state.clone()."
         )
+    if theirs():
+        raise ArgumentError(
+            f"step {t} writes to its control in place: let it make new tensors, and put what "
+            "evolves into the state."
+        )
     return following
+
+
+def _lent(received: Tree) -> Tree:
+    """A part of the control, as a copy where nothing else keeps a function from writing to it."""
+    # In-place writes to what requires grad are refused by torch, before they are made. So the first
+    # evaluation tells, and the caller's control is whole.
+    guarded = autodiff.is_on() and autodiff.is_taped(received)
+    return received if guarded else tree.copied(received)
 
 
 def _name_devices(error: RuntimeError, arguments: Tree, name: str) -> None:

@@ -55,6 +55,10 @@ class InnerIteration(Dynamics):
     def readout(self, state: Tree) -> Tree:  # noqa: D102
         return self.optimizer.params(state)
 
+    @property
+    def origin(self) -> object:  # noqa: D102
+        return self.problem.inner
+
     def gradient(self, params: Tree, control: Tree, t: int, *, check: bool = False) -> Tree:
         """Gradient of the inner objective in the params, with the batch of step `t`."""
         inner, batch = self.problem.inner, at_step(self.batch, self.offset + t)

@@ -1,7 +1,8 @@
 """Sweeps in the memory that one chooses: what is kept of a trajectory, where, and when.
 
 Read `storage` (and the two slower places, `host` and `disk`), `schedule`, `checkpointing`; then
-`randomness` and `trajectory`, which executes a schedule; `memory` measures and plans.
+`randomness`, `block`, `determinism` and `trajectory`, which executes a schedule; `memory` measures
+and plans.
 """
 
 from bilevel.sweeps.checkpointing import Budget, Checkpointing, plan

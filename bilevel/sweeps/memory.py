@@ -11,13 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import autodiff, tree
 from bilevel.checks import check_kind
+from bilevel.dynamics.closures import buffers_kept
 from bilevel.dynamics.compiled import plain
 from bilevel.dynamics.per_step import GradientSum, PerStep
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.dynamics.steps import Step, begun
+from bilevel.sweeps.block import Block
 from bilevel.sweeps.checkpointing import Budget, Checkpointing, plan
 from bilevel.sweeps.randomness import RandomState, devices_of, preserved
-from bilevel.sweeps.trajectory import Block, Trajectory
+from bilevel.sweeps.trajectory import Trajectory
 from bilevel.tree import Tree
 
 
@@ -144,7 +146,11 @@ def measure(
     trajectory = Trajectory(
         dynamics, observation, control, problem.horizon, graphs, problem.step_costs
     )
-    with autodiff.recording(), preserved(trajectory.devices):
+    with (
+        autodiff.recording(),
+        preserved(trajectory.devices),
+        buffers_kept(dynamics, problem.running, problem.terminal),
+    ):
         with LiveBytes() as live:
             taped = begun(dynamics, trajectory.observation, trajectory.control)
             ones = tree.map_leaves(_ones, taped)

@@ -92,10 +92,10 @@ class Surroundings:
 
 
 @contextmanager
-def preserved(devices: Iterable[torch.device]) -> Iterator[None]:
-    """The generators leave the block as they entered it, whatever is replayed inside."""
+def preserved(devices: Iterable[torch.device]) -> Iterator[RandomState]:
+    """The generators leave the block as they entered it; yields where they stood."""
     state = RandomState.capture(devices)
     try:
-        yield
+        yield state
     finally:
         state.restore()

@@ -4,59 +4,24 @@ Nothing here knows costs or multipliers; `bilevel.control` does. A *taped* step 
 trees, so that its graph can be pulled back; the graph of one block lives at a time.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import dropwhile, pairwise, takewhile
-from typing import Self
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import dropwhile, takewhile
+from typing import Any, Self
 
 from bilevel import autodiff, tree
+from bilevel.dynamics.closures import buffers_kept
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.dynamics.per_step import check_control, step_control
 from bilevel.dynamics.steps import Step, begun, stepped, watch
-from bilevel.errors import ArgumentError, LostGradientError
+from bilevel.errors import ArgumentError
+from bilevel.sweeps.block import Block, Costs, no_costs, refuse_hidden
 from bilevel.sweeps.checkpointing import Checkpointing
+from bilevel.sweeps.determinism import check_same_gradient, check_same_state
 from bilevel.sweeps.randomness import RandomState, devices_of, preserved
 from bilevel.sweeps.schedule import Action, Do
 from bilevel.sweeps.storage import MemorySnapshots, Snapshots
 from bilevel.tree import Tree
-
-# Entries of a state that are compared at every block. Whole states are compared where the number of
-# blocks from the end is 1, 2, 4, ...: a sweep that memory bounds does not read each twice more.
-SAMPLE = 1024
-
-Costs = Callable[[Tree, Tree, int], list[Tensor]]  # of u(t-1), of what step t receives, and of t
-
-
-def no_costs(state: Tree, theta: Tree, t: int) -> list[Tensor]:  # noqa: ARG001
-    """Where no cost is asked for on the way."""
-    return []
-
-
-@dataclass(frozen=True)
-class Block:
-    """Steps a+1..b, taped as one connected graph.
-
-    Attributes:
-        steps: `range(a, b)`.
-        states: u(a), ..., u(b); u(a) is a variable tree, the others were computed from it, and
-            u(b) is as the step returned it.
-        controls: theta_{a+1}, ..., theta_b, parts of the variable tree of the control.
-        costs: what was evaluated before each step, in one list.
-    """
-
-    steps: range
-    states: list[Tree]
-    controls: list[Tree]
-    costs: list[Tensor]
-
-    @property
-    def times(self) -> range:
-        """The t of its steps, a+1, ..., b."""
-        return range(self.steps.start + 1, self.steps.stop + 1)
 
 
 class Trajectory:
@@ -203,8 +168,13 @@ class Trajectory:
             self.final = self.advance(self._schedule.steps(last), state)
         self._following = self.final
 
-    def replaying(self) -> AbstractContextManager[None]:
-        """Inside, blocks are taped again; the generators leave it as they entered it."""
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Inside, blocks are taped again; generators and buffers leave it as they entered it."""
+        with self._rewound(), buffers_kept(self._dynamics, self._costs):
+            yield
+
+    def _rewound(self) -> AbstractContextManager[Any]:
         # Where nothing was drawn they are not touched: another thread may be drawing.
         return preserved(self.devices) if self.draws else nullcontext()
 
@@ -234,14 +204,26 @@ class Trajectory:
             if self._state is None:  # as a sweep that was kept for later leaves it
                 self._reach(action.block)
             steps = self._schedule.steps(action.block)
+            self._check_gradient(steps.start + 1, self._state, step)
             block = self.tape(steps, self._state, step=step)
             name = f"steps {steps.start + 1} to {steps.stop} of the dynamics"
             again, expected = compared(block.states[-1]), compared(self._following)
             whole = (self.n_blocks - action.block).bit_count() == 1
-            _check_deterministic(again, expected, name, whole=whole)
+            check_same_state(again, expected, name, whole=whole)
         self._state = None
         self._following = tree.detach(block.states[0])
         return block
+
+    def _check_gradient(self, t: int, start: Tree, step: Step | None) -> None:
+        """Two evaluations of step t more, at the first replay of what the steps come from."""
+
+        def taped() -> Block:
+            with self._rewound():
+                return self.tape(range(t - 1, t), start, step=step)
+
+        steps = self.forward_steps
+        check_same_gradient(self._dynamics.origin, taped)
+        self.forward_steps = steps  # those of the schedule are counted
 
     def tape_initial(self) -> Tree:
         """u(0) with the graph of g0 in the observation and the control; after the blocks, once."""
@@ -251,7 +233,7 @@ class Trajectory:
         if state is None:
             self._rewind(self.random_start)
             state = begun(self._dynamics, self.observation, self.control)
-            _check_deterministic(state, self._following, "dynamics.init", whole=True)
+            check_same_state(state, self._following, "dynamics.init", whole=True)
         return state
 
     def tape(
@@ -271,7 +253,7 @@ class Trajectory:
         self.forward_steps += len(steps)
         autodiff.forget_casts()
         if first:
-            _refuse_hidden(block, given)
+            refuse_hidden(block, given)
         return block
 
     def advance(self, steps: range, state: Tree) -> Tree:
@@ -375,48 +357,3 @@ class Trajectory:
 def _advances(action: Action) -> bool:
     """Whether an action of the schedule belongs to the forward sweep, as long as all before do."""
     return action.do is not Do.TAPE
-
-
-def _refuse_hidden(block: Block, controls: list[Tensor]) -> None:
-    """Refuse steps that close over a tensor that requires grad; `controls` are all leaves given."""
-    # What a step did not compute was made a leaf of its own, when it was told apart.
-    states = block.states
-    own = [
-        x
-        for state in states[1:-1]
-        for x in tree.leaves_of(state)
-        if isinstance(x, Tensor) and x.grad_fn is None
-    ]
-    try:
-        autodiff.refuse_hidden(states[1:], (states[0], own, controls), "the dynamics")
-    except LostGradientError:  # one walk over all is quick; which step it was is asked rarely
-        for t, (state, following) in zip(block.times, pairwise(states), strict=True):
-            autodiff.refuse_hidden(following, (state, own, controls), f"step {t} of the dynamics")
-        raise
-
-
-def _check_deterministic(again: Tree, expected: Tree, name: str, *, whole: bool) -> None:
-    """Refuse a state that is not what the forward sweep found; not whole, its first entries."""
-    for new, old in zip(tree.leaves_of(again), tree.leaves_of(expected), strict=True):
-        if not isinstance(old, Tensor):
-            continue
-        new, old = new.detach(), old.detach()
-        if not whole and old.is_contiguous() and new.is_contiguous() and old.numel() > SAMPLE:
-            new, old = (x.view(-1)[:SAMPLE] for x in (new, old))
-        if not (torch.equal(new, old) or _rounded(new, old)):
-            raise ArgumentError(
-                f"{name} gave another state when evaluated again, although torch's default "
-                "generators were restored: pass what is random in with the observation, or a field "
-                "of the dynamics, or keep the graphs with Checkpointing(block=None)."
-            )
-
-
-def _rounded(new: Tensor, old: Tensor) -> bool:
-    """Whether two variables differ by rounding, which in some kernels depends on timing."""
-    if not tree.is_variable(old):
-        return False
-    # Single digits of a short dtype, and a thousand units of rounding of a long one, in which
-    # many steps of such kernels may add up; of the largest entry, so that one entry alone counts.
-    eps = torch.finfo(old.dtype).eps
-    tolerance = max(eps, min(1000 * eps, 1e-3)) * float(old.abs().max())
-    return not float((new - old).abs().max()) > tolerance  # NaN is told elsewhere

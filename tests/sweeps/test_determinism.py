@@ -1,5 +1,6 @@
 """What is compared when a block is evaluated again."""
 
+import numpy
 import pytest
 import torch
 from problems import real, square
@@ -59,3 +60,66 @@ def test_rounding_is_not_refused():
         return {"x": u["x"] * c * (1 + (len(calls) % 3) * 1e-15)}
 
     swept(step, {"x": real(1, 3)})
+
+
+def straight_through(mask):
+    """A random mask in the backward alone: the state is the same at every evaluation."""
+
+    def step(u, c, t):
+        v = torch.tanh(c * u)
+        return v.detach() + (v - v.detach()) * mask(v)
+
+    return step
+
+
+def own_mask(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda v: torch.rand(v.shape, generator=generator, dtype=v.dtype) < 0.5
+
+
+def signs(seed):
+    numbers = numpy.random.default_rng(seed)
+    return lambda v: torch.from_numpy(numpy.sign(numbers.standard_normal(v.shape))).to(v)
+
+
+def masked(step, horizon, checkpointing):
+    problem = bl.ControlProblem(bl.Map(step), lambda u, c: square(u), horizon)
+    return bl.adjoint(problem, real(1, 40), real(2, 1)[0], checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("mask", [own_mask, signs])
+@pytest.mark.parametrize("horizon", [2, 5, 40])
+def test_a_random_straight_through_estimate_is_refused(mask, horizon):
+    step = straight_through(mask(3))
+    for _ in range(2):  # a step that was refused once is no better known
+        with pytest.raises(ArgumentError, match="the same state with another gradient"):
+            masked(step, horizon, bl.Checkpointing(block=1))
+
+
+def test_its_graphs_may_be_kept():
+    masked(straight_through(own_mask(3)), 5, bl.Checkpointing(block=None))
+
+
+def test_an_estimate_that_draws_from_the_default_generator_is_replayed():
+    step = straight_through(lambda v: torch.rand_like(v) < 0.5)
+    found = []
+    for chosen in (bl.Checkpointing(), bl.Checkpointing(block=None), bl.Checkpointing(2, 1)):
+        torch.manual_seed(5)
+        found.append(masked(step, 5, chosen).gradient)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-13, atol=0)
+    torch.testing.assert_close(found[2], found[1], rtol=1e-13, atol=0)
+
+
+def test_gradients_are_compared_the_first_time_only():
+    calls = []
+
+    def step(u, c, t):
+        calls.append(t)
+        return torch.tanh(c * u)
+
+    counts = []
+    for _ in range(3):
+        calls.clear()
+        masked(step, 5, bl.Checkpointing())
+        counts.append(len(calls))
+    assert counts == [11, 9, 9]

@@ -1,0 +1,103 @@
+"""Modules that a user's function closes over, and their buffers kept as they are.
+
+A step is evaluated again when its block is reversed. A BatchNorm layer that it closes over would
+count those evaluations as further batches: its buffers are put back after each.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LARGE = 1000  # containers of more entries hold data, not modules
+
+
+def modules_of(*roots: Any) -> list[nn.Module]:
+    """The modules that functions, methods and dataclasses reach, each once.
+
+    Followed are closures, defaults, the global names that a function reads, what a method belongs
+    to, and the attributes of these. What a function finds in another way is not seen.
+
+    Args:
+        roots: functions, or objects that hold them.
+
+    Returns:
+        The modules; parts of one are not named beside it.
+    """
+    found: list[nn.Module] = []
+    seen, waiting = set[int](), [*roots]
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, Tensor | str | bytes | ModuleType | type):
+            continue
+        seen.add(id(one))
+        if isinstance(one, nn.Module):
+            found.append(one)
+        else:
+            waiting += _reached(one)
+    return found
+
+
+def _reached(one: Any) -> Iterable[Any]:
+    match one:
+        case FunctionType():
+            names = _names(one.__code__)
+            read = (one.__globals__[name] for name in names if name in one.__globals__)
+            return [*map(_content, one.__closure__ or ()), *(one.__defaults__ or ()), *read]
+        case MethodType():
+            return one.__func__, one.__self__
+        case partial():
+            return one.func, *one.args, *one.keywords.values()
+        case Mapping() if len(one) <= LARGE:
+            return one.values()
+        case list() | tuple() if len(one) <= LARGE:
+            return one
+    own = type(one).__module__.partition(".")[0] not in ("builtins", "torch", "numpy")
+    if not own:
+        return ()
+    call = getattr(type(one), "__call__", None)  # noqa: B004  what it reads counts too
+    return [*getattr(one, "__dict__", {}).values(), *([call] if call else []), *_methods(one)]
+
+
+def _methods(one: Any) -> list[Any]:
+    """The functions of a user's own dynamics: they read globals as a step does."""
+    return [getattr(type(one), name, None) for name in ("init", "step", "readout")]
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet assigned
+        return None
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names that a function reads, and those of functions written inside it."""
+    inside = (part for part in code.co_consts if isinstance(part, CodeType))
+    return set(code.co_names).union(*map(_names, inside))
+
+
+@contextmanager
+def buffers_kept(*roots: Any) -> Iterator[None]:
+    """The buffers of the modules that the roots reach leave the block as they entered it."""
+    places = [
+        (part, name, value, value.clone())
+        for module in modules_of(*roots)
+        for part in module.modules()
+        for name, value in part._buffers.items()
+        if value is not None
+    ]
+    try:
+        yield
+    finally:
+        for part, name, value, before in places:
+            # Compared, since kernels of torch write to running statistics without counting it; and
+            # not written to in vain, which a graph that needs the buffer would take amiss.
+            if not torch.equal(value, before):
+                with torch.no_grad():
+                    value.copy_(before)
+            part._buffers[name] = value
