@@ -30,12 +30,21 @@ from typing import final
 from bilevel import tree
 from bilevel.certificates.certificate import Certificate, Certifier
 from bilevel.certificates.correction import FAR, Point, correct, flaw_of, solve
-from bilevel.certificates.curvature import DIRECTIONS, Curvature, probe, rayleigh
+from bilevel.certificates.curvature import (
+    DIRECTIONS,
+    MOST_DIRECTIONS,
+    STEPS_EACH,
+    Curvature,
+    probe,
+    rayleigh,
+)
 from bilevel.certificates.judgement import Judged, judge
 from bilevel.checks import check_range, check_whole
+from bilevel.dynamics.closures import buffers_kept
 from bilevel.errors import ArgumentError, DivergenceError, UnsupportedError
 from bilevel.methods.base import Found, Instance
 from bilevel.methods.mlm import relative
+from bilevel.sweeps.randomness import devices_of, preserved
 
 MINIMISER = "the exact inner minimiser"
 OTHER = 7  # products besides those of the linear systems and of the probe
@@ -43,6 +52,10 @@ SADDLE = (
     "negative curvature was met: the params are a saddle or a maximum of the inner objective, no "
     "minimiser, as from a symmetric start; begin elsewhere, at random, or "
     + FAR.removeprefix("make more inner steps, or ")
+)
+RANDOM = (
+    "the inner objective draws at random, so that no evaluation of it tells its minimiser; draw "
+    " outside and pass what was drawn as the batch, or take certificate=AgainstSteps()"
 )
 KINK = (
     "a component stands on a kink of the penalty, where the hypergradient jumps and has only "
@@ -112,7 +125,8 @@ class AgainstMinimiser(Certifier):
     Attributes:
         trust: largest estimate of the relative error that is trustworthy.
         max_products: products with second derivatives that a certificate may take, Hessian and
-            mixed; at least 22. None is 62, or twice what the method itself took if that is more.
+            mixed; at least 22. None is 62, or twice what the method itself took if that is more;
+            and a tenth of the inner steps, 48 at most, to probe the curvature.
         constants: of the problem; the certificate then has a rigorous bound as well, usually a
             loose one.
 
@@ -144,22 +158,28 @@ class AgainstMinimiser(Certifier):
                 "nothing tells their objective; pass linear_batch=, all data or a large batch"
             )
             return replace(known, reason=reason)
-        try:
-            return self._correct(instance, found, known)
-        except (DivergenceError, UnsupportedError) as error:
-            return replace(known, reason=str(error))
+        given = instance.params, instance.control, instance.judging_batch
+        kept = buffers_kept(instance.problem.inner, instance.problem.outer)
+        with preserved(devices_of(given)) as start, kept:
+            try:
+                judged = self._correct(instance, found, known)
+            except (DivergenceError, UnsupportedError) as error:
+                judged = replace(known, reason=str(error))
+            drawn = not start.stands()
+        # Draws of the outer objective were repeated; those of the inner one are new each time.
+        return replace(known, reason=RANDOM) if drawn else judged
 
     def _correct(self, instance: Instance, found: Found, known: Certificate) -> Certificate:
         params = instance.dynamics.readout(found.warm.state)
         residual = found.linearisation or instance.linearised(params)
         here = Point(instance, params, residual, found.outer)
-        limit = self._budget(instance, found) - OTHER - DIRECTIONS
+        directions, limit = self._budgets(instance, found)
         moved = correct(here, limit)
         known = replace(known, inner_residual=here.size, products=moved.products)
         if moved.flaw and self.constants is None:
             return replace(known, reason=moved.flaw)
         there, start = moved.point, found.linear.solution if found.linear else None
-        curvature = probe(there.operator, there.residual.value, DIRECTIONS, _seed(here, found))
+        curvature = probe(there.operator, there.residual.value, directions, _seed(here, found))
         known = replace(
             known,
             curvature=curvature.smallest,
@@ -202,11 +222,14 @@ class AgainstMinimiser(Certifier):
             reason=reason,
         )
 
-    def _budget(self, instance: Instance, found: Found) -> int:
+    def _budgets(self, instance: Instance, found: Found) -> tuple[int, int]:
+        """Products of the probe, and of the linear systems."""
         if self.max_products is not None:
-            return self.max_products
+            return DIRECTIONS, self.max_products - OTHER - DIRECTIONS
         used = found.linear.products if found.linear is not None else instance.horizon
-        return max(50 + DIRECTIONS, 2 * used)
+        by_effort = max(used, instance.horizon) // STEPS_EACH
+        directions = min(max(by_effort, DIRECTIONS), MOST_DIRECTIONS)
+        return directions, max(50, 2 * used - directions) - OTHER
 
     def _too_large(self, judged: Judged, remedy: str) -> str:
         if judged.estimate <= self.trust:

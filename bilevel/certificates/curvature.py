@@ -18,7 +18,9 @@ from bilevel.linear.flat import Flat
 from bilevel.linear.operator import Operator
 from bilevel.tree import Tree
 
-DIRECTIONS = 12  # five to eight found the negative curvature of every net tried
+# Five to eight products found the negative curvature of every net tried; a shallow one among many
+# unknowns takes more, and beside many inner steps these cost little.
+DIRECTIONS, MOST_DIRECTIONS, STEPS_EACH = 12, 48, 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,7 @@ def _lanczos(operator: Operator, flat: Flat, start: Tensor, steps: int) -> Curva
 def _arnoldi(operator: Operator, flat: Flat, start: Tensor, steps: int) -> Curvature:
     # Ritz values of an operator that is not normal may lie where no eigenvalue is: one that says
     # "unstable" counts if it stays where it is when the space grows.
-    before, made = -math.inf, 0
+    before, made, limit = -math.inf, 0, 4 * steps
     while True:
         _, squares = _basis(operator, flat, start, steps)
         made += steps
@@ -126,7 +128,7 @@ def _arnoldi(operator: Operator, flat: Flat, start: Tensor, steps: int) -> Curva
         least = min(float(each.real.min()) for each in values)
         largest = max(float(each.abs().max()) for each in values)
         settled = least >= 0 or abs(least - before) <= 0.1 * abs(least) or steps == flat.width
-        if settled or steps >= 4 * DIRECTIONS:
+        if settled or steps >= limit:
             return Curvature(least if settled else 0.0, largest, made)
         before, steps = least, min(2 * steps, flat.width)
 

@@ -135,6 +135,67 @@ def test_a_saddle_in_one_column_is_found_among_others():
     assert "saddle" in found.certificate.reason
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_shallow_descent_among_many_unknowns_is_met_beside_many_steps(seed):
+    generator = torch.Generator().manual_seed(seed)
+    d = 300
+    values = 0.1 + 0.9 * torch.rand(d, generator=generator, dtype=F64)
+    values[0] = -0.03
+    seen = torch.zeros(d, dtype=F64)
+    seen[5:] = real(seed, d - 5)
+    problem = bl.BilevelProblem(
+        lambda w, a, b: w @ (values * w) / 2 - a * (seen @ w), lambda w, a, b: square(w - seen)
+    )
+    found = certified(problem, torch.zeros(d, dtype=F64), tensor(1.0), 300, 1.0)
+    assert "saddle" in found.certificate.reason
+
+
+@pytest.mark.parametrize("method", [bl.MLM(), bl.Unrolled(), bl.Implicit(), bl.OneStep()], ids=str)
+def test_an_inner_objective_that_draws_is_not_trusted_and_its_draws_are_its_own(method):
+    X, y = real(1, 60, 8), real(2, 60)
+    problem = bl.BilevelProblem(
+        lambda w, c, b: (
+            square(torch.nn.functional.dropout(X, 0.3) @ w - y) / 60 + c.exp() * square(w)
+        ),
+        lambda w, c, b: square(X[:20] @ w - y[:20]),
+    )
+    found, after = [], []
+    for certificate in (bl.AgainstMinimiser(), None):
+        torch.manual_seed(1)
+        start = torch.zeros(8, dtype=F64)
+        found.append(
+            certified(problem, start, tensor(-2.0), 50, 0.05, method, certificate=certificate)
+        )
+        after.append(torch.rand(1))
+    assert "draws at random" in found[0].certificate.reason
+    assert torch.equal(found[0].gradient, found[1].gradient)
+    assert torch.equal(*after)
+
+
+@pytest.mark.parametrize("method", [bl.MLM(), bl.Implicit()], ids=str)
+def test_a_certificate_leaves_the_buffers_of_a_module_as_they_are(method):
+    net = torch.nn.BatchNorm1d(8).double().requires_grad_(requires_grad=False)
+    X, y = real(1, 60, 8), real(2, 60)
+    problem = bl.BilevelProblem(
+        lambda w, c, b: square(net(X) @ w - y) / 60 + c.exp() * square(w),
+        lambda w, c, b: square(net(X) @ w - y),
+    )
+    counts = []
+    for certificate in (bl.AgainstMinimiser(), None):
+        net.reset_running_stats()
+        certified(
+            problem,
+            torch.zeros(8, dtype=F64),
+            tensor(-2.0),
+            20,
+            0.05,
+            method,
+            certificate=certificate,
+        )
+        counts.append(int(net.num_batches_tracked))
+    assert counts[0] == counts[1]
+
+
 # --- flat directions
 
 
