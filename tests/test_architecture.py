@@ -39,6 +39,7 @@ ROOMS = {
     "applications": [
         "errors",
         "files",
+        "outputs",
         "records",
         "settings",
         "pictures",
@@ -51,14 +52,21 @@ ROOMS = {
         "base",
         "hdf5",
         "cfl",
+        "fastmri_header",
         "fastmri",
         "m4raw",
+        "encoding",
+        "lines",
+        "noise",
+        "acquired",
         "ismrmrd_header",
-        "ismrmrd_lines",
         "ismrmrd",
+        "twix",
         "nifti",
     ],
-    "applications.mri.data": ["volumes", "slices", "writing", "coil_fits", "images"],
+    "applications.mri.data": [
+        *("centre", "volumes", "remarks", "slices", "writing", "coil_fits", "images"),
+    ],
     "applications.mri.sampling": [
         "base",
         "cartesian",
@@ -97,6 +105,7 @@ ROOMS = {
         "scoring",
         "scanning",
         "figures",
+        "kept",
     ],
     "applications.mri.meta": [
         "settings",
@@ -110,7 +119,9 @@ ROOMS = {
         "transfer",
         "figures",
     ],
-    "applications.mri.commands": ["shared", "demo", "scans", "train", "meta", "app"],
+    "applications.mri.commands": [
+        *("shared", "demo", "reports", "scans", "train", "meta", "app"),
+    ],
     "applications.mri": ["__main__"],
     "applications.toy": [
         "idx",

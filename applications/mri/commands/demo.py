@@ -25,7 +25,7 @@ from applications.mri.evaluation.methods import (
 from applications.mri.evaluation.scoring import Evaluation, evaluate
 from applications.mri.network.architecture import light
 from applications.mri.network.reconstruction import Loss, Network
-from applications.mri.network.weights import PRETRAINED, Trained, pretrained
+from applications.mri.network.weights import PRETRAINED, WEIGHTS, Trained, pretrained
 from applications.mri.physics.masks import acceleration_of
 from applications.mri.physics.operators import ifft2c, rss
 from applications.mri.sampling import CartesianRandom
@@ -33,11 +33,12 @@ from applications.mri.simulation.phantoms import SimulationSettings, simulate_fo
 from applications.mri.training.keeping import Keeper
 from applications.mri.training.settings import TrainingSettings
 from applications.mri.training.training import train
+from applications.outputs import PICTURE, Output, claimed, results
 from applications.records import Report, describe, machine
 from applications.settings import setting
 
 _N_COILS = 8  # of the bundled scan
-_WEIGHTS = "weights.safetensors"
+_FIGURE, _RESULTS, _WEIGHTS = "figure.png", "results.json", "weights.safetensors"
 _SAMPLING = CartesianRandom(4.0, 0.08)  # evaluated and drawn, and trained for
 _SHOWN = (
     "brain_t1_axial",
@@ -88,7 +89,12 @@ def demo_command(
 ) -> None:
     """Simulate, evaluate and reconstruct a real scan, all on bundled data."""
     use_threads(threads)
-    with progress_bars() as report:
+    written = [
+        Output(out / _FIGURE, PICTURE),
+        Output(out / _RESULTS, results("evaluation", "regularisation")),
+        *([] if settings.seconds is None else [Output(out / _WEIGHTS, WEIGHTS)]),
+    ]
+    with claimed(written, folder=out), progress_bars() as report:
         found = run_demo(out, settings, report)
     print_scores(found.evaluation, "Held-out slices, Cartesian random 4 x, mean over anatomies")
     console.print(f"Figure   {found.figure}")
@@ -135,11 +141,11 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
         lambda done, n: report("evaluating held-out slices", done / n),
     )
     report("drawing", 0.0)
-    figure = out / "figure.png"
+    figure = out / _FIGURE
     _draw(figure, trained, methods, data["test"], settings)
     report("drawing", 1.0)
     seconds = time.monotonic() - started
-    results = out / "results.json"
+    place = out / _RESULTS
     content = {
         "settings": asdict(settings) | {"simulation": describe(simulation)},
         "training": about,
@@ -148,9 +154,9 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
         "machine": machine(),
         "seconds": seconds,
     }
-    write_json(results, content)
+    write_json(place, content)
     weights = None if settings.seconds is None else out / _WEIGHTS
-    return DemoResult(evaluation, figure, results, weights, seconds)
+    return DemoResult(evaluation, figure, place, weights, seconds)
 
 
 def _trained(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import torch
 from torch import Tensor
 
@@ -14,8 +15,18 @@ from applications.mri.formats.nifti import Plane
 from applications.mri.simulation.anatomy import load_anatomies, resize, split
 from applications.mri.simulation.coils import biot_savart_coils
 from applications.mri.simulation.simulate import simulate
+from applications.outputs import Kind, Output
 from applications.settings import setting
 
+_PATIENT = "simulated"
+
+
+def _is_simulated(path: Path) -> bool:
+    with h5py.File(path, "r") as file:
+        return file.attrs["patient_id"] == _PATIENT
+
+
+SIMULATED = Kind("a simulated scan", _is_simulated)
 ROLES = ("train", "validation", "test")
 
 
@@ -61,7 +72,8 @@ def simulate_folder(
         The files by role.
 
     Raises:
-        InputError: if a setting is out of range, or the folder cannot be written.
+        InputError: if a setting is out of range, the folder cannot be written, or a file in it
+            would be lost that is no simulated scan.
     """
     if settings.repeats < 1:
         raise InputError(f"repeats must be at least 1, got {settings.repeats}.")
@@ -71,6 +83,9 @@ def simulate_folder(
     files: dict[str, list[Path]] = {role: [] for role in ROLES}
     for role in ROLES:
         make_folder(folder / role)
+    read = [] if settings.anatomies is None else [settings.anatomies]
+    for role, name, _ in plan:
+        Output(folder / role / f"{name}.h5", SIMULATED).check(read)
     for i, (role, name, images) in enumerate(plan, start=1):
         path = folder / role / f"{name}.h5"
         write_volume(path, _volume(name, images, settings, generator))
@@ -118,5 +133,5 @@ def _volume(
         torch.stack([one.kspace for one in simulated]),
         torch.stack([one.reference for one in simulated]),
         acquisition=name,
-        patient_id="simulated",
+        patient_id=_PATIENT,
     )

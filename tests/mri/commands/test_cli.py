@@ -78,7 +78,7 @@ COMMANDS = {
     ],
     "evaluate": [
         *("--data", "--weights", "--out", "--baselines", *SAMPLING_OPTIONS, "--metrics"),
-        *("--seed", "--threads"),
+        *("--images", "--device", "--seed", "--threads"),
     ],
     "meta-train": [
         *("--tasks", "--task", "--out", "--ablations", "--preset", "--coils", "--init"),
@@ -92,7 +92,10 @@ COMMANDS = {
         *("--init", "--evaluations", "--optimizer", "--learning-rate", "--batch", "--crop"),
         *("--steps", "--slices", "--seed", "--device", "--threads", "--keep-graphs"),
     ],
-    "reconstruct": ["--scan", "--weights", "--out", "--png", "--mask", "--threads"],
+    "reconstruct": [
+        *("--scan", "--weights", "--out", "--png", "--mask", "--suffix", "--skip-bad"),
+        *("--device", "--threads"),
+    ],
 }
 
 
@@ -530,7 +533,7 @@ BAD_SCANS = {
         r"dataset 'kspace' was needed, the file has \['data'\]; rename or convert",
     ),
     "rank": (
-        lambda p: write_raw(p, kspace=good()[0]),
+        lambda p: write_raw(p, kspace=good()[0, 0]),
         r"kspace must have the axes \(slice, coil, row, column\), got .*; add or remove axes",
     ),
     "dtype": (

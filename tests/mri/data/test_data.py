@@ -170,8 +170,8 @@ def test_a_folder_of_scans_of_any_size_is_one_dataset_in_order(tmp_path):
     [
         ({"other": np.zeros(3)}, r"bad.h5: dataset 'kspace' was needed, the file has \['other'\]"),
         (
-            {"kspace": np.zeros((2, 3, 4), np.complex64)},
-            r"kspace must have the axes \(slice, coil, row, column\), got shape \(2, 3, 4\)",
+            {"kspace": np.zeros((3, 4), np.complex64)},
+            r"kspace must have the axes \(slice, coil, row, column\), got shape \(3, 4\)",
         ),
         (
             {"kspace": np.zeros((1, 2, 3, 4), np.float32)},
