@@ -121,7 +121,7 @@ def placed(heads: NDArray[Any], encoding: Encoding, path: Path) -> Placed:
     kept = samples - before - after
     centre = centre - before
     # Of lower resolution, as scans for calibration may be.
-    coarse = (kept < n) & (centre == kept // 2)
+    coarse = (kept < n - 1) & (centre == kept // 2)
     wrong = (kept > n) | (kept < 1) | (coarse & ~has(heads, CALIBRATION))
     if wrong.any() and len(np.unique(kept)) > 1:
         raise InputError(
