@@ -76,7 +76,7 @@ ROOMS = {
         "from_file",
         "named",
     ],
-    "applications.mri.simulation": ["anatomy", "coils", "simulate", "phantoms"],
+    "applications.mri.simulation": ["anatomy", "coils", "simulate", "views", "phantoms"],
     "applications.mri.network": [
         "architecture",
         "layers",

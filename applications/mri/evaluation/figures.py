@@ -34,14 +34,13 @@ class Panel:
 
 
 def draw_reconstructions(
-    path: Path, panels: Sequence[Panel], real: Panel, multipliers: Mapping[int, Tensor], title: str
+    path: Path, panels: Sequence[Panel], multipliers: Mapping[int, Tensor], title: str
 ) -> None:
-    """Images and errors times 5, a real scan beside them, the multipliers |lambda_t| below.
+    """Images and errors times 5, the multipliers |lambda_t| below.
 
     Args:
         path: PNG file, replaced if it exists.
-        panels: slices with a reference, one or more, all with the same methods.
-        real: a scan without reference.
+        panels: slices, one or more, all with the same methods.
         multipliers: root sums of squares over the coils of lambda_t of one slice, by t.
         title: of the figure.
 
@@ -49,16 +48,14 @@ def draw_reconstructions(
         InputError: if the file cannot be written.
     """
     methods = list(panels[0].images)
-    n_columns = max(len(methods) + 2, len(multipliers))
-    n_rows = max(2 * len(panels), len(real.images)) + 1
+    n_columns = max(len(methods) + 1, len(multipliers))
+    n_rows = 2 * len(panels) + 1
     figure = blank_figure(2.3 * n_columns, 2.45 * n_rows + 0.4)
     axes: Any = figure.subplots(n_rows, n_columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, panel in enumerate(panels):
         _show_panel(panel, axes[2 * i], axes[2 * i + 1])
-    for row, (name, image) in enumerate(real.images.items()):
-        _show(axes[row][len(methods) + 1], image, f"{real.title}\n{name}", _peak(image))
     for column, (t, multiplier) in enumerate(multipliers.items()):
         label = rf"$|\lambda_{{{t}}}|$, max {float(multiplier.max()):.1e}"
         _show(axes[-1][column], multiplier, label, _peak(multiplier), cmap="magma")

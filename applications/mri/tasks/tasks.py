@@ -213,6 +213,7 @@ def _simulated(settings: TaskSettings, folder: Path, simulated: set[Path]) -> Pa
         settings.noise,
         seed=settings.seed,
         names=(settings.anatomy or "",),
+        wrap=settings.wrap,
     )
     mark = hashlib.sha256(repr(simulation).encode()).hexdigest()[:8]
     place = folder / f"{settings.anatomy}-{mark}"
