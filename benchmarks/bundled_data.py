@@ -44,7 +44,8 @@ def canonical(path: Path) -> np.ndarray:
 
 
 def bytes_of(images: np.ndarray) -> np.ndarray:
-    """Magnitudes as uint8, the brightest 0.2 % of the volume white."""
+    """Magnitudes as uint8, the darkest black and the brightest 0.2 % of the volume white."""
+    images = images - images.min()
     white = np.quantile(images, 0.998)
     return (255 * (images / white).clip(0, 1)).round().astype(np.uint8)
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
-from applications.command_line import console
+from applications.command_line import console, say
 from applications.errors import InputError
 from applications.mri.data.coil_fits import changes
 from applications.mri.data.images import IMAGES
@@ -60,7 +61,7 @@ def print_images(outcome: Outcome) -> None:
         raise found
     console.print(f"Acceleration {found.acceleration:.2f} in the mean over slices")
     for line in [*changes(found.coils), *found.remarks]:
-        console.print(line)
+        say(line)
     doubtful = [str(i) for i, residual in enumerate(found.data_residuals) if residual > 1]
     if doubtful:
         console.print(
@@ -86,14 +87,14 @@ def print_outcomes(outcomes: Sequence[Outcome], folder: Path) -> None:
     for name in ("scan", "slices", "left out", "acceleration", "data residual", "to look at"):
         table.add_column(name, justify="left" if name == "scan" else "right")
     for one in outcomes:
-        table.add_row(one.job.scan.name, *_cells(one.found))
+        table.add_row(escape(one.job.scan.name), *_cells(one.found))
     console.print(table)
     for one in outcomes:
         if isinstance(one.found, InputError):
-            console.print(f"Skipped  {one.found}")
+            say(f"Skipped  {one.found}")
             continue
         for line in dict.fromkeys([*changes(one.found.coils), *one.found.remarks]):
-            console.print(line if one.job.scan.name in line else f"{one.job.scan.name}: {line}")
+            say(line if one.job.scan.name in line else f"{one.job.scan.name}: {line}")
     written = sum(isinstance(one.found, ScanImages) for one in outcomes)
     if not written:
         raise InputError("at least one scan was needed that can be used, the folder has none.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from applications.command_line import Seed, Threads, console, progress_bars, use_threads
+from applications.command_line import Seed, Threads, console, progress_bars, say, use_threads
 from applications.errors import InputError
 from applications.files import write_json
 from applications.mri.commands.reports import Job, Outcome, print_images, print_outcomes
@@ -83,7 +83,7 @@ def evaluate_command(
     with claimed(written, inputs, images), progress_bars() as report:
         looked = examined(slices, report=lambda share: report("looking at scans", share))
         for line in looked.remarks:
-            console.print(line)
+            say(line)
         for change in changes(coil_fits(looked.slices.files, trained.network.architecture.n_coils)):
             console.print(change)
         swept = {}

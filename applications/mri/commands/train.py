@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from applications.command_line import Threads, console, progress_bars, use_threads
+from applications.command_line import Threads, console, progress_bars, say, use_threads
 from applications.errors import InputError
 from applications.mri.commands.shared import Beginning, TaskLists
 from applications.mri.data import SliceDataset, VolumeFile, examined
@@ -121,7 +121,7 @@ def _examined(opened: _Opened, report: Report, *, full: bool) -> _Opened:
     def look(slices: SliceDataset) -> SliceDataset:
         looked = examined(slices, full=full, report=lambda share: report("looking", share))
         for line in looked.remarks:
-            console.print(line)
+            say(line)
         return looked.slices
 
     slices, looked_at = opened.slices, opened.looked_at

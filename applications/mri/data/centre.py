@@ -42,7 +42,7 @@ def check_centre(kspace: Tensor, mask: Tensor | None, where: str) -> None:
     usual = max(float(means[around].max()), float(means[counted > 0].median()))
     if bool(counted[around].any()) and float(means[peak]) > _HIGHER * usual:
         raise InputError(
-            f"{where}: k-space has its peak at row {peak[0]} and column {peak[1]}, its zero "
+            f"{where}: k-space has its peak near row {peak[0]} and column {peak[1]}, its zero "
             f"frequency was to be at {centre[0]} and {centre[1]}; correct the encoding centre in "
             "the header, or shift k-space."
         )

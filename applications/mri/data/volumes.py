@@ -40,8 +40,8 @@ class Slice:
 
     Attributes:
         kspace: complex64, shape ``(coils, rows, columns)``.
-        mask: boolean, shape ``(rows, columns)``: what was measured by the mask in the file, without
-            positions that are zero in all coils; or None where the file has none.
+        mask: boolean, shape ``(rows, columns)``, or None where the file has none; `measured` is
+            what was measured.
         reference: float32, shape ``(rows, columns)`` or a centred crop of it, or None.
         max: largest reference value of the volume, the data range of its metrics, or None.
         path: the file.
@@ -65,8 +65,9 @@ class Slice:
 
     @property
     def measured(self) -> Tensor:
-        """Boolean, shape ``(rows, columns)``: `mask`, or where any coil is not exactly zero."""
-        return implied_mask(self.kspace) if self.mask is None else self.mask
+        """The mask without what is zero in all coils: boolean, shape ``(rows, columns)``."""
+        implied = implied_mask(self.kspace)
+        return implied if self.mask is None else self.mask & implied
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,8 @@ class VolumeFile:
         raw = reader.read(index)
         _check_finite(reader.path, "kspace", raw.kspace, index)
         kspace = torch.from_numpy(raw.kspace)
-        mask, remarks = _measured(reader.path, kspace, raw.mask, index)
-        check_centre(
-            kspace, implied_mask(kspace) if mask is None else mask, f"{reader.path}: slice {index}"
-        )
+        measured, remarks = _measured(reader.path, kspace, raw.mask, index)
+        check_centre(kspace, measured, f"{reader.path}: slice {index}")
         unit = _unit(kspace)
         reference, calibration = raw.reference, raw.calibration
         if reference is not None:
@@ -193,7 +192,7 @@ class VolumeFile:
             calibration = torch.from_numpy(calibration) / unit
         return Slice(
             kspace if unit == 1 else kspace / unit,
-            mask,
+            raw.mask,
             reference,
             None if self.max is None else self.max / unit,
             self.path,
@@ -241,7 +240,7 @@ def open_scan(path: Path) -> tuple[VolumeFile, ...]:
 
 def _measured(
     path: Path, kspace: Tensor, stated: Tensor | None, index: int
-) -> tuple[Tensor | None, tuple[str, ...]]:
+) -> tuple[Tensor, tuple[str, ...]]:
     """The stated mask without what is zero, and what to say of that."""
     measured = implied_mask(kspace)
     if not bool(measured.any()):
@@ -249,8 +248,8 @@ def _measured(
             f"{path}: slice {index} is zero throughout, a mask must keep at least one position; "
             "measure it again or leave the slice out."
         )
-    mask = None if stated is None else stated & measured
-    if mask is not None and not bool(mask.any()):
+    mask = measured if stated is None else stated & measured
+    if not bool(mask.any()):
         raise UnusableSliceError(
             f"{path}: mask must keep at least one position, of slice {index} it keeps none that is "
             "not zero; correct the mask or leave the slice out."

@@ -56,9 +56,7 @@ class SimulationSettings:
     anatomies: Path | None = setting(None, "Magnitude images: NIfTI, or HDF5 of groups.")
     plane: Plane | None = setting(None, "Slices of NIfTI; axial, stored: as they lie.")
     names: tuple[str, ...] | None = None
-    wrap: float | None = setting(
-        None, "Columns in the field of view, as a share; the others fold over."
-    )
+    wrap: float | None = None
 
 
 def simulate_folder(

@@ -7,7 +7,7 @@ from applications.errors import InputError
 from applications.mri.physics.operators import fft2c, rss
 from applications.mri.simulation.simulate import Simulation
 
-_FEWEST = 16  # columns
+_FEWEST = 8  # columns
 
 
 def columns_in_view(n_columns: int, wrap: float) -> int:

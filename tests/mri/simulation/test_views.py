@@ -1,6 +1,5 @@
 import pytest
 import torch
-from command_lines import succeed
 
 from applications.errors import InputError
 from applications.mri.data import SliceDataset
@@ -19,7 +18,7 @@ def seeded(seed=0):
 
 @pytest.mark.parametrize(("columns", "n"), [(12, 6), (12, 4), (13, 6), (12, 12), (15, 5)])
 def test_what_lies_outside_comes_in_from_the_other_side(columns, n):
-    """Folding an image keeps every so-manieth sample of its k-space, where that is a whole number."""
+    """That keeps every n-th sample of k-space, where n is a whole number."""
     images = torch.randn(3, 5, columns, dtype=torch.complex128, generator=seeded())
     found = folded(images, n)
     torch.testing.assert_close(found.sum(-1), images.sum(-1))
@@ -46,7 +45,7 @@ def test_each_coil_folds_with_its_own_sensitivity_and_the_noise_stays_white():
 
 
 @pytest.mark.parametrize(
-    ("columns", "wrap", "n"), [(128, 0.5, 64), (128, 0.7, 90), (63, 1.0, 63), (64, 0.25, 16)]
+    ("columns", "wrap", "n"), [(128, 0.5, 64), (128, 0.7, 90), (63, 1.0, 63), (64, 0.125, 8)]
 )
 def test_the_share_of_the_columns_gives_an_even_number(columns, wrap, n):
     assert columns_in_view(columns, wrap) == n
@@ -72,13 +71,12 @@ def test_the_bundled_heads_wrap_as_they_state_unless_told_otherwise(tmp_path):
     assert float(seen.max()) < 0.98  # a part of every slice lies outside
 
 
-def test_tasks_and_the_command_line_choose_the_view(tmp_path):
+def test_tasks_and_settings_choose_the_view(tmp_path):
     task = parse_task("name=a,anatomy=brain_pd,size=32,coils=2,wrap=0.75,roles=test")
     (opened,) = open_each([task], tmp_path / "tasks")
     assert opened.parts["test"].files[0].shape == (32, 24)
-    out = tmp_path / "data"
-    succeed("simulate", "--out", out, "--size", 32, "--coils", 2, "--wrap", 0.625)
-    files = SliceDataset(out / "test").files
+    simulate_folder(tmp_path / "data", SimulationSettings(32, 2, wrap=0.625))
+    files = SliceDataset(tmp_path / "data" / "test").files
     assert {file.shape for file in files} == {(32, 20)}
     one = files[0].read_slice(0)
     torch.testing.assert_close(
