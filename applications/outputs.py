@@ -134,11 +134,11 @@ def _lock(place: Path, path: Path) -> Iterator[None]:
     lock = FileLock(place, timeout=0)
     try:
         lock.acquire()
-    except Timeout:
-        raise InputError(
-            f"{path}: another run is writing there; wait for its end, or choose another place."
-        ) from None
-    except OSError as error:
+    except (Timeout, OSError) as error:
+        if isinstance(error, Timeout) and place.exists():
+            raise InputError(
+                f"{path}: another run is writing there; wait for its end, or choose another place."
+            ) from None
         raise InputError(
             f"{path}: the place cannot be locked ({error}); choose another."
         ) from error

@@ -126,9 +126,12 @@ def evaluate(
     for i, file in enumerate(slices.files, start=1):
         mask = sampling.mask(file.shape, generator)
         images = _volume_images(methods, file, mask, seconds)
-        scores = {
-            name: score(images.reference, one, convention) for name, one in images.found.items()
-        }
+        try:
+            scores = {
+                name: score(images.reference, one, convention) for name, one in images.found.items()
+            }
+        except InputError as error:
+            raise InputError(f"{file.path}: {error}") from error
         volumes.append(VolumeScores(file.path.stem, images.acceleration, scores))
         if keep is not None:
             keep(images)

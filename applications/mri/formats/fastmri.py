@@ -77,8 +77,7 @@ def _facts(file: h5py.File, path: Path) -> Facts:
                 f"{reference.shape[0]}; write the file again."
             )
         reference_shape = (reference.shape[1], reference.shape[2])
-        stated = file.attrs.get("max")
-        maximum = float(np.asarray(stated)) if stated is not None else _largest(reference)
+        maximum = _maximum(file, reference)
     if "mask" in file:
         _mask(file, path, n_slices, shape)
     acquisition = file.attrs.get("acquisition", "unknown")
@@ -163,7 +162,11 @@ def _named(values: h5py.Dataset) -> str:
     return str(values.name).lstrip("/")
 
 
-def _largest(reference: h5py.Dataset) -> float:
+def _maximum(file: h5py.File, reference: h5py.Dataset) -> float:
+    """As stated, or the largest value."""
+    stated = np.asarray(file.attrs.get("max", ()))
+    if stated.size == 1 and stated.dtype.kind in "fiu":
+        return float(stated.reshape(-1)[0])
     return max(float(reference[index].max()) for index in range(reference.shape[0]))
 
 

@@ -17,7 +17,7 @@ from applications.mri.formats.acquired import Acquisitions, acquired_volumes
 from applications.mri.formats.base import Format, Reader
 from applications.mri.formats.hdf5 import opened
 from applications.mri.formats.ismrmrd_header import checked_encoding, read_header
-from applications.mri.formats.lines import imaging_lines
+from applications.mri.formats.lines import CALIBRATION, NAVIGATOR, has, imaging_lines
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,14 +49,39 @@ def _volumes(path: Path) -> tuple[Reader, ...]:
         document = np.asarray(document).reshape(-1)[0]
     header = read_header(document, path)
     imaging, _ = imaging_lines(heads, path)
-    spaces = np.unique(imaging["encoding_space_ref"])
+    other = has(imaging, CALIBRATION)
+    spaces = np.unique(imaging["encoding_space_ref"][~other if (~other).any() else other])
     if len(spaces) != 1 or spaces[0] >= len(header.encoding):
         raise InputError(
             f"{path}: all lines must be of one of the {len(header.encoding)} encodings in the "
             f"header, got {spaces.tolist()}; split the scan."
         )
     encoding = checked_encoding(header.encoding[spaces[0]], header, path)
+    _align_calibration(heads, header, int(spaces[0]))
     return acquired_volumes(IsmrmrdAcquisitions(path, group[0]), heads, encoding)
+
+
+def _align_calibration(heads: NDArray[Any], header: Any, space: int) -> None:
+    """Counts the steps of calibration in other encodings as the image does.
+
+    Samples of one field of view lie on one grid, whatever their number; those of another field of
+    view are left out, as navigators are.
+    """
+    views, centres = [], []
+    for one in header.encoding:
+        view, size = one.encodedSpace.fieldOfView_mm, one.encodedSpace.matrixSize
+        limit = one.encodingLimits.kspace_encoding_step_1
+        views.append((view.x, view.y))
+        centres.append(size.y // 2 if limit is None else limit.center)
+    away = has(heads, CALIBRATION) & (heads["encoding_space_ref"] != space)
+    for number in np.unique(heads["encoding_space_ref"][away]):
+        lines = away & (heads["encoding_space_ref"] == number)
+        same = number < len(views) and np.allclose(views[number], views[space], rtol=0.02)
+        if same:
+            steps = heads["idx"]["kspace_encode_step_1"][lines].astype(np.int64)
+            heads["idx"]["kspace_encode_step_1"][lines] = steps + centres[space] - centres[number]
+        else:
+            heads["flags"][lines] |= np.uint64(1 << (NAVIGATOR - 1))
 
 
 def _groups(file: h5py.File) -> list[str]:

@@ -26,9 +26,9 @@ HEAD = np.dtype(
     ]
 )
 # Bits of the flags, counted from 1.
-NOISE, CALIBRATION, REVERSE = 19, 20, 22
+NOISE, CALIBRATION, REVERSE, NAVIGATOR = 19, 20, 22, 23
 # Noise, navigator, phase correction, feedback, dummy scans, coil correction, phase stabilisation.
-_LEFT_OUT = (NOISE, 23, 24, 26, 27, 28, 29, 30, 31)
+_LEFT_OUT = (NOISE, NAVIGATOR, 24, 26, 27, 28, 29, 30, 31)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """`reconstruct` and `evaluate` on what scanners bring: folders, bad slices, odd values."""
 
 import json
+import re
 from dataclasses import replace
 
 import h5py
@@ -185,6 +186,24 @@ def test_coils_are_calibrated_by_lines_of_another_scan(weights, tmp_path):
     mask = (torch.arange(SIZE) % 2 == 0).repeat(SIZE, 1)
     wanted = expected(weights, kspace, mask, centre[None])
     torch.testing.assert_close(images_of(tmp_path / "image.h5")[0][0], wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (np.zeros((SLICES, SIZE, SIZE)), "reference must have a positive maximum"),
+        (np.ones((SLICES, 5, 5)), "rows and columns at least 7"),
+        (np.ones((SLICES, 2 * SIZE, 2 * SIZE)), "a reference of at most 24 x 24"),
+    ],
+    ids=["zero", "too small", "too large"],
+)
+def test_a_reference_that_is_none_is_named_with_its_file(weights, tmp_path, reference, message):
+    path = tmp_path / "a.h5"
+    write_volume(path, Volume(full()))
+    with h5py.File(path, "a") as file:
+        file["reconstruction_rss"] = reference.astype(np.float32)
+    options = ("--data", tmp_path, "--weights", weights, "--out", tmp_path / "s.json", *OPTIONS)
+    assert re.search(rf"a\.h5: .*{message}", refused("evaluate", *options))
 
 
 @pytest.fixture

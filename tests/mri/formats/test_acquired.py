@@ -115,6 +115,28 @@ def test_lines_of_calibration_may_be_of_lower_resolution(tmp_path):
     assert int((one.calibration != 0).any(0).sum()) == 8 * 5
 
 
+@pytest.mark.parametrize("centre", [4, 7])
+@pytest.mark.parametrize("same_view", [True, False])
+def test_lines_of_calibration_may_have_an_encoding_of_their_own(tmp_path, same_view, centre):
+    """Lines around a step of their own, of the field of view of the image or of another."""
+    xml = header((SAMPLES, COLUMNS), calibration="separate")
+    own = header((SAMPLES, 8), centre=centre, y_mm=15 if same_view else 12, shown_y_mm=12)
+    start, end = own.index("<encoding>"), own.index("</encoding>") + len("</encoding>")
+    xml = xml.replace("</ismrmrdHeader>", own[start:end] + "</ismrmrdHeader>")
+    lines = lines_of(KSPACE)
+    for column in range(3, 8):
+        flags = {"encoding_space_ref": 1, "kspace_encode_step_1": column - 5 + centre}
+        lines.append(line(7 * KSPACE[:, :, column].numpy(), [CALIBRATION], **flags))
+    one = written(tmp_path, lines, xml).read_slice(0)
+    assert_same(ifft2c(one.kspace), WIDE[:, 4:12])
+    if same_view:
+        columns = torch.arange(COLUMNS)
+        expected = ifft2c(7 * KSPACE * ((columns >= 3) & (columns < 8)))[:, 4:12]
+        assert_same(ifft2c(one.calibration), expected)
+    else:
+        assert one.calibration is None
+
+
 def noise_samples(n_coils, n, seed=0):
     """Correlated, of unlike strength."""
     generator = np.random.default_rng(seed)

@@ -154,3 +154,12 @@ def test_a_reference_larger_than_kspace_is_named_with_the_true_cause(tmp_path, s
     message = rf"scan.h5: a reference of at most 12 x 10, .* got {size[0]} x {size[1]} .slice 1."
     with pytest.raises(InputError, match=message):
         fully_sampled(one)
+
+
+@pytest.mark.parametrize("stated", ["big", np.arange(3), [5.0]])
+def test_a_maximum_that_is_no_number_is_computed(tmp_path, stated):
+    reference = np.full((SLICES, ROWS, COLUMNS), 5, np.float32)
+    path = written(tmp_path / "scan.h5", kspace=KSPACE, reconstruction_rss=reference)
+    with h5py.File(path, "a") as file:
+        file.attrs["max"] = stated
+    assert VolumeFile(path).max == 5
