@@ -25,7 +25,7 @@ $(STAMPS)/%: pyproject.toml constraints.txt
 	$(PIP) -e ".[$*]"
 	@touch $@
 
-demo: $(STAMPS)/mri
+demo: $(STAMPS)/mri-formats
 	$(VENV)/bin/bilevel-mri demo --out $(DEMO) $(DEMO_FLAGS)
 
 test: $(STAMPS)/test

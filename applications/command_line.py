@@ -61,6 +61,11 @@ def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
     return run
 
 
+def say(line: str) -> None:
+    """Print one line as it is, whatever the width of the screen, brackets in names included."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 def use_threads(threads: int) -> None:
     """Let torch use that many threads; 0 leaves it to torch."""
     if threads > 0:

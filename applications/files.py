@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,11 +44,13 @@ def make_place(path: Path) -> None:
         path: the file.
 
     Raises:
-        InputError: if its folder cannot be made or written, or it is a folder itself.
+        InputError: if its folder cannot be made or written, or it is a folder itself, or a link, a
+            device or a pipe.
     """
     make_folder(path.parent)
     if path.is_dir():
         raise InputError(f"{path}: a file will be written, this is a folder; add a file name.")
+    _check_regular(path)
 
 
 @contextmanager
@@ -61,8 +64,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         Where to write.
 
     Raises:
-        InputError: if the file cannot be written; whatever goes wrong, nothing of it is left.
+        InputError: if the file cannot be written, or is no regular one; whatever goes wrong,
+            nothing of it is left.
     """
+    _check_regular(path)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
@@ -82,6 +87,18 @@ def whole_file(path: Path) -> Iterator[Path]:
                 f"{path}: the file cannot be written ({error}); choose another."
             ) from error
         raise
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # nothing is there
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # renaming onto a folder fails by itself
+        what = "a link" if stat.S_ISLNK(mode) else "a device or pipe"
+        raise InputError(
+            f"{path}: a regular file will be written, {what} lies there; choose another name."
+        )
 
 
 def write_whole(path: Path, content: bytes) -> None:

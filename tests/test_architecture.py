@@ -47,6 +47,7 @@ ROOMS = {
     "applications": [
         "errors",
         "files",
+        "outputs",
         "records",
         "settings",
         "pictures",
@@ -59,14 +60,21 @@ ROOMS = {
         "base",
         "hdf5",
         "cfl",
+        "fastmri_header",
         "fastmri",
         "m4raw",
+        "encoding",
+        "lines",
+        "noise",
+        "acquired",
         "ismrmrd_header",
-        "ismrmrd_lines",
         "ismrmrd",
+        "twix",
         "nifti",
     ],
-    "applications.mri.data": ["volumes", "slices", "writing", "coil_fits", "images"],
+    "applications.mri.data": [
+        *("centre", "volumes", "remarks", "slices", "writing", "coil_fits", "images"),
+    ],
     "applications.mri.sampling": [
         "base",
         "cartesian",
@@ -76,7 +84,7 @@ ROOMS = {
         "from_file",
         "named",
     ],
-    "applications.mri.simulation": ["anatomy", "coils", "simulate", "phantoms"],
+    "applications.mri.simulation": ["anatomy", "coils", "simulate", "views", "phantoms"],
     "applications.mri.network": [
         "architecture",
         "layers",
@@ -105,6 +113,7 @@ ROOMS = {
         "scoring",
         "scanning",
         "figures",
+        "kept",
     ],
     "applications.mri.meta": [
         "settings",
@@ -118,7 +127,9 @@ ROOMS = {
         "transfer",
         "figures",
     ],
-    "applications.mri.commands": ["shared", "demo", "scans", "train", "meta", "app"],
+    "applications.mri.commands": [
+        *("shared", "demo", "reports", "scans", "train", "meta", "app"),
+    ],
     "applications.mri": ["__main__"],
     "applications.toy": [
         "idx",

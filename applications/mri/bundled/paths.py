@@ -20,6 +20,7 @@ def bundled_scan_path() -> Path:
     """Path of the bundled measured scan.
 
     Returns:
-        A file of one brain slice, 8 coils, 230 x 180, undersampled 8-fold, without reference.
+        A Siemens raw file of one slice of a phantom, 2 coils, 160 x 160, fully sampled; reading it
+        needs twixtools.
     """
-    return bundled("real_brain_8coil_poisson_r8.h5")
+    return bundled("gre.dat")

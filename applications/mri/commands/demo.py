@@ -1,4 +1,4 @@
-"""The main job on the bundled data: simulate, evaluate, reconstruct a real scan, draw; or train."""
+"""The main job on the bundled data: simulate, evaluate, score a measured scan, draw; or train."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from applications.command_line import Threads, console, progress_bars, use_threa
 from applications.files import make_folder, write_json
 from applications.mri.bundled.paths import bundled_scan_path
 from applications.mri.commands.shared import print_scores
-from applications.mri.data import SliceDataset, VolumeFile, fully_sampled, implied_mask
+from applications.mri.data import SliceDataset, VolumeFile, fully_sampled
 from applications.mri.evaluation.figures import Panel, draw_reconstructions
 from applications.mri.evaluation.methods import (
     Method,
@@ -25,7 +25,7 @@ from applications.mri.evaluation.methods import (
 from applications.mri.evaluation.scoring import Evaluation, evaluate
 from applications.mri.network.architecture import light
 from applications.mri.network.reconstruction import Loss, Network
-from applications.mri.network.weights import PRETRAINED, Trained, pretrained
+from applications.mri.network.weights import PRETRAINED, WEIGHTS, Trained, pretrained
 from applications.mri.physics.masks import acceleration_of
 from applications.mri.physics.operators import ifft2c, rss
 from applications.mri.sampling import CartesianRandom
@@ -33,16 +33,15 @@ from applications.mri.simulation.phantoms import SimulationSettings, simulate_fo
 from applications.mri.training.keeping import Keeper
 from applications.mri.training.settings import TrainingSettings
 from applications.mri.training.training import train
+from applications.outputs import PICTURE, Output, claimed, results
 from applications.records import Report, describe, machine
 from applications.settings import setting
 
-_N_COILS = 8  # of the bundled scan
-_WEIGHTS = "weights.safetensors"
+_N_COILS = 8  # of the simulation
+_FIGURE, _RESULTS, _WEIGHTS = "figure.png", "results.json", "weights.safetensors"
 _SAMPLING = CartesianRandom(4.0, 0.08)  # evaluated and drawn, and trained for
-_SHOWN = (
-    "brain_t1_axial",
-    "neck_t2star_axial",
-)  # where the object is small, and where it fills the view
+_MEASURED_SAMPLING = CartesianRandom(2.0, 0.16)  # of the measured scan, which has two coils
+_SHOWN = ("brain_t1_axial", "head_wrapped_t1_coronal")  # within the view, and folding over
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class DemoResult:
 
     Attributes:
         evaluation: of all methods on the held-out slices.
+        measured: of the measured scan, which is fully sampled, undersampled twice.
         figure: PNG.
         results: JSON.
         weights: safetensors, or None if nothing was trained.
@@ -75,6 +75,7 @@ class DemoResult:
     """
 
     evaluation: Evaluation
+    measured: Evaluation
     figure: Path
     results: Path
     weights: Path | None
@@ -86,11 +87,17 @@ def demo_command(
     settings: DemoSettings,
     threads: Threads = 0,
 ) -> None:
-    """Simulate, evaluate and reconstruct a real scan, all on bundled data."""
+    """Simulate, evaluate and reconstruct a measured scan, all on bundled data."""
     use_threads(threads)
-    with progress_bars() as report:
+    written = [
+        Output(out / _FIGURE, PICTURE),
+        Output(out / _RESULTS, results("evaluation", "regularisation")),
+        *([] if settings.seconds is None else [Output(out / _WEIGHTS, WEIGHTS)]),
+    ]
+    with claimed(written, folder=out), progress_bars() as report:
         found = run_demo(out, settings, report)
     print_scores(found.evaluation, "Held-out slices, Cartesian random 4 x, mean over anatomies")
+    print_scores(found.measured, "Measured phantom, 2 coils, Cartesian random 2 x")
     console.print(f"Figure   {found.figure}")
     console.print(f"Results  {found.results}")
     if found.weights is not None:
@@ -134,23 +141,26 @@ def run_demo(out: Path, settings: DemoSettings, report: Report) -> DemoResult:
         settings.seed + 2,
         lambda done, n: report("evaluating held-out slices", done / n),
     )
+    scan = SliceDataset([bundled_scan_path()])
+    measured = evaluate(methods, scan, _MEASURED_SAMPLING, settings.seed + 2)
     report("drawing", 0.0)
-    figure = out / "figure.png"
-    _draw(figure, trained, methods, data["test"], settings)
+    figure = out / _FIGURE
+    _draw(figure, trained, methods, data["test"], scan, settings)
     report("drawing", 1.0)
     seconds = time.monotonic() - started
-    results = out / "results.json"
+    place = out / _RESULTS
     content = {
         "settings": asdict(settings) | {"simulation": describe(simulation)},
         "training": about,
         "regularisation": {name: vars(one) for name, one in swept.items()},
         "evaluation": evaluation.as_json(),
+        "measured": measured.as_json(),
         "machine": machine(),
         "seconds": seconds,
     }
-    write_json(results, content)
+    write_json(place, content)
     weights = None if settings.seconds is None else out / _WEIGHTS
-    return DemoResult(evaluation, figure, results, weights, seconds)
+    return DemoResult(evaluation, measured, figure, place, weights, seconds)
 
 
 def _trained(
@@ -194,27 +204,27 @@ def _draw(
     trained: Trained,
     methods: dict[str, Method],
     test: SliceDataset,
+    measured: SliceDataset,
     settings: DemoSettings,
 ) -> None:
     shown = {name: methods[name] for name in ("zero-filled", "l1-wavelet", "ours")}
-    generator = torch.Generator().manual_seed(settings.seed + 2)  # the masks of the evaluation
-    masks = [_SAMPLING.mask(file.shape, generator) for file in test.files]
     panels: list[Panel] = []
+    drawn: list[Tensor] = []
     chosen = [i for i, f in enumerate(test.files) if f.path.stem in _SHOWN] or [0]
-    for i in chosen:
-        file, mask = test.files[i], masks[i]
-        one = file.read_slice(0)
-        undersampled = one.kspace * mask
-        images = {name: method(undersampled, mask) for name, method in shown.items()}
-        title = f"{file.path.stem}, {acceleration_of(mask):.1f} x"
-        panels.append(Panel(title, images, one.reference))
-    scan = VolumeFile(bundled_scan_path()).read_slice(0)
-    mask = implied_mask(scan.kspace)
-    images = {name: method(scan.kspace, mask) for name, method in shown.items()}
-    real = Panel(f"real scan, {acceleration_of(mask):.1f} x", images)
-    multipliers = swept_multipliers(trained, test.files[chosen[0]], 0, masks[chosen[0]])
-    title = (
-        "Held-out slices, a real scan, and the multipliers of the training loss at the first slice"
-    )
+    for slices, sampling, which in (
+        (test, _SAMPLING, chosen),
+        (measured, _MEASURED_SAMPLING, [0]),
+    ):
+        generator = torch.Generator().manual_seed(settings.seed + 2)  # the masks of the evaluation
+        masks = [sampling.mask(file.shape, generator) for file in slices.files]
+        for i in which:
+            kspace, reference = fully_sampled(slices.files[i].read_slice(0))
+            undersampled = kspace * masks[i]
+            images = {name: method(undersampled, masks[i]) for name, method in shown.items()}
+            title = f"{slices.files[i].path.stem}, {acceleration_of(masks[i]):.1f} x"
+            panels.append(Panel(title, images, reference))
+            drawn.append(masks[i])
+    multipliers = swept_multipliers(trained, test.files[chosen[0]], 0, drawn[0])
+    title = "Held-out slices, a measured scan, and the multipliers of the loss at the first slice"
     every = max(1, (len(multipliers) - 1) // 4)  # five of them
-    draw_reconstructions(path, panels, real, dict(list(enumerate(multipliers))[::every]), title)
+    draw_reconstructions(path, panels, dict(list(enumerate(multipliers))[::every]), title)

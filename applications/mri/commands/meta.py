@@ -9,7 +9,7 @@ from rich.table import Table
 import bilevel as bl
 from applications.command_line import Threads, console, progress_bars, use_threads
 from applications.errors import InputError
-from applications.files import make_folder, write_json
+from applications.files import write_json
 from applications.mri.commands.shared import Beginning, TaskLists
 from applications.mri.meta.experiment import run_meta
 from applications.mri.meta.figures import draw_meta, draw_transfer
@@ -17,10 +17,11 @@ from applications.mri.meta.results import Experiment, ExperimentSettings, with_s
 from applications.mri.meta.transfer import learned_correlation, measure_transfer, meta_models
 from applications.mri.meta.transfer_results import Transfer, TransferSettings
 from applications.mri.network.reconstruction import Network
-from applications.mri.network.weights import Trained
+from applications.mri.network.weights import WEIGHTS, Trained
 from applications.mri.tasks.task_facts import facts_of
 from applications.mri.tasks.task_list import read_task_list
-from applications.mri.tasks.tasks import open_each, open_tasks
+from applications.mri.tasks.tasks import check_names, open_each, open_tasks
+from applications.outputs import PICTURE, Output, claimed, results
 
 Folder = Annotated[Path, typer.Option(help="Folder for results, figure, weights and scans.")]
 
@@ -35,15 +36,20 @@ def meta_train(
     """Train on heterogeneous scans and learn the weights of tasks, by Algorithm 3."""
     use_threads(threads)
     listed, begin = tasks.listed(), beginning.weights()
+    check_names([one.name for one in listed])
     n_coils = begin(settings.training.seed).network.architecture.n_coils
-    make_folder(out)
-    with progress_bars() as report:
+    written = [
+        Output(out / "results.json", results("runs", "summary")),
+        Output(out / "figure.png", PICTURE),
+        *(Output(one, WEIGHTS) for one in (out / "weights").glob("*.safetensors")),
+    ]
+    with claimed(written, [*tasks.files, *beginning.files], out), progress_bars() as report:
         opened = open_tasks(listed, out / "scans", lambda k, n: report("opening tasks", k / n))
         facts = tuple(facts_of(one, n_coils) for one in opened.every)
         for one in facts:
             console.print(one.summary)
         found = run_meta(opened, facts, begin, out, settings, report)
-    draw_meta(out / "figure.png", found)
+        draw_meta(out / "figure.png", found)
     _print(found)
     _print_places(out, "results.json", "figure.png", "weights")
 
@@ -68,15 +74,20 @@ def transfer(
     begun, models = _begun(beginning, meta, settings.training.seed)
     learned = None if meta is None else learned_correlation(meta / "results.json")
     n_coils = begun.network.architecture.n_coils
-    make_folder(out)
-    with progress_bars() as report:
+    written = [
+        Output(out / "results.json", results("scores", "rank_correlation")),
+        Output(out / "figure.png", PICTURE),
+    ]
+    inputs = [*tasks.files, *beginning.files, *([] if unseen is None else [unseen])]
+    inputs += [] if meta is None else [meta / "results.json"]
+    with claimed(written, inputs, out), progress_bars() as report:
         opened = open_tasks(listed, out / "scans", lambda k, n: report("opening tasks", k / n))
         more = open_each(others, out / "scans") if others else ()
         for one in (*opened.every, *more):
             console.print(facts_of(one, n_coils).summary)
         found = measure_transfer(opened, more, begun, models, settings, report, learned)
-    write_json(out / "results.json", found.as_json())
-    draw_transfer(out / "figure.png", found)
+        write_json(out / "results.json", found.as_json())
+        draw_transfer(out / "figure.png", found)
     _print_transfer(found)
     _print_places(out, "results.json", "figure.png")
 

@@ -1,33 +1,42 @@
 """The commands that write and read scans: `simulate`, `reconstruct` and `evaluate`."""
 
+import filecmp
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from applications.command_line import Seed, Threads, console, progress_bars, use_threads
-from applications.files import make_place, write_json
+from applications.command_line import Seed, Threads, console, progress_bars, say, use_threads
+from applications.errors import InputError
+from applications.files import write_json
+from applications.mri.commands.reports import Job, Outcome, print_images, print_outcomes
 from applications.mri.commands.shared import print_scores
-from applications.mri.data import SliceDataset
+from applications.mri.data import FORMATS, SliceDataset, examined, open_scan, scans_in
 from applications.mri.data.coil_fits import changes, coil_fits
-from applications.mri.data.images import check_image_path
+from applications.mri.data.images import SUFFIXES, check_image_path
 from applications.mri.evaluation.figures import draw_image
+from applications.mri.evaluation.kept import KeptImages, names_of
 from applications.mri.evaluation.methods import (
     classical_methods,
     network_methods,
     sweep_regularisation,
 )
 from applications.mri.evaluation.metrics import Convention
-from applications.mri.evaluation.scanning import ScanImages, reconstruct_scan
+from applications.mri.evaluation.scanning import reconstruct_scan
 from applications.mri.evaluation.scoring import evaluate
-from applications.mri.formats.nifti import is_nifti
+from applications.mri.formats.fastmri import SUFFIXES as HDF5
 from applications.mri.network.weights import PRETRAINED, weights_named
 from applications.mri.sampling import FromFile, Masking
 from applications.mri.simulation.phantoms import SimulationSettings, simulate_folder
+from applications.mri.training.precision import check_device
+from applications.outputs import Output, claimed, results
 
+SCORES = results("convention", "mean", "volumes")
 Weights = Annotated[
     str, typer.Option(help="Trained weights, a safetensors file; or pretrained, the bundled ones.")
 ]
+Device = Annotated[str, typer.Option(help="Where the network works, cpu or cuda.")]
 
 
 def simulate_command(
@@ -35,7 +44,7 @@ def simulate_command(
     settings: SimulationSettings,
 ) -> None:
     """Write fully sampled multi-coil scans of magnitude images, in the layout of fastMRI."""
-    with progress_bars() as report:
+    with claimed([], folder=out), progress_bars() as report:
         files = simulate_folder(out, settings, lambda k, n: report("simulating scans", k / n))
     for role, paths in files.items():
         console.print(f"{role}: {len(paths)} files in {out / role}")
@@ -47,81 +56,154 @@ def evaluate_command(
     masking: Annotated[Masking, "Mask"],
     weights: Weights = PRETRAINED,
     baselines: Annotated[
-        Path | None, typer.Option(help="Folder of validation scans to tune SigPy's methods on.")
+        Path | None,
+        typer.Option(help="Folder of validation scans, others than --data, to tune SigPy's on."),
     ] = None,
     metrics: Annotated[
         Convention, typer.Option(help="Range and errors over the volume, or over each slice.")
     ] = Convention.FASTMRI,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder for images and error maps of every volume.")
+    ] = None,
+    device: Device = "cpu",
     seed: Seed = 2,
     threads: Threads = 0,
 ) -> None:
     """Score a network, and the classical methods if they can be tuned, on the same masks."""
     use_threads(threads)
+    check_device(device)
     trained, slices = weights_named(weights), SliceDataset(data)
-    make_place(out)
-    for change in changes(coil_fits(slices.files, trained.network.architecture.n_coils)):
-        console.print(change)
+    tuned_on = None if baselines is None else SliceDataset(baselines)
+    if tuned_on is not None:
+        _check_apart(slices, tuned_on)
     sampling = masking.sampling
-    with progress_bars() as report:
+    kept = None if images is None else KeptImages(images, slices.files)
+    written = [Output(out, SCORES), *([] if kept is None else kept.outputs)]
+    inputs = [*_files(slices), *_files(tuned_on), *_weights_files(weights)]
+    with claimed(written, inputs, images), progress_bars() as report:
+        looked = examined(slices, report=lambda share: report("looking at scans", share))
+        for line in looked.remarks:
+            say(line)
+        for change in changes(coil_fits(looked.slices.files, trained.network.architecture.n_coils)):
+            console.print(change)
         swept = {}
-        if baselines is not None:
+        if tuned_on is not None:
             report("tuning the baselines", 0.0)
-            swept = sweep_regularisation(SliceDataset(baselines), sampling, seed + 1)
-        methods = classical_methods(swept) | network_methods(trained)
+            swept = sweep_regularisation(examined(tuned_on).slices, sampling, seed + 1)
+        methods = classical_methods(swept) | network_methods(trained, device)
         found = evaluate(
-            methods, slices, sampling, seed, lambda k, n: report("evaluating", k / n), metrics
+            methods,
+            looked.slices,
+            sampling,
+            seed,
+            lambda k, n: report("evaluating", k / n),
+            metrics,
+            kept,
         )
-    content = {"weights": weights, "sampling": repr(sampling), "seed": seed}
-    write_json(out, content | found.as_json())
+        content = {"weights": weights, "sampling": repr(sampling), "seed": seed}
+        content |= {"remarks": looked.remarks}
+        write_json(out, content | found.as_json())
     print_scores(found, f"{len(slices.files)} volumes of {data}")
     console.print(f"Results  {out}")
+    if images is not None:
+        console.print(f"Images   {images}")
 
 
 def reconstruct_command(
     scan: Annotated[
         Path,
         typer.Option(
-            help="Undersampled scan: fastMRI's HDF5, ISMRMRD, BART's .cfl, or what the names of "
-            "M4Raw's repetitions have in common."
+            help="Undersampled scan: fastMRI's HDF5, ISMRMRD, Siemens' .dat, BART's .cfl, or what "
+            "the names of M4Raw's repetitions have in common; or a folder of scans."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Images to write: .h5, .nii or .nii.gz.")],
+    out: Annotated[
+        Path, typer.Option(help="Images to write: .h5, .nii or .nii.gz; of a folder a folder.")
+    ],
     weights: Weights = PRETRAINED,
-    png: Annotated[Path | None, typer.Option(help="The middle slice as a picture.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="The middle slice as a picture; of a folder a folder.")
+    ] = None,
     mask: Annotated[
         Path | None,
         typer.Option(help="File of a mask within what was measured: .npy, .npz, .h5, .cfl, .png."),
     ] = None,
+    suffix: Annotated[str, typer.Option(help="Of the images of a folder.")] = ".h5",
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Go on where a scan of a folder cannot be used.")
+    ] = False,
+    device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
     """Reconstruct all slices; the mask is the one given, the scan's, or what was measured."""
     use_threads(threads)
+    check_device(device)
     trained = weights_named(weights)
-    for place in (out, png):
-        if place is not None:
-            make_place(place)
-    check_image_path(out)
     given = None if mask is None else FromFile(mask)
-    record = {"source": scan.name, "weights": Path(weights).name}
-    with progress_bars() as report:
-        found = reconstruct_scan(
-            scan, trained, out, given, lambda share: report("reconstructing", share), record
-        )
-    if png is not None:
-        draw_image(png, found.middle)
-    _print_images(found, out)
+    several = scan.is_dir()
+    jobs = _jobs(scan, out, png, suffix, check=not skip_bad) if several else [Job(scan, out, png)]
+    inputs = [*(one.scan for one in jobs), *_weights_files(weights), *([mask] if mask else [])]
+    written = [output for job in jobs for output in job.outputs]
+    outcomes: list[Outcome] = []
+    with claimed(written, inputs, out if several else None), progress_bars() as report:
+        for job in jobs:
+            check_image_path(job.out)
+        for job in jobs:
+            told = partial(report, job.scan.name if several else "reconstructing")
+            record = {"source": job.scan.name, "weights": Path(weights).name}
+            try:
+                found = reconstruct_scan(job.scan, trained, job.out, given, told, record, device)
+                if job.png is not None:
+                    draw_image(job.png, found.middle)
+            except InputError as error:
+                if not (several and skip_bad):
+                    raise
+                found = error
+            outcomes.append(Outcome(job, found))
+    if several:
+        print_outcomes(outcomes, out)
+    else:
+        print_images(outcomes[0])
 
 
-def _print_images(found: ScanImages, out: Path) -> None:
-    console.print(f"Acceleration {found.acceleration:.2f} in the mean over slices")
-    for change in changes(found.coils):
-        console.print(change)
-    doubtful = [str(i) for i, residual in enumerate(found.data_residuals) if residual > 1]
-    if doubtful:
-        console.print(
-            f"Look at slice {', '.join(doubtful)} before use: farther from what was measured than "
-            "an empty image, so mostly noise, or not like anything the weights were trained on."
+def _jobs(scan: Path, out: Path, png: Path | None, suffix: str, *, check: bool) -> list[Job]:
+    """The scans of a folder and the images to write; opens the scans before any work."""
+    if out.name.endswith(SUFFIXES):
+        raise InputError(
+            f"{out}: images of a folder of scans go to a folder, this is the name of a file; "
+            "choose the format by --suffix."
         )
-    if is_nifti(out) and not found.oriented:
-        console.print("The scan states no orientation; the images have none.")
-    console.print(f"Images   {out}")
+    scans = [one for one in scans_in(scan, (*HDF5, ".mrd", ".cfl", ".dat")) if _plausible(one)]
+    if not scans:
+        raise InputError(f"{scan}: at least one scan was needed, the folder has none.")
+    for one in scans if check else ():
+        open_scan(one)
+    return [
+        Job(one, out / f"{name}{suffix}", None if png is None else png / f"{name}.png")
+        for one, name in zip(scans, names_of(scans), strict=True)
+    ]
+
+
+def _plausible(path: Path) -> bool:
+    """Whether a file of a folder is meant as a scan: many things are called .dat."""
+    return path.suffix.lower() != ".dat" or any(one.recognises(path) for one in FORMATS)
+
+
+def _check_apart(slices: SliceDataset, tuned_on: SliceDataset) -> None:
+    """Refuses to tune methods on scans that they are scored on."""
+    for one in slices.files:
+        for other in tuned_on.files:
+            same = one.path.samefile(other.path)
+            if same or filecmp.cmp(one.path, other.path, shallow=False):
+                raise InputError(
+                    f"{other.path}: methods must be tuned on other scans than they are scored on, "
+                    f"this is {one.path} of --data; name a folder of validation scans."
+                )
+
+
+def _files(slices: SliceDataset | None) -> list[Path]:
+    return [] if slices is None else [file.path for file in slices.files]
+
+
+def _weights_files(weights: str) -> list[Path]:
+    return [] if weights == PRETRAINED else [Path(weights)]

@@ -9,7 +9,7 @@ from rich.table import Table
 from applications.command_line import console
 from applications.mri.evaluation.scoring import Evaluation, table_rows
 from applications.mri.network.architecture import PRESETS
-from applications.mri.network.weights import Trained, beginning
+from applications.mri.network.weights import PRETRAINED, Trained, beginning
 from applications.mri.tasks.task_list import TaskSettings, listed_tasks
 from applications.settings import setting
 
@@ -30,6 +30,11 @@ class TaskLists:
     def empty(self) -> bool:
         """Whether no task is named."""
         return self.tasks is None and not self.task
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read."""
+        return [] if self.tasks is None else [self.tasks]
 
     def listed(self) -> list[TaskSettings]:
         """All of them; none is an InputError."""
@@ -56,6 +61,11 @@ class Beginning:
     def named(self) -> bool:
         """Whether any of it is chosen."""
         return any(option is not None for option in (self.preset, self.coils, self.init))
+
+    @property
+    def files(self) -> list[Path]:
+        """What is read."""
+        return [] if self.init in (None, PRETRAINED) else [Path(self.init)]
 
     def weights(self) -> Callable[[int], Trained]:
         """The weights for a seed, see `beginning`."""

@@ -9,23 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
-from applications.command_line import Threads, console, progress_bars, use_threads
+from applications.command_line import Threads, console, progress_bars, say, use_threads
 from applications.errors import InputError
-from applications.files import make_place
 from applications.mri.commands.shared import Beginning, TaskLists
-from applications.mri.data import SliceDataset, VolumeFile
+from applications.mri.data import SliceDataset, VolumeFile, examined
 from applications.mri.data.coil_fits import changes, coil_fits
-from applications.mri.network.weights import Trained
+from applications.mri.network.weights import WEIGHTS, Trained
 from applications.mri.sampling import Masking
 from applications.mri.tasks.task_list import TaskSettings
 from applications.mri.tasks.tasks import Task, open_each
 from applications.mri.training.draws import Source
 from applications.mri.training.keeping import Keeper, tensorboard
-from applications.mri.training.resuming import StateFile
+from applications.mri.training.resuming import STATE, StateFile, state_path
 from applications.mri.training.self_supervised import SelfSupervision
 from applications.mri.training.settings import TrainingSettings
 from applications.mri.training.training import TrainingResult, TrainingState, train
 from applications.options import Given
+from applications.outputs import Output, claimed
 from applications.records import Report, describe
 from applications.settings import setting
 
@@ -57,6 +57,10 @@ class _Opened:
     @property
     def files(self) -> list[VolumeFile]:
         return _files(self.slices) + _files(self.looked_at or [])
+
+    @property
+    def paths(self) -> list[Path]:
+        return [file.path for file in self.files]
 
 
 def train_command(
@@ -91,13 +95,17 @@ def train_command(
     settings = training.settings(**sampled, **({} if limited else {"steps": _STEPS}))
     with ExitStack() as stack:
         report = stack.enter_context(progress_bars())
+        written = [Output(out, WEIGHTS), Output(state_path(out), STATE)]
+        inputs = [*tasks.files, *beginning.files]
         if scans.data is None:
+            stack.enter_context(claimed(written, inputs))
             place = Path(stack.enter_context(TemporaryDirectory(prefix="scans-")))
             opened = _of_tasks(listed, place, report, settings.seed, looks=looks)
         else:
             validation = None if scans.validation is None else SliceDataset(scans.validation)
             opened = _Opened(SliceDataset(scans.data), validation)
-        make_place(out)
+            stack.enter_context(claimed(written, [*inputs, *opened.paths]))
+            opened = _examined(opened, report, full=not self_supervised)
         begun = _begun(beginning, opened, settings.seed)
         record = describe(settings)
         if listed:
@@ -105,6 +113,22 @@ def train_command(
             record["target noise"] = {one.name: one.target_noise for one in listed}
         found = _trained(out, begun, opened, settings, record, report, board, resume=resume)
     _print(found, out)
+
+
+def _examined(opened: _Opened, report: Report, *, full: bool) -> _Opened:
+    """Scans without slices that are zero or not finite; says what was found."""
+
+    def look(slices: SliceDataset) -> SliceDataset:
+        looked = examined(slices, full=full, report=lambda share: report("looking", share))
+        for line in looked.remarks:
+            say(line)
+        return looked.slices
+
+    slices, looked_at = opened.slices, opened.looked_at
+    return _Opened(
+        look(slices) if isinstance(slices, SliceDataset) else slices,
+        look(looked_at) if isinstance(looked_at, SliceDataset) else looked_at,
+    )
 
 
 def _trained(
@@ -120,7 +144,7 @@ def _trained(
 ) -> TrainingResult:
     """The training, kept in files while it goes on."""
     contents = {"data": _contents(opened.slices), "validated": _contents(opened.looked_at)}
-    state = StateFile(out.with_name(f"{out.name}.state"), begun.network, record | contents)
+    state = StateFile(state_path(out), begun.network, record | contents)
     begin = state.load() if resume else begun.control
     with ExitStack() as stack:
         told = None if board is None else stack.enter_context(tensorboard(board))

@@ -54,7 +54,7 @@ def coil_fits(files: Sequence[VolumeFile], n_coils: int) -> tuple[CoilFit, ...]:
         volumes[file.n_coils] += 1
         share = 1.0
         if file.n_coils > n_coils:
-            share = energy_kept(file.read_slice(file.n_slices // 2).kspace, n_coils)
+            share = energy_kept(file.middle_slice().kspace, n_coils)
         kept[file.n_coils] = min(share, kept.get(file.n_coils, 1.0))
     return tuple(CoilFit(c, n_coils, n, kept[c]) for c, n in sorted(volumes.items()))
 

@@ -4,16 +4,31 @@ import gzip
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
+import torch
 from torch import Tensor
 
 from applications.errors import InputError
 from applications.files import whole_file
 from applications.mri.formats import Geometry
-from applications.mri.formats.nifti import SUFFIXES as NIFTI, header_of, is_nifti
+from applications.mri.formats.nifti import SUFFIXES as NIFTI, header_of, is_nifti, is_written
+from applications.outputs import Kind
 
 _HDF5 = (".h5", ".hdf5")
+SUFFIXES = (*_HDF5, *NIFTI)
+_NAME = "reconstruction"  # of the dataset
+
+
+def _is_images(path: Path) -> bool:
+    if is_nifti(path):
+        return is_written(path)
+    with h5py.File(path, "r") as file:
+        return _NAME in file and "kspace" not in file
+
+
+IMAGES = Kind("a file of such images", _is_images)
 
 
 def check_image_path(path: Path) -> None:
@@ -25,9 +40,9 @@ def check_image_path(path: Path) -> None:
     Raises:
         InputError: if it ends in no known suffix.
     """
-    if not path.name.endswith((*_HDF5, *NIFTI)):
+    if not path.name.endswith(SUFFIXES):
         raise InputError(
-            f"{path}: the name must end in one of {', '.join((*_HDF5, *NIFTI))}, which says the "
+            f"{path}: the name must end in one of {', '.join(SUFFIXES)}, which says the "
             "format; change it."
         )
 
@@ -37,7 +52,7 @@ def image_writer(
     path: Path,
     shape: tuple[int, int, int, int],
     geometry: Geometry | None,
-    record: Mapping[str, str],
+    record: Mapping[str, Any],
 ) -> Iterator[Callable[[Tensor], None]]:
     """A file of images that appears when all of them are written.
 
@@ -49,17 +64,19 @@ def image_writer(
         path: the file, replaced if it exists; its suffix says the format.
         shape: volumes, slices, rows and columns.
         geometry: size and place of voxels, for NIfTI.
-        record: how the images came about, for HDF5.
+        record: how the images came about, for HDF5; read when all images are written.
 
     Yields:
         Writes the next image, ``(rows, columns)``; the slices of a volume follow each other.
 
     Raises:
-        InputError: if the suffix is unknown, the file cannot be written, or a package is missing.
+        InputError: if the suffix is unknown, the file cannot be written, a package is missing, or
+            an image is not finite.
     """
     check_image_path(path)
     n_volumes, n_slices, rows, columns = shape
     volumes = (n_volumes,) if n_volumes > 1 else ()
+    places = [(*v, k) for v in _indices(volumes) for k in range(n_slices)]
     with whole_file(path) as temporary, ExitStack() as stack:
         if is_nifti(path):
             header = header_of(path, (rows, columns, n_slices, *volumes), geometry)
@@ -67,19 +84,30 @@ def image_writer(
             file = stack.enter_context(opener(temporary, "wb"))
             file.write(header)
 
-            def add(image: Tensor) -> None:
+            def write_next(_place: tuple[int, ...], image: Tensor) -> None:
                 file.write(image.cpu().numpy().astype("<f4").tobytes(order="F"))
 
+            write = write_next
         else:
             written = stack.enter_context(h5py.File(temporary, "w"))
-            written.attrs.update(record)
-            images = written.create_dataset(
-                "reconstruction", (*volumes, n_slices, rows, columns), "f4"
-            )
-            places = iter([(*v, k) for v in _indices(volumes) for k in range(n_slices)])
+            stack.callback(lambda: written.attrs.update(record))
+            images = written.create_dataset(_NAME, (*volumes, n_slices, rows, columns), "f4")
 
-            def add(image: Tensor) -> None:
-                images[next(places)] = image.cpu().numpy()
+            def write_at(place: tuple[int, ...], image: Tensor) -> None:
+                images[place] = image.cpu().numpy()
+
+            write = write_at
+        waiting = iter(places)
+
+        def add(image: Tensor) -> None:
+            place = next(waiting)
+            bad = int((~torch.isfinite(image)).sum())
+            if bad:
+                raise InputError(
+                    f"{path}: images must be finite, that of slice {place[-1]} has {bad} values "
+                    "that are not; use other weights, or leave the slice out of the scan."
+                )
+            write(place, image)
 
         yield add
 

@@ -1,5 +1,6 @@
 """Scans of any format of `applications.mri.formats`, read slice by slice."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from applications.errors import InputError
-from applications.mri.formats import Facts, Reader, cfl, fastmri, ismrmrd, m4raw
+from applications.mri.data.centre import check_centre
+from applications.mri.formats import Facts, Reader, cfl, fastmri, ismrmrd, m4raw, twix
 from applications.mri.formats.nifti import is_nifti
+
+_SMALLEST, _LARGEST = 1e-13, 1e13  # whose squares, summed over a slice, are far from the limits
+
+
+def implied_mask(kspace: Tensor) -> Tensor:
+    """The positions where any coil is not exactly zero: the mask of zero-filled k-space.
+
+    Args:
+        kspace: shape ``(..., coils, rows, columns)``.
+
+    Returns:
+        Boolean mask, shape ``(..., rows, columns)``.
+    """
+    return (kspace != 0).any(dim=-3)
+
+
+class UnusableSliceError(InputError):
+    """A slice that was not measured, or holds values that are not finite: it can be left out."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +40,17 @@ class Slice:
 
     Attributes:
         kspace: complex64, shape ``(coils, rows, columns)``.
-        mask: boolean, shape ``(rows, columns)``, or None where the file has none.
+        mask: boolean, shape ``(rows, columns)``, or None where the file has none; `measured` is
+            what was measured.
         reference: float32, shape ``(rows, columns)`` or a centred crop of it, or None.
         max: largest reference value of the volume, the data range of its metrics, or None.
         path: the file.
         index: the slice in the file.
+        unit: what `kspace`, `reference` and `max` were divided by: 1, but for values so large or
+            small that their squares leave the range of float32.
+        calibration: complex64, shape of `kspace`, zeros where nothing was measured: what calibrates
+            the coils if it is no part of the image, or None.
+        remarks: what was found that users should know.
     """
 
     kspace: Tensor
@@ -33,6 +59,15 @@ class Slice:
     max: float | None
     path: Path
     index: int
+    unit: float = 1.0
+    calibration: Tensor | None = None
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def measured(self) -> Tensor:
+        """The mask without what is zero in all coils: boolean, shape ``(rows, columns)``."""
+        implied = implied_mask(self.kspace)
+        return implied if self.mask is None else self.mask & implied
 
 
 @dataclass(frozen=True)
@@ -134,7 +169,8 @@ class VolumeFile:
             The slice.
 
         Raises:
-            InputError: if there is no such slice, or it holds values that are not finite.
+            InputError: if there is no such slice, or its file is damaged.
+            UnusableSliceError: if k-space is zero throughout, or not finite.
         """
         if not 0 <= index < self.n_slices:
             raise InputError(
@@ -144,12 +180,46 @@ class VolumeFile:
         reader = self.readers[self.volume]
         raw = reader.read(index)
         _check_finite(reader.path, "kspace", raw.kspace, index)
-        reference = raw.reference
-        if reference is not None:
-            _check_finite(reader.path, "reconstruction_rss", reference, index)
-            reference = torch.from_numpy(reference.astype(np.float32))
         kspace = torch.from_numpy(raw.kspace)
-        return Slice(kspace, raw.mask, reference, self.max, self.path, index)
+        measured, remarks = _measured(reader.path, kspace, raw.mask, index)
+        check_centre(kspace, measured, f"{reader.path}: slice {index}")
+        unit = _unit(kspace)
+        reference, calibration = raw.reference, raw.calibration
+        if reference is not None:
+            reference = torch.from_numpy((reference / unit).astype(np.float32))
+        if calibration is not None:
+            _check_finite(reader.path, "calibration", calibration, index)
+            calibration = torch.from_numpy(calibration) / unit
+        return Slice(
+            kspace if unit == 1 else kspace / unit,
+            raw.mask,
+            reference,
+            None if self.max is None else self.max / unit,
+            self.path,
+            index,
+            unit,
+            calibration,
+            remarks,
+        )
+
+    def middle_slice(self) -> Slice:
+        """The slice nearest the middle that can be used.
+
+        Returns:
+            The slice.
+
+        Raises:
+            UnusableSliceError: if there is none.
+        """
+        middle = self.n_slices // 2
+        order = sorted(range(self.n_slices), key=lambda index: abs(index - middle))
+        for index in order:
+            try:
+                return self.read_slice(index)
+            except UnusableSliceError:
+                if index == order[-1]:
+                    raise
+        raise UnusableSliceError(f"{self.path}: at least one slice was needed, it has none.")
 
 
 def open_scan(path: Path) -> tuple[VolumeFile, ...]:
@@ -168,17 +238,51 @@ def open_scan(path: Path) -> tuple[VolumeFile, ...]:
     return tuple(VolumeFile(path, volume, readers) for volume in range(len(readers)))
 
 
+def _measured(
+    path: Path, kspace: Tensor, stated: Tensor | None, index: int
+) -> tuple[Tensor, tuple[str, ...]]:
+    """The stated mask without what is zero, and what to say of that."""
+    measured = implied_mask(kspace)
+    if not bool(measured.any()):
+        raise UnusableSliceError(
+            f"{path}: slice {index} is zero throughout, a mask must keep at least one position; "
+            "measure it again or leave the slice out."
+        )
+    mask = measured if stated is None else stated & measured
+    if not bool(mask.any()):
+        raise UnusableSliceError(
+            f"{path}: mask must keep at least one position, of slice {index} it keeps none that is "
+            "not zero; correct the mask or leave the slice out."
+        )
+    missing = int((~measured).sum() if stated is None else (stated & ~measured).sum())
+    if not missing:
+        return mask, ()
+    columns = int((~measured.any(dim=0)).sum())
+    what = f"{missing} of {measured.numel()} positions"
+    if columns * measured.shape[0] == missing:
+        what = f"{columns} of {measured.shape[1]} columns"
+    return mask, (f"{what} are zero in all coils and count as not measured",)
+
+
+def _unit(kspace: Tensor) -> float:
+    """A power of two that brings extreme values to about 1; it changes no digit."""
+    largest = float(torch.view_as_real(kspace).abs().max())
+    if _SMALLEST <= largest <= _LARGEST:
+        return 1.0
+    return 2.0 ** round(math.log2(largest))
+
+
 def _check_finite(path: Path, name: str, values: NDArray[Any], index: int) -> None:
     bad = int(np.count_nonzero(~np.isfinite(values)))
     if bad:
-        raise InputError(
+        raise UnusableSliceError(
             f"{path}: {name} must be finite, slice {index} holds {bad} values that are not; export "
             "it again or leave the slice out."
         )
 
 
 # A format that recognises less stands before one that recognises more.
-FORMATS = (m4raw.FORMAT, cfl.FORMAT, ismrmrd.FORMAT, fastmri.FORMAT)
+FORMATS = (m4raw.FORMAT, cfl.FORMAT, ismrmrd.FORMAT, twix.FORMAT, fastmri.FORMAT)
 
 
 def open_volumes(path: Path) -> tuple[Reader, ...]:

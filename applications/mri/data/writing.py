@@ -16,7 +16,7 @@ from torch import Tensor
 
 from applications.errors import InputError
 from applications.files import whole_file
-from applications.mri.formats.fastmri import minimal_header
+from applications.mri.formats.fastmri_header import minimal_header
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from applications.errors import InputError
 from applications.files import write_whole
 from applications.mri.evaluation.metrics import Convention, score
 from applications.pictures import blank_figure, save_figure
@@ -32,14 +34,13 @@ class Panel:
 
 
 def draw_reconstructions(
-    path: Path, panels: Sequence[Panel], real: Panel, multipliers: Mapping[int, Tensor], title: str
+    path: Path, panels: Sequence[Panel], multipliers: Mapping[int, Tensor], title: str
 ) -> None:
-    """Images and errors times 5, a real scan beside them, the multipliers |lambda_t| below.
+    """Images and errors times 5, the multipliers |lambda_t| below.
 
     Args:
         path: PNG file, replaced if it exists.
-        panels: slices with a reference, one or more, all with the same methods.
-        real: a scan without reference.
+        panels: slices, one or more, all with the same methods.
         multipliers: root sums of squares over the coils of lambda_t of one slice, by t.
         title: of the figure.
 
@@ -47,28 +48,37 @@ def draw_reconstructions(
         InputError: if the file cannot be written.
     """
     methods = list(panels[0].images)
-    n_columns = max(len(methods) + 2, len(multipliers))
-    n_rows = max(2 * len(panels), len(real.images)) + 1
+    n_columns = max(len(methods) + 1, len(multipliers))
+    n_rows = 2 * len(panels) + 1
     figure = blank_figure(2.3 * n_columns, 2.45 * n_rows + 0.4)
     axes: Any = figure.subplots(n_rows, n_columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, panel in enumerate(panels):
-        reference = panel.images[methods[-1]] if panel.reference is None else panel.reference
-        images, errors = axes[2 * i], axes[2 * i + 1]
-        peak = _peak(reference)
-        _show(images[0], reference, f"{panel.title}\nreference", peak)
-        for column, name in enumerate(methods, start=1):
-            image = panel.images[name]
-            _show(images[column], image, f"{name}\n{_psnr(reference, image)}", peak)
-            error = _ERROR_GAIN * (image - reference).abs()
-            _show(errors[column], error, f"error x {_ERROR_GAIN}", peak)
-    for row, (name, image) in enumerate(real.images.items()):
-        _show(axes[row][len(methods) + 1], image, f"{real.title}\n{name}", _peak(image))
+        _show_panel(panel, axes[2 * i], axes[2 * i + 1])
     for column, (t, multiplier) in enumerate(multipliers.items()):
         label = rf"$|\lambda_{{{t}}}|$, max {float(multiplier.max()):.1e}"
         _show(axes[-1][column], multiplier, label, _peak(multiplier), cmap="magma")
     figure.suptitle(title, fontsize=10)
+    save_figure(path, figure, dpi=110)
+
+
+def draw_errors(path: Path, panel: Panel) -> None:
+    """The images of all methods beside the reference, errors times 5 below.
+
+    Args:
+        path: PNG file, replaced if it exists.
+        panel: a slice with its reference.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    n_columns = len(panel.images) + 1
+    figure = blank_figure(2.3 * n_columns, 5.2)
+    axes: Any = figure.subplots(2, n_columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    _show_panel(panel, axes[0], axes[1])
     save_figure(path, figure, dpi=110)
 
 
@@ -80,13 +90,29 @@ def draw_image(path: Path, image: Tensor) -> None:
         image: shape ``(rows, columns)``.
 
     Raises:
-        InputError: if the file cannot be written.
+        InputError: if the file cannot be written, or the image is not finite.
     """
     from matplotlib.image import imsave
+
+    if not bool(torch.isfinite(image).all()):
+        raise InputError(f"{path}: the image must be finite, it is not; use other weights.")
 
     drawn = BytesIO()
     imsave(drawn, image.numpy(), cmap="gray", vmin=0, vmax=_peak(image), format="png")
     write_whole(path, drawn.getvalue())
+
+
+def _show_panel(panel: Panel, images: Any, errors: Any) -> None:
+    """A slice as all methods show it, in one row of axes, and the errors in another."""
+    reference = panel.reference
+    if reference is None:
+        reference = list(panel.images.values())[-1]
+    peak = _peak(reference)
+    _show(images[0], reference, f"{panel.title}\nreference", peak)
+    for column, (name, image) in enumerate(panel.images.items(), start=1):
+        _show(images[column], image, f"{name}\n{_psnr(reference, image)}", peak)
+        error = _ERROR_GAIN * (image - reference).abs()
+        _show(errors[column], error, f"error x {_ERROR_GAIN}", peak)
 
 
 def _show(axis: Any, image: Tensor, label: str, peak: float, cmap: str = "gray") -> None:

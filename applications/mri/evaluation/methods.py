@@ -17,7 +17,7 @@ from applications.mri.evaluation.baselines import (
     sense,
     zero_filled,
 )
-from applications.mri.network.weights import Trained
+from applications.mri.network.weights import Trained, on_device
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
 from applications.mri.physics.operators import ifft2c, rss
 from applications.mri.sampling import Sampling
@@ -29,29 +29,30 @@ _LAMDAS = {"CG-SENSE": (1e-3, 1e-2, 1e-1), "l1-wavelet": (3e-3, 1e-2, 3e-2)}
 _SMALLEST_CALIBRATION = 4
 
 
-def network_methods(trained: Trained) -> dict[str, Method]:
+def network_methods(trained: Trained, device: str = "cpu") -> dict[str, Method]:
     """The network, and what it starts from where that is more than zero filling.
 
     Args:
         trained: network and weights; scans of other coil counts get its own, see `coil_counts`.
+        device: where the network works, as torch names it; images come back from it.
 
     Returns:
         By the name that tables show.
     """
-    network = trained.network
+    network, control = trained.network, on_device(trained.control, device)
     count = network.architecture.n_coils
     prepare = _of_the_last(
         lambda kspace, mask: network.prepare(
-            with_coils(coil_matrix(kspace, count), kspace)[None], mask
+            with_coils(coil_matrix(kspace, count), kspace)[None].to(device), mask.to(device)
         )
     )
 
     def ours(kspace: Tensor, mask: Tensor) -> Tensor:
-        return network.reconstruct(prepare(kspace, mask), trained.control).image[0]
+        return network.reconstruct(prepare(kspace, mask), control).image[0].cpu()
 
     def start(kspace: Tensor, mask: Tensor) -> Tensor:
         scan = prepare(kspace, mask)
-        return (rss(ifft2c(scan.start)) * scan.scale[:, 0])[0]
+        return (rss(ifft2c(scan.start)) * scan.scale[:, 0])[0].cpu()
 
     if network.architecture.self_consistency:
         return {"self-consistent start": start, "ours": ours}
@@ -90,9 +91,12 @@ def sweep_regularisation(slices: SliceDataset, sampling: Sampling, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     cases = []
     for file in slices.files:
-        kspace, reference = fully_sampled(file.read_slice(file.n_slices // 2))
-        mask = sampling.mask(file.shape, generator)
+        one = file.middle_slice()
+        kspace, reference = fully_sampled(one)
+        mask = sampling.mask(file.shape, generator) & one.measured
         undersampled = kspace * mask
+        if reference.shape != mask.shape:  # it was cropped
+            reference = rss(ifft2c(kspace))
         cases.append(Case(undersampled, mask, _maps(undersampled, mask), reference))
     return {name: best_lamda(method, _LAMDAS[name], cases) for name, method in _REGULARISED.items()}
 

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from applications.errors import InputError
-from applications.mri.data import SliceDataset, VolumeFile, fully_sampled
+from applications.mri.data import Slice, SliceDataset, VolumeFile, fully_sampled
 from applications.mri.evaluation.methods import Method
 from applications.mri.evaluation.metrics import Convention, Scores, mean_scores, score
 from applications.mri.physics.masks import acceleration_of
@@ -30,6 +30,26 @@ class VolumeScores:
     name: str
     acceleration: float
     scores: dict[str, Scores]
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeImages:
+    """Images of one volume.
+
+    Attributes:
+        file: the volume.
+        acceleration: achieved by the masks, in the mean over slices.
+        reference: fully sampled magnitudes, ``(slices, rows, columns)``.
+        found: what each method made of it, of the shape of `reference`.
+    """
+
+    file: VolumeFile
+    acceleration: float
+    reference: Tensor
+    found: dict[str, Tensor]
+
+
+Keep = Callable[[VolumeImages], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +101,7 @@ def evaluate(
     seed: int,
     after_volume: Callable[[int, int], None] | None = None,
     convention: Convention = Convention.FASTMRI,
+    keep: Keep | None = None,
 ) -> Evaluation:
     """Scores methods, with one mask a volume.
 
@@ -91,6 +112,7 @@ def evaluate(
         seed: of the masks.
         after_volume: told of the volumes done and to be done.
         convention: of the scores.
+        keep: told of the images of every volume.
 
     Returns:
         The scores.
@@ -103,44 +125,51 @@ def evaluate(
     volumes: list[VolumeScores] = []
     for i, file in enumerate(slices.files, start=1):
         mask = sampling.mask(file.shape, generator)
-        scores = _volume_scores(methods, file, mask, convention, seconds)
-        volumes.append(VolumeScores(file.path.stem, acceleration_of(mask), scores))
+        images = _volume_images(methods, file, mask, seconds)
+        try:
+            scores = {
+                name: score(images.reference, one, convention) for name, one in images.found.items()
+            }
+        except InputError as error:
+            raise InputError(f"{file.path}: {error}") from error
+        volumes.append(VolumeScores(file.path.stem, images.acceleration, scores))
+        if keep is not None:
+            keep(images)
         if after_volume is not None:
             after_volume(i, len(slices.files))
     return Evaluation(volumes, {name: spent / len(slices) for name, spent in seconds.items()})
 
 
-def _volume_scores(
-    methods: dict[str, Method],
-    file: VolumeFile,
-    mask: Tensor,
-    convention: Convention,
-    seconds: dict[str, float],
-) -> dict[str, Scores]:
-    """Scores on one volume; the time that methods take is added to `seconds`."""
+def _volume_images(
+    methods: dict[str, Method], file: VolumeFile, mask: Tensor, seconds: dict[str, float]
+) -> VolumeImages:
+    """Images of one volume; the time that methods take is added to `seconds`."""
     references: list[Tensor] = []
+    accelerations: list[float] = []
     images: dict[str, list[Tensor]] = {name: [] for name in methods}
     for index in range(file.n_slices):
-        kspace, reference = fully_sampled(file.read_slice(index))
-        references.append(reference)
-        undersampled = kspace * mask
+        one = file.read_slice(index)
+        kspace, reference = fully_sampled(one)
+        references.append(reference * one.unit)
+        used = mask & one.measured
+        accelerations.append(acceleration_of(used))
+        undersampled = kspace * used
         for name, method in methods.items():
             began = time.perf_counter()
-            image = _named(file.path, method, undersampled, mask)
+            image = _named(one, method, undersampled, used)
             seconds[name] += time.perf_counter() - began
-            images[name].append(centre_crop(image, (reference.shape[0], reference.shape[1])))
-    return {
-        name: score(torch.stack(references), torch.stack(found), convention)
-        for name, found in images.items()
-    }
+            shape = (reference.shape[0], reference.shape[1])
+            images[name].append(centre_crop(image, shape) * one.unit)
+    found = {name: torch.stack(every) for name, every in images.items()}
+    return VolumeImages(file, fmean(accelerations), torch.stack(references), found)
 
 
-def _named(path: Path, method: Method, kspace: Tensor, mask: Tensor) -> Tensor:
-    """What a method makes of a slice; an error names the file."""
+def _named(one: Slice, method: Method, kspace: Tensor, mask: Tensor) -> Tensor:
+    """What a method makes of a slice; an error names the file and the slice."""
     try:
         return method(kspace, mask)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{one.path}: {error} This is slice {one.index}.") from error
 
 
 def table_rows(evaluation: Evaluation) -> Sequence[tuple[str, ...]]:

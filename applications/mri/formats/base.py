@@ -43,6 +43,7 @@ class Facts:
         acquisition: sequence and contrast.
         max: largest reference value of the volume, or None.
         geometry: of the images, or None.
+        remarks: what was done to the data that users should know.
     """
 
     n_slices: int
@@ -53,6 +54,7 @@ class Facts:
     acquisition: str = "unknown"
     max: float | None = None
     geometry: Geometry | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +66,14 @@ class RawSlice:
             readout lies along the rows' index.
         mask: boolean, shape ``(rows, columns)``, or None where the format has none.
         reference: real, shape ``reference_shape``, or None.
+        calibration: complex64, shape of `kspace`, zeros where nothing was measured: what calibrates
+            the coils where that is no part of the image; None: the centre of the image does.
     """
 
     kspace: NDArray[np.complex64]
     mask: Tensor | None = None
     reference: NDArray[Any] | None = None
+    calibration: NDArray[np.complex64] | None = None
 
 
 class Reader(ABC):

@@ -1,21 +1,30 @@
-"""HDF5 in the layout of fastMRI, which `data.writing` describes."""
+"""HDF5 in the layout of fastMRI, which `data.writing` describes, and what others make of it.
 
-from collections.abc import Sequence
+`kspace` is ``[slice, coil, row, column]``; of one coil ``[slice, row, column]``; with averages
+before, ``[average, slice, coil, row, column]``, of which positions that were measured are averaged.
+Its values are complex numbers; or pairs of real ones, in a last axis of 2 or in records of a real
+and an imaginary part, as MATLAB writes them.
+"""
+
 from dataclasses import dataclass, field
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from applications.errors import InputError
-from applications.mri.formats.base import Facts, Format, Geometry, RawSlice, Reader
+from applications.mri.formats.base import Facts, Format, RawSlice, Reader
+from applications.mri.formats.fastmri_header import declared
 from applications.mri.formats.hdf5 import dataset, opened
 from applications.mri.physics.masks import check_mask
 
 SUFFIXES = (".h5", ".hdf5")
+_AXES = "slice, coil, row, column"
+_PARTS = ({"real", "imag"}, {"re", "im"}, {"r", "i"})
 
 
 @dataclass(frozen=True)
@@ -39,120 +48,150 @@ class FastMRIVolume(Reader):
 
     def read(self, index: int) -> RawSlice:  # noqa: D102
         with opened(self.path) as file:
-            kspace = dataset(file, self.path, "kspace", "c", _AXES)[index].astype(np.complex64)
-            mask = _mask(file, self.path, self.facts.shape) if "mask" in file else None
-            reference = None
+            kspace = _slice(file["kspace"], index)
+            mask = reference = None
+            if "mask" in file:
+                mask = _mask(file, self.path, self.facts.n_slices, self.facts.shape)
+                mask = mask if mask.ndim == 2 else mask[index]
             if self.facts.reference_shape is not None:
-                reference = _reference(file, self.path)[index]
+                reference = _reference(file, self.path)[index]  # pyright: ignore[reportOptionalSubscript]
         return RawSlice(kspace, mask, reference)
 
 
 FORMAT = Format(
     "fastMRI HDF5 (.h5)",
-    lambda path: path.suffix in SUFFIXES or (path.is_file() and h5py.is_hdf5(path)),
+    lambda path: path.suffix.lower() in SUFFIXES or (path.is_file() and h5py.is_hdf5(path)),
     lambda path: (FastMRIVolume(path),),
 )
-_AXES = "slice, coil, row, column"
-
-
-def minimal_header(encoded: Sequence[int], shown: Sequence[int]) -> str:
-    """ISMRMRD XML of a Cartesian 2-D scan at 3 T with 1 mm pixels: readout x along the rows.
-
-    Args:
-        encoded: matrix size of k-space, ``(rows, columns)``.
-        shown: matrix size of the reference image, ``(rows, columns)``.
-
-    Returns:
-        The document; it has what the schema and the readers of fastMRI require.
-    """
-
-    def space(tag: str, size: Sequence[int]) -> str:
-        x, y = size
-        return (
-            f"<{tag}><matrixSize><x>{x}</x><y>{y}</y><z>1</z></matrixSize>"
-            f"<fieldOfView_mm><x>{x}</x><y>{y}</y><z>1</z></fieldOfView_mm></{tag}>"
-        )
-
-    n_columns = encoded[1]
-    return (
-        '<?xml version="1.0" encoding="utf-8"?>'
-        '<ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">'
-        "<experimentalConditions><H1resonanceFrequency_Hz>127740000</H1resonanceFrequency_Hz>"
-        "</experimentalConditions><encoding>"
-        f"{space('encodedSpace', encoded)}{space('reconSpace', shown)}"
-        "<encodingLimits><kspace_encoding_step_1><minimum>0</minimum>"
-        f"<maximum>{n_columns - 1}</maximum><center>{n_columns // 2}</center>"
-        "</kspace_encoding_step_1></encodingLimits><trajectory>cartesian</trajectory></encoding></ismrmrdHeader>"
-    )
 
 
 def _facts(file: h5py.File, path: Path) -> Facts:
-    n_slices, n_coils, rows, columns = dataset(file, path, "kspace", "c", _AXES).shape
+    n_slices, n_coils, rows, columns = _shape(file, path)
     shape = (rows, columns)
     reference_shape, maximum = None, None
-    if "reconstruction_rss" in file:
-        reference = _reference(file, path)
+    reference = _reference(file, path)
+    if reference is not None:
         if reference.shape[0] != n_slices:
             raise InputError(
-                f"{path}: reconstruction_rss must have the {n_slices} slices of kspace, got "
+                f"{path}: {_named(reference)} must have the {n_slices} slices of kspace, got "
                 f"{reference.shape[0]}; write the file again."
             )
         reference_shape = (reference.shape[1], reference.shape[2])
-        stated = file.attrs.get("max")
-        maximum = float(np.asarray(stated)) if stated is not None else _largest(reference)
+        maximum = _maximum(file, reference)
     if "mask" in file:
-        _mask(file, path, shape)
+        _mask(file, path, n_slices, shape)
     acquisition = file.attrs.get("acquisition", "unknown")
+    header = declared(file, path, shape)
     return Facts(
         n_slices,
         n_coils,
         shape,
+        image_shape=header.shown,
         reference_shape=reference_shape,
         acquisition=acquisition.decode() if isinstance(acquisition, bytes) else str(acquisition),
         max=maximum,
-        geometry=_geometry(file, path, shape),
+        geometry=header.geometry,
+        remarks=_remarks(file),
     )
 
 
-def _reference(file: h5py.File, path: Path) -> h5py.Dataset:
-    return dataset(file, path, "reconstruction_rss", "f", "slice, row, column")
+def _shape(file: h5py.File, path: Path) -> tuple[int, int, int, int]:
+    """Slices, coils, rows and columns."""
+    found = file.get("kspace")
+    if isinstance(found, h5py.Dataset) and found.size:
+        pairs = _is_pairs(found)
+        shape = found.shape[:-1] if pairs else found.shape
+        if len(shape) in (3, 4, 5) and (pairs or _parts(found) or found.dtype.kind == "c"):
+            return _counts(shape)
+    return _counts(dataset(file, path, "kspace", "c", _AXES).shape)
 
 
-def _largest(reference: h5py.Dataset) -> float:
+def _counts(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    if len(shape) == 3:
+        return shape[0], 1, shape[1], shape[2]
+    return shape[-4], shape[-3], shape[-2], shape[-1]
+
+
+def _parts(values: h5py.Dataset) -> tuple[str, str] | None:
+    """The names of the real and the imaginary part of records."""
+    names = {name.lower(): name for name in values.dtype.names or ()}
+    for pair in _PARTS:
+        if set(names) == pair:
+            return tuple(names[one] for one in sorted(pair, reverse=True))  # pyright: ignore[reportReturnType]
+    return None
+
+
+def _is_pairs(values: h5py.Dataset) -> bool:
+    return values.dtype.kind in "fiu" and values.ndim >= 4 and values.shape[-1] == 2
+
+
+def _slice(kspace: Any, index: int) -> NDArray[np.complex64]:
+    """One slice as complex numbers, ``(coils, rows, columns)``."""
+    pairs, parts = _is_pairs(kspace), _parts(kspace)
+    n_axes = kspace.ndim - pairs
+    values = kspace[:, index] if n_axes == 5 else kspace[index]
+    if parts is not None:
+        values = values[parts[0]] + 1j * values[parts[1]]
+    elif pairs:
+        values = values[..., 0] + 1j * values[..., 1]
+    with np.errstate(over="ignore"):  # the infinite values that arise are noticed
+        values = values.astype(np.complex64)
+    if n_axes == 3:
+        return values[None]
+    if n_axes == 4:
+        return values
+    measured = (values != 0).any(axis=1)  # by average
+    counts = np.maximum(measured.sum(axis=0), 1).astype(np.float32)
+    return values.sum(axis=0) / counts
+
+
+def _reference(file: h5py.File, path: Path) -> h5py.Dataset | None:
+    """The reference images: those of the single coil where k-space is of one, else of all."""
+    single = isinstance(file["kspace"], h5py.Dataset) and _single(file["kspace"])
+    for name in ["reconstruction_esc"] * single + ["reconstruction_rss"]:
+        if name in file:
+            return dataset(file, path, name, "f", "slice, row, column")
+    return None
+
+
+def _single(kspace: Any) -> bool:
+    return kspace.ndim - _is_pairs(kspace) == 3
+
+
+def _named(values: h5py.Dataset) -> str:
+    return str(values.name).lstrip("/")
+
+
+def _maximum(file: h5py.File, reference: h5py.Dataset) -> float:
+    """As stated, or the largest value."""
+    stated = np.asarray(file.attrs.get("max", ()))
+    if stated.size == 1 and stated.dtype.kind in "fiu":
+        return float(stated.reshape(-1)[0])
     return max(float(reference[index].max()) for index in range(reference.shape[0]))
 
 
-def _mask(file: h5py.File, path: Path, shape: tuple[int, int]) -> Tensor:
-    """The mask, over columns or positions, as a mask of positions."""
+def _mask(file: h5py.File, path: Path, n_slices: int, shape: tuple[int, int]) -> Tensor:
+    """The mask of positions, ``(rows, columns)``, or one a slice; the file may have columns."""
     values = np.asarray(file["mask"])
     if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
         raise InputError(f"{path}: mask must hold 0 and 1 only, it has {values.dtype} with others.")
     mask = torch.from_numpy(values != 0)
-    if mask.shape == (shape[1],):
-        mask = mask.repeat(shape[0], 1)
-    check_mask(mask, shape, f"{path}: mask")
+    rows, columns = shape
+    known = {(columns,), shape, (n_slices, columns), (n_slices, *shape)}
+    if tuple(mask.shape) not in known:
+        mask = mask.squeeze()
+        mask = mask[None] if mask.ndim == 0 else mask
+    found = tuple(mask.shape)
+    if found == (columns,):
+        mask = mask.repeat(rows, 1)
+    elif found == (n_slices, columns) and found != shape:
+        mask = mask[:, None].repeat(1, rows, 1)
+    check_mask(mask, (n_slices, *shape) if mask.ndim == 3 else shape, f"{path}: mask")
     return mask
 
 
-def _geometry(file: h5py.File, path: Path, shape: tuple[int, int]) -> Geometry | None:
-    """Voxel sizes as the header states them; None where it does not."""
-    header = file.get("ismrmrd_header")
-    if not isinstance(header, h5py.Dataset) or header.shape != ():
-        return None
-    try:
-        space = ElementTree.fromstring(header[()]).find("{*}encoding/{*}encodedSpace")
-    except ElementTree.ParseError:  # some data sets have no valid header, and nothing depends on it
-        return None
-    if space is None:
-        return None
-    matrix, view = (
-        [float(space.findtext(f"{{*}}{kind}/{{*}}{axis}", "nan")) for axis in "xyz"]
-        for kind in ("matrixSize", "fieldOfView_mm")
-    )
-    if shape[0] != shape[1] and tuple(matrix[:2]) == (shape[1], shape[0]):
-        raise InputError(
-            f"{path}: kspace must have the readout along its rows, {matrix[0]:g} x {matrix[1]:g} "
-            f"by the header, got {shape[0]} x {shape[1]}; swap its last two axes."
-        )
-    x, y, z = (length / n for length, n in zip(view, matrix, strict=True))
-    return Geometry((x, y, z)) if min(x, y, z) > 0 else None
+def _remarks(file: h5py.File) -> tuple[str, ...]:
+    kspace: Any = file["kspace"]
+    if kspace.ndim - _is_pairs(kspace) != 5:
+        return ()
+    return (f"{kspace.shape[0]} averages are averaged",)

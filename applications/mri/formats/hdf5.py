@@ -8,6 +8,8 @@ import h5py
 
 from applications.errors import InputError
 
+_LOCKED = ("unable to lock file", "already open for write", "already open for read")
+
 
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
@@ -27,7 +29,16 @@ def opened(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r") as file:
             yield file
+    except PermissionError as error:
+        raise InputError(
+            f"{path}: the file may not be read ({error}); change its permissions."
+        ) from error
     except OSError as error:
+        if any(sign in str(error) for sign in _LOCKED):
+            raise InputError(
+                f"{path}: another program has the file open for writing, it is locked; close it "
+                f"there ({error})."
+            ) from error
         raise InputError(
             f"{path}: a complete HDF5 file was needed, it cannot be read ({error}); copy or "
             "download it again."

@@ -4,6 +4,7 @@ Images are oriented by the file: `Plane` says which way they are cut, and rows a
 as radiologists look at them, the patient's right at the left side.
 """
 
+import gzip
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from applications.mri.formats.base import Geometry, optional
 SUFFIXES = (".nii", ".nii.gz")
 _OFFSET = 352  # of the data: 348 bytes of header and 4 that say that no extension follows
 _SIGNAL = 0.1
+_MARK = b"bilevel-mri reconstruction"  # description of the files that are written
 
 
 class Plane(StrEnum):
@@ -43,6 +45,12 @@ _CUTS = {
 def is_nifti(path: Path) -> bool:
     """Whether a path has a suffix of NIfTI."""
     return path.name.endswith(SUFFIXES)
+
+
+def is_written(path: Path) -> bool:
+    """Whether a file begins with a header of `header_of`."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        return file.read(_OFFSET)[148 : 148 + len(_MARK)] == _MARK  # where descriptions stand
 
 
 def read_images(path: Path, plane: Plane = Plane.AXIAL) -> Tensor:
@@ -107,6 +115,7 @@ def header_of(path: Path, shape: tuple[int, ...], geometry: Geometry | None) -> 
         InputError: if the package nibabel is missing.
     """
     header = optional("nibabel", path).Nifti1Header()
+    header["descrip"] = _MARK
     header.set_data_dtype(np.float32)
     header.set_data_shape(shape)
     header.set_data_offset(_OFFSET)

@@ -1,6 +1,5 @@
 """Meta-training in every way and for several seeds, scored on the test slices of all tasks."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,7 +19,7 @@ from applications.mri.meta.solvers import meta_solver
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, on_device, save_weights
 from applications.mri.tasks.task_facts import TaskFacts
-from applications.mri.tasks.tasks import Task, Tasks
+from applications.mri.tasks.tasks import Task, Tasks, file_name
 from applications.mri.training.draws import Minibatches
 from applications.mri.training.examples import PreparedExample
 from applications.records import Report, describe
@@ -204,10 +203,5 @@ def _save(folder: Path, run: Run, begun: Trained, settings: ExperimentSettings) 
     }
     models = run.learned.models | {f"adapted-{n}": one for n, one in run.adapted_models.items()}
     for name, control in models.items():
-        place = folder / f"{run.ablation}-{run.seed}-{_plain_name(name)}.safetensors"
+        place = folder / f"{run.ablation}-{run.seed}-{file_name(name)}.safetensors"
         save_weights(place, Trained(begun.network, control, record | {"model": name}))
-
-
-def _plain_name(name: str) -> str:
-    """A task's name as part of a file name."""
-    return re.sub(r"[^\w.-]+", "_", name)

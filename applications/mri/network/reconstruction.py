@@ -76,9 +76,9 @@ class Network:
         """The initial weights, theta_0 to theta_T."""
         return self._phases.controls()
 
-    def prepare(self, kspace: Tensor, mask: Tensor) -> Scan:
+    def prepare(self, kspace: Tensor, mask: Tensor, calibration: Tensor | None = None) -> Scan:
         """`scan.prepared` for this architecture."""
-        return prepared(kspace, mask, self.architecture)
+        return prepared(kspace, mask, self.architecture, calibration)
 
     def dynamics(self, scan: Scan) -> bl.Phases:
         """The maps g and g0 for one batch of scans, whose observation is `scan.start`."""

@@ -69,7 +69,9 @@ class Scan:
         )
 
 
-def prepared(kspace: Tensor, mask: Tensor, architecture: Architecture) -> Scan:
+def prepared(
+    kspace: Tensor, mask: Tensor, architecture: Architecture, calibration: Tensor | None = None
+) -> Scan:
     """Makes measured data ready.
 
     Args:
@@ -77,6 +79,8 @@ def prepared(kspace: Tensor, mask: Tensor, architecture: Architecture) -> Scan:
             ignored.
         mask: boolean, shape ``(rows, columns)`` or ``(batch, rows, columns)``.
         architecture: coil count and options of the network.
+        calibration: shape of ``kspace``, zeros where nothing was measured: what the coils are
+            calibrated by where that is no part of the image; None: the centre of ``kspace``.
 
     Returns:
         The scan, complex64.
@@ -95,11 +99,17 @@ def prepared(kspace: Tensor, mask: Tensor, architecture: Architecture) -> Scan:
             raise InputError("kspace is zero wherever the mask samples; check the mask.")
     f = f / scale
     start, normal = f, None
+    centre, measured = f, masks
+    if calibration is not None:
+        centre = calibration.to(torch.complex64)
+        measured = (centre != 0).any(dim=1)
     if a.self_consistency:
-        start, normal = _filled(f, masks, a.self_consistency)
+        pairs = zip(centre, measured, strict=True)
+        normal = torch.stack([inconsistency_normal(calibrate(x, m)) for x, m in pairs])
+        start, normal = _filled(f, masks, normal, a.self_consistency)
     phases = None
     if a.demodulate:
-        found = [low_resolution_phase(x, m) for x, m in zip(f, masks, strict=True)]
+        found = [low_resolution_phase(x, m) for x, m in zip(centre, measured, strict=True)]
         phases = torch.stack(found)
     return Scan(f, masks[:, None], start, normal, phases, scale)
 
@@ -130,10 +140,8 @@ def _checked(kspace: Tensor, mask: Tensor, n_coils: int) -> Tensor:
     return masks
 
 
-def _filled(f: Tensor, masks: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def _filled(f: Tensor, masks: Tensor, normal: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """k-space filled by self-consistency, and N of each phase's step towards it."""
-    pairs = zip(f, masks, strict=True)
-    normal = torch.stack([inconsistency_normal(calibrate(x, m)) for x, m in pairs])
     filled = [
         consistent_image(x, m, k, iterations) for x, m, k in zip(f, masks, normal, strict=True)
     ]

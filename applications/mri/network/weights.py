@@ -17,8 +17,10 @@ from applications.files import write_whole
 from applications.mri.bundled.paths import bundled
 from applications.mri.network.architecture import Architecture, preset_named
 from applications.mri.network.reconstruction import Network
+from applications.outputs import Kind
 
 PRETRAINED = "pretrained"  # what the command line calls the bundled weights
+WEIGHTS = Kind("a file of weights", lambda path: "architecture" in _content(path)[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +130,8 @@ def load_weights(path: Path | str) -> Trained:
         Network, weights and record.
 
     Raises:
-        InputError: if the file is missing, damaged, not of this application, or its tensors are
-            not those of its architecture.
+        InputError: if the file is missing, damaged, not of this application, its tensors are not
+            those of its architecture, or values are not finite.
     """
     path = Path(path)
     tensors, metadata = _content(path)
@@ -144,6 +146,7 @@ def load_weights(path: Path | str) -> Trained:
         ) from error
     control = network.controls()
     _check_kinds(path, tensors, control)
+    check_finite(path, tensors)
     return Trained(network, restored(tensors, control), record)
 
 
@@ -171,6 +174,25 @@ def _check_kinds(path: Path, tensors: Mapping[str, Tensor], control: bl.PerStep)
             f"{path}: {len(differing)} tensors differ from the stored architecture, {first!r} must "
             f"be {expected.get(first)}, got {found.get(first)}; use weights that `train` wrote."
         )
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses tensors of a file that are not finite.
+
+    Args:
+        path: the file, for the message.
+        tensors: by name.
+
+    Raises:
+        InputError: naming the first.
+    """
+    for name, value in tensors.items():
+        bad = int((~torch.isfinite(value)).sum())
+        if bad:
+            raise InputError(
+                f"{path}: weights must be finite, {name!r} holds {bad} of {value.numel()} values "
+                "that are not; use other weights, or train again at a lower learning rate."
+            )
 
 
 def named(control: bl.PerStep) -> dict[str, Tensor]:

@@ -70,6 +70,22 @@ def load_anatomies(path: Path | str | None = None, plane: Plane | None = None) -
         }
 
 
+def wraps(path: Path | str | None = None) -> dict[str, float]:
+    """The shares of the columns that scans of anatomies see, where the file states them.
+
+    Args:
+        path: as `load_anatomies` takes it.
+
+    Returns:
+        By name, the attribute ``wrap`` of the groups; nothing for NIfTI.
+    """
+    path = bundled("anatomy.h5") if path is None else Path(path)
+    if is_nifti(path):
+        return {}
+    with opened(path) as file:
+        return {n: float(one.attrs["wrap"]) for n, one in file.items() if "wrap" in one.attrs}
+
+
 def resize(images: Tensor, size: int) -> Tensor:
     """Down-sampling by exact areas: a new pixel is the mean over what it covers of the old image.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import torch
 from torch import Tensor
 
@@ -11,11 +12,22 @@ from applications.errors import InputError
 from applications.files import make_folder
 from applications.mri.data import Volume, write_volume
 from applications.mri.formats.nifti import Plane
-from applications.mri.simulation.anatomy import load_anatomies, resize, split
+from applications.mri.simulation.anatomy import load_anatomies, resize, split, wraps
 from applications.mri.simulation.coils import biot_savart_coils
 from applications.mri.simulation.simulate import simulate
+from applications.mri.simulation.views import columns_in_view, in_view
+from applications.outputs import Kind, Output
 from applications.settings import setting
 
+_PATIENT = "simulated"
+
+
+def _is_simulated(path: Path) -> bool:
+    with h5py.File(path, "r") as file:
+        return file.attrs["patient_id"] == _PATIENT
+
+
+SIMULATED = Kind("a simulated scan", _is_simulated)
 ROLES = ("train", "validation", "test")
 
 
@@ -32,6 +44,8 @@ class SimulationSettings:
         anatomies: HDF5 or NIfTI file of magnitude images; None for the bundled ones.
         plane: of the slices of a NIfTI volume, None for axial ones.
         names: of the anatomies to simulate; None: all there are.
+        wrap: share of the columns that the field of view has, what lies outside folds over; None:
+            as the anatomies state it, most of them 1.
     """
 
     size: int = setting(128, "Rows and columns.", least=16)
@@ -42,6 +56,7 @@ class SimulationSettings:
     anatomies: Path | None = setting(None, "Magnitude images: NIfTI, or HDF5 of groups.")
     plane: Plane | None = setting(None, "Slices of NIfTI; axial, stored: as they lie.")
     names: tuple[str, ...] | None = None
+    wrap: float | None = None
 
 
 def simulate_folder(
@@ -61,7 +76,8 @@ def simulate_folder(
         The files by role.
 
     Raises:
-        InputError: if a setting is out of range, or the folder cannot be written.
+        InputError: if a setting is out of range, the folder cannot be written, or a file in it
+            would be lost that is no simulated scan.
     """
     if settings.repeats < 1:
         raise InputError(f"repeats must be at least 1, got {settings.repeats}.")
@@ -71,27 +87,40 @@ def simulate_folder(
     files: dict[str, list[Path]] = {role: [] for role in ROLES}
     for role in ROLES:
         make_folder(folder / role)
-    for i, (role, name, images) in enumerate(plan, start=1):
-        path = folder / role / f"{name}.h5"
-        write_volume(path, _volume(name, images, settings, generator))
-        files[role].append(path)
+    read = [] if settings.anatomies is None else [settings.anatomies]
+    for one in plan:
+        Output(folder / one.role / f"{one.name}.h5", SIMULATED).check(read)
+    for i, one in enumerate(plan, start=1):
+        path = folder / one.role / f"{one.name}.h5"
+        write_volume(path, _volume(one, settings, generator))
+        files[one.role].append(path)
         if done is not None:
             done(i, len(plan))
     return files
 
 
-def _plan(
-    anatomies: dict[str, Tensor], settings: SimulationSettings
-) -> list[tuple[str, str, Tensor]]:
-    """Role, name and images of every volume."""
-    plan: list[tuple[str, str, Tensor]] = []
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """A volume to simulate: what it is for, its name, its images, and the columns it sees."""
+
+    role: str
+    name: str
+    images: Tensor
+    columns: int
+
+
+def _plan(anatomies: dict[str, Tensor], settings: SimulationSettings) -> list[_Planned]:
+    plan: list[_Planned] = []
+    stated = wraps(settings.anatomies) if settings.wrap is None else {}
     for name, images in anatomies.items():
+        wrap = stated.get(name, 1.0) if settings.wrap is None else settings.wrap
+        columns = columns_in_view(settings.size, wrap)
         roles = split(images.shape[0])
         for role in ROLES:
             chosen = resize(images[list(getattr(roles, role))], settings.size).clamp(0, 1)
             repeats = settings.repeats if role == "train" else 1
             plan += [
-                (role, name if repeats == 1 else f"{name}_{repeat}", chosen)
+                _Planned(role, name if repeats == 1 else f"{name}_{repeat}", chosen, columns)
                 for repeat in range(repeats)
             ]
     return plan
@@ -106,17 +135,17 @@ def _chosen(anatomies: dict[str, Tensor], names: tuple[str, ...] | None) -> dict
     return {name: x for name, x in anatomies.items() if names is None or name in names}
 
 
-def _volume(
-    name: str, images: Tensor, settings: SimulationSettings, generator: torch.Generator
-) -> Volume:
+def _volume(planned: _Planned, settings: SimulationSettings, generator: torch.Generator) -> Volume:
+    images = planned.images
     shape = (images.shape[-2], images.shape[-1])
     coils = biot_savart_coils(shape, settings.n_coils, generator)
     simulated = [
         simulate(image, settings.n_coils, generator, settings.noise_std, coils) for image in images
     ]
+    seen = [in_view(one, planned.columns) for one in simulated]
     return Volume(
-        torch.stack([one.kspace for one in simulated]),
-        torch.stack([one.reference for one in simulated]),
-        acquisition=name,
-        patient_id="simulated",
+        torch.stack([kspace for kspace, _ in seen]),
+        torch.stack([reference for _, reference in seen]),
+        acquisition=planned.name,
+        patient_id=_PATIENT,
     )

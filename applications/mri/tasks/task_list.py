@@ -21,6 +21,7 @@ _NUMBERS = {
     "coils": int,
     "noise": float,
     "target_noise": float,
+    "wrap": float,
     "seed": int,
 }
 
@@ -46,6 +47,8 @@ class TaskSettings:
         coils: of simulated scans.
         noise: of simulated scans, in units of image magnitude.
         seed: of simulated scans.
+        wrap: share of the columns that the field of view of simulated scans has; None: as the
+            anatomy states it.
         target_noise: standard deviation of complex noise added to the images that the training
             compares with, in units of the largest magnitude of the slice; to study bad references.
 
@@ -67,6 +70,7 @@ class TaskSettings:
     coils: int = 8
     noise: float = 0.01
     seed: int = 0
+    wrap: float | None = None
     target_noise: float = 0.0
 
     def __post_init__(self) -> None:

@@ -1,17 +1,21 @@
 """Tasks: fully sampled slices by role, and how they are undersampled."""
 
 import hashlib
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from applications.errors import InputError
-from applications.mri.data import SliceDataset, VolumeFile
+from applications.mri.data import SliceDataset, VolumeFile, examined
 from applications.mri.sampling import Sampling
 from applications.mri.simulation.anatomy import split
 from applications.mri.simulation.phantoms import ROLES, SimulationSettings, simulate_folder
 from applications.mri.tasks.task_list import TaskSettings
 from applications.mri.training.draws import Source, TargetNoise
+
+_LONGEST_NAME = 160  # bytes; file systems take 255, and way, seed and suffix are added
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +143,13 @@ def open_each(
     return tuple(tasks)
 
 
+def file_name(name: str) -> str:
+    """A task's name as part of a file name."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
 def check_names(names: Iterable[str]) -> None:
-    """Refuse names that come twice.
+    """Refuse names that come twice, or name one file, and what no model can be called.
 
     Args:
         names: of tasks.
@@ -148,11 +157,28 @@ def check_names(names: Iterable[str]) -> None:
     Raises:
         InputError: naming the first.
     """
-    known: set[str] = set()
+    known: dict[str, str] = {}
     for name in names:
-        if name in known:
+        if len(file_name(name).encode()) > _LONGEST_NAME:
+            raise InputError(
+                f"the name of a task must have at most {_LONGEST_NAME} bytes, {name[:40]!r}... has "
+                "more; shorten it."
+            )
+        if name.startswith("adapted-"):
+            raise InputError(
+                f"the models adapted to a task are called so, {name!r} must not begin with "
+                "'adapted-'; rename it."
+            )
+        # Some file systems do not tell capitals, or ways to write an accent, apart.
+        file = unicodedata.normalize("NFC", file_name(name)).casefold()
+        if name == known.get(file):
             raise InputError(f"each task needs a name of its own, {name!r} came twice; rename one.")
-        known.add(name)
+        if file in known:
+            raise InputError(
+                f"each task needs files of its own, {known[file]!r} and {name!r} would both be "
+                f"{file_name(name)!r} there; rename one."
+            )
+        known[file] = name
 
 
 def _parts(settings: TaskSettings, folder: Path) -> dict[str, SliceDataset]:
@@ -165,7 +191,7 @@ def _parts(settings: TaskSettings, folder: Path) -> dict[str, SliceDataset]:
                 f"{folder}: the folder {missing[0]} was needed for the role {missing[0]}, there is "
                 "none beside the others; add it, or leave that out of roles."
             )
-        return {role: SliceDataset(folder / role) for role in settings.roles}
+        return {role: examined(SliceDataset(folder / role)).slices for role in settings.roles}
     blocks: dict[str, list[VolumeFile]] = {role: [] for role in settings.roles}
     for file in SliceDataset(folder).files:
         try:
@@ -176,7 +202,7 @@ def _parts(settings: TaskSettings, folder: Path) -> dict[str, SliceDataset]:
             ) from error
         for role, block in blocks.items():
             block.append(VolumeFile(file.path, readers=file.readers, block=getattr(cut, role)))
-    return {role: SliceDataset(block) for role, block in blocks.items()}
+    return {role: examined(SliceDataset(block)).slices for role, block in blocks.items()}
 
 
 def _simulated(settings: TaskSettings, folder: Path, simulated: set[Path]) -> Path:
@@ -187,6 +213,7 @@ def _simulated(settings: TaskSettings, folder: Path, simulated: set[Path]) -> Pa
         settings.noise,
         seed=settings.seed,
         names=(settings.anatomy or "",),
+        wrap=settings.wrap,
     )
     mark = hashlib.sha256(repr(simulation).encode()).hexdigest()[:8]
     place = folder / f"{settings.anatomy}-{mark}"

@@ -59,8 +59,8 @@ def check_device(device: str, precision: Precision = Precision.FLOAT32) -> None:
         InputError: if it is neither the CPU nor a GPU of this machine, or bfloat16 was asked for on
             a CPU, most of which only emulate it.
     """
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
+    kind, colon, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (kind == "cpu" and colon):
         raise InputError(f"device must be 'cpu' or 'cuda', got {device!r}; choose one of them.")
     if kind == "cpu" and precision is not Precision.FLOAT32:
         raise InputError(
@@ -68,8 +68,7 @@ def check_device(device: str, precision: Precision = Precision.FLOAT32) -> None:
             "float32; leave the precision at 'float32', or choose device 'cuda'."
         )
     n_devices = torch.cuda.device_count()
-    number = device.partition(":")[2]
-    if kind == "cuda" and not (number or "0").isdigit():
+    if kind == "cuda" and colon and not number.isdecimal():
         raise InputError(f"device must be 'cuda' or 'cuda:0' and the like, got {device!r}.")
     if kind == "cuda" and int(number or 0) >= n_devices:
         raise InputError(

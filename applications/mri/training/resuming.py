@@ -15,11 +15,25 @@ import bilevel as bl
 from applications.errors import InputError
 from applications.files import write_whole
 from applications.mri.network.reconstruction import Network
-from applications.mri.network.weights import named, restored, stored
+from applications.mri.network.weights import check_finite, named, restored, stored
 from applications.mri.training.draws import Place
 from applications.mri.training.validation import Look, Looks
+from applications.outputs import Kind
 
 _MAY_CHANGE = {"steps", "seconds", "checkpointing"}  # length, and what leaves the numbers alone
+
+
+def _is_state(path: Path) -> bool:
+    with safe_open(path, framework="pt") as file:
+        return "training" in (file.metadata() or {})
+
+
+STATE = Kind("the state of a training", _is_state)
+
+
+def state_path(weights: Path) -> Path:
+    """Where the state of a training lies that writes `weights`."""
+    return weights.with_name(f"{weights.name}.state")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +113,7 @@ class StateFile:
         """
         content, tensors = self._read()
         self._check(content)
+        check_finite(self.path, tensors)
         like = self.network.controls()
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in _below("adam", tensors).items():

@@ -78,7 +78,7 @@ COMMANDS = {
     ],
     "evaluate": [
         *("--data", "--weights", "--out", "--baselines", *SAMPLING_OPTIONS, "--metrics"),
-        *("--seed", "--threads"),
+        *("--images", "--device", "--seed", "--threads"),
     ],
     "meta-train": [
         *("--tasks", "--task", "--out", "--ablations", "--preset", "--coils", "--init"),
@@ -92,7 +92,10 @@ COMMANDS = {
         *("--init", "--evaluations", "--optimizer", "--learning-rate", "--batch", "--crop"),
         *("--steps", "--slices", "--seed", "--device", "--threads", "--keep-graphs"),
     ],
-    "reconstruct": ["--scan", "--weights", "--out", "--png", "--mask", "--threads"],
+    "reconstruct": [
+        *("--scan", "--weights", "--out", "--png", "--mask", "--suffix", "--skip-bad"),
+        *("--device", "--threads"),
+    ],
 }
 
 
@@ -441,11 +444,11 @@ def test_the_demo_leaves_figure_and_results_and_weights_of_its_own(tmp_path, mon
     few = {"brain_t1_axial": load_anatomies()["brain_t1_axial"][4:13]}
     loading = "applications.mri.simulation.phantoms.load_anatomies"
     monkeypatch.setattr(loading, lambda path, plane: few)
-    # The centre of the real scan, and one value of each regularisation, for the sake of time.
-    real = VolumeFile(bundled_scan_path()).read_slice(0).kspace[:, 83:147, 58:122]
-    write_volume(tmp_path / "real.h5", Volume(real[None]))
+    # The centre of the measured scan, and one value of each regularisation, for the sake of time.
+    measured = VolumeFile(bundled_scan_path()).read_slice(0).kspace[:, 48:112, 48:112]
+    write_volume(tmp_path / "phantom.h5", Volume(measured[None]))
     bundled = "applications.mri.commands.demo.bundled_scan_path"
-    monkeypatch.setattr(bundled, lambda: tmp_path / "real.h5")
+    monkeypatch.setattr(bundled, lambda: tmp_path / "phantom.h5")
     values = {"CG-SENSE": (0.01,), "l1-wavelet": (0.01,)}
     monkeypatch.setattr("applications.mri.evaluation.methods._LAMDAS", values)
     maps = "applications.mri.evaluation.methods.espirit_maps"  # tested with the baselines
@@ -475,6 +478,10 @@ def test_the_demo_leaves_figure_and_results_and_weights_of_its_own(tmp_path, mon
     for name, scores in expected.items():
         assert found[name].pop("convention") == "fastmri"
         assert found[name] == pytest.approx(numbers(scores), rel=1e-3)
+    phantom = SliceDataset([tmp_path / "phantom.h5"])
+    twice = CartesianRandom(2.0, 0.16)
+    for name, scores in evaluate(network_methods(trained), phantom, twice, 2 + 2).mean.items():
+        assert results["measured"]["mean"][name]["psnr"] == pytest.approx(scores.psnr, rel=1e-3)
     mask = sampling.mask((64, 64), torch.Generator().manual_seed(4))
     multipliers = swept_multipliers(trained, test.files[0], 0, mask)
     assert [m.shape for m in multipliers] == [(64, 64)] * 9
@@ -530,7 +537,7 @@ BAD_SCANS = {
         r"dataset 'kspace' was needed, the file has \['data'\]; rename or convert",
     ),
     "rank": (
-        lambda p: write_raw(p, kspace=good()[0]),
+        lambda p: write_raw(p, kspace=good()[0, 0]),
         r"kspace must have the axes \(slice, coil, row, column\), got .*; add or remove axes",
     ),
     "dtype": (
