@@ -46,7 +46,9 @@ ROOMS = {
         "command_line",
     ],
     "applications.mri.bundled": ["paths"],
-    "applications.mri.physics": ["masks", "operators", "coil_counts", "consistency"],
+    "applications.mri.physics": [
+        *("masks", "operators", "coil_counts", "consistency", "wavelets", "l1_spirit"),
+    ],
     "applications.mri.formats": [
         "base",
         "hdf5",
