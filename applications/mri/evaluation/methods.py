@@ -17,6 +17,7 @@ from applications.mri.evaluation.baselines import (
     sense,
     zero_filled,
 )
+from applications.mri.network.scan import Scan
 from applications.mri.network.weights import Trained
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
 from applications.mri.physics.operators import ifft2c, rss
@@ -39,12 +40,11 @@ def network_methods(trained: Trained) -> dict[str, Method]:
         By the name that tables show.
     """
     network = trained.network
-    count = network.architecture.n_coils
-    prepare = _of_the_last(
-        lambda kspace, mask: network.prepare(
-            with_coils(coil_matrix(kspace, count), kspace)[None], mask
-        )
-    )
+
+    @_of_the_last
+    def prepare(kspace: Tensor, mask: Tensor) -> Scan:
+        matrix = coil_matrix(kspace, network.architecture.coils_of(len(kspace)))
+        return network.prepare(with_coils(matrix, kspace)[None], mask)
 
     def ours(kspace: Tensor, mask: Tensor) -> Tensor:
         return network.reconstruct(prepare(kspace, mask), trained.control).image[0]
@@ -53,8 +53,8 @@ def network_methods(trained: Trained) -> dict[str, Method]:
         scan = prepare(kspace, mask)
         return (rss(ifft2c(scan.start)) * scan.scale[:, 0])[0]
 
-    if network.architecture.self_consistency:
-        return {"self-consistent start": start, "ours": ours}
+    if network.architecture.self_consistency or network.architecture.gains:
+        return {"start": start, "ours": ours}
     return {"ours": ours}
 
 

@@ -109,6 +109,6 @@ def _mask(one: Slice, volume: VolumeFile, given: Sampling | None) -> Tensor:
 
 def _reconstructed(trained: Trained, one: Slice, mask: Tensor) -> Reconstruction:
     kspace = torch.where(mask, one.kspace, 0)
-    matrix = coil_matrix(kspace, trained.network.architecture.n_coils)
+    matrix = coil_matrix(kspace, trained.network.architecture.coils_of(len(kspace)))
     scan = trained.network.prepare(with_coils(matrix, kspace)[None], mask)
     return trained.network.reconstruct(scan, trained.control)

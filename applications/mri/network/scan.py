@@ -7,13 +7,16 @@ from torch import Tensor
 
 from applications.errors import InputError
 from applications.mri.network.architecture import Architecture
+from applications.mri.network.wavelet_phases import EVERY
 from applications.mri.physics.consistency import (
     bounded,
     calibrate,
     consistent_image,
     inconsistency_normal,
     low_resolution_phase,
+    towards_consistency,
 )
+from applications.mri.physics.l1_spirit import CONSISTENCY, quick_steps, threshold_of_noise
 from applications.mri.physics.masks import check_mask, samples_columns
 from applications.mri.physics.operators import fft2c, ifft2c, rss
 
@@ -30,6 +33,9 @@ class Scan:
         phases: of the low-resolution coil images, complex of magnitude 1, the shape of `kspace`, or
             None.
         scale: what the measured k-space was divided by, ``(batch, 1, 1, 1)``.
+        before: k-space of the coil images of the step before `start`, or None.
+        consistent: matrices of `consistency.towards_consistency`, the shape of `normal`, or None.
+        threshold: of `l1_spirit.threshold_of_noise`, ``(batch, 1, 1, 1)``, or None.
     """
 
     kspace: Tensor
@@ -38,6 +44,9 @@ class Scan:
     normal: Tensor | None
     phases: Tensor | None
     scale: Tensor
+    before: Tensor | None = None
+    consistent: Tensor | None = None
+    threshold: Tensor | None = None
 
     def crop_rows(self, top: int, n_rows: int) -> "Scan":
         """The scan of some image rows alone.
@@ -66,6 +75,9 @@ class Scan:
             None if self.normal is None else self.normal[:, rows],
             None if self.phases is None else self.phases[..., rows, :],
             self.scale,
+            None if self.before is None else crop(self.before),
+            None if self.consistent is None else self.consistent[:, rows],
+            self.threshold,
         )
 
 
@@ -86,7 +98,7 @@ def prepared(kspace: Tensor, mask: Tensor, architecture: Architecture) -> Scan:
             or k-space is not finite.
     """
     a = architecture
-    masks = _checked(kspace, mask, a.n_coils)
+    masks = _checked(kspace, mask, a.coils_of(kspace.shape[1]) if kspace.ndim == 4 else 0)
     f = kspace.to(torch.complex64) * masks[:, None]
     scale = torch.ones(len(f), 1, 1, 1, device=f.device)
     if a.scale_input:
@@ -94,6 +106,8 @@ def prepared(kspace: Tensor, mask: Tensor, architecture: Architecture) -> Scan:
         if not bool((scale > 0).all()):
             raise InputError("kspace is zero wherever the mask samples; check the mask.")
     f = f / scale
+    if a.gains:
+        return _warmed_up(f, masks, a.warm_up, scale)
     start, normal = f, None
     if a.self_consistency:
         start, normal = _filled(f, masks, a.self_consistency)
@@ -102,6 +116,30 @@ def prepared(kspace: Tensor, mask: Tensor, architecture: Architecture) -> Scan:
         found = [low_resolution_phase(x, m) for x, m in zip(f, masks, strict=True)]
         phases = torch.stack(found)
     return Scan(f, masks[:, None], start, normal, phases, scale)
+
+
+def _warmed_up(f: Tensor, masks: Tensor, steps: int, scale: Tensor) -> Scan:
+    """Steps of l1-SPIRiT for phases that go on with them."""
+    last, before, consistent, thresholds = [], [], [], []
+    for x, m in zip(f, masks, strict=True):
+        threshold = threshold_of_noise(x, m)
+        matrices = towards_consistency(inconsistency_normal(calibrate(x, m)), CONSISTENCY)
+        u, previous = quick_steps(x, m, matrices, threshold, steps, EVERY)
+        last.append(u)
+        before.append(previous)
+        consistent.append(matrices.movedim((-2, -1), (-4, -3)))
+        thresholds.append(threshold)
+    return Scan(
+        f,
+        masks[:, None],
+        fft2c(torch.stack(last)),
+        None,
+        None,
+        scale,
+        fft2c(torch.stack(before)),
+        torch.stack(consistent).movedim((-4, -3), (-2, -1)),
+        torch.tensor(thresholds, device=f.device)[:, None, None, None],
+    )
 
 
 def _checked(kspace: Tensor, mask: Tensor, n_coils: int) -> Tensor:

@@ -181,6 +181,24 @@ def bounded(normal: Tensor, largest: float = 2.0) -> Tensor:
     return normal if found <= largest else normal * (largest / found)
 
 
+def towards_consistency(normal: Tensor, weight: float = 0.5) -> Tensor:
+    r"""The map to the images between u and its nearest consistent ones, pixel by pixel.
+
+    .. math:: (I + w N)^{-1} b = \operatorname{argmin}_u \|u - b\|^2 + w \|(K - I) u\|^2
+
+    Args:
+        normal: N of `inconsistency_normal`, which needs no bound here.
+        weight: w; much larger ones amplify what the kernels get wrong.
+
+    Returns:
+        Matrices of the shape of ``normal``, Hermitian, with eigenvalues in (0, 1].
+    """
+    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    found = torch.linalg.inv(eye + weight * normal)
+    # Products with coil images are quicker where pixels lie together in memory.
+    return found.movedim((-2, -1), (-4, -3)).contiguous().movedim((-4, -3), (-2, -1))
+
+
 def times(matrices: Tensor, state: Tensor) -> Tensor:
     """One matrix-vector product a pixel.
 
