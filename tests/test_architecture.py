@@ -70,11 +70,14 @@ ROOMS = {
         "from_file",
         "named",
     ],
-    "applications.mri.simulation": ["anatomy", "coils", "simulate", "phantoms"],
+    "applications.mri.simulation": [
+        *("anatomy", "coils", "local_phase", "simulate", "phantoms"),
+    ],
     "applications.mri.network": [
         "architecture",
         "layers",
         "modules",
+        "wavelet_phases",
         "scan",
         "reconstruction",
         "weights",

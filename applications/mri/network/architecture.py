@@ -123,22 +123,22 @@ def tiny(n_coils: int = 8) -> Architecture:
     return replace(narrow(n_coils), n_phases=3, filters=8, features=4)
 
 
-PRESETS: dict[str, Callable[[int], Architecture]] = {"paper": paper, "light": light, "tiny": tiny}
+PRESETS: dict[str, Callable[..., Architecture]] = {"paper": paper, "light": light, "tiny": tiny}
 
 
-def preset_named(name: str, n_coils: int) -> Architecture:
+def preset_named(name: str, n_coils: int | None = None) -> Architecture:
     """A preset as the command line names it.
 
     Args:
         name: of `PRESETS`.
-        n_coils: of the data.
+        n_coils: of the data; None: 8, or any number where the preset takes any.
 
     Returns:
         The architecture.
 
     Raises:
-        InputError: if there is none of that name.
+        InputError: if there is none of that name, or it takes any number of coils and one is given.
     """
     if name not in PRESETS:
         raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}.")
-    return PRESETS[name](n_coils)
+    return PRESETS[name]() if n_coils is None else PRESETS[name](n_coils)

@@ -1,13 +1,15 @@
 """The network as a `bilevel.Dynamics`: what enters it, what it is trained for, what it gives."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.errors import InputError
 from applications.mri.network.architecture import Architecture
 from applications.mri.network.layers import to_complex, to_planes
 from applications.mri.network.modules import InitialNet, Phase
@@ -49,6 +51,30 @@ class Loss:
     state: float = 1.0
     combined: float = 1.0
     initial: float = 0.01
+
+    @classmethod
+    def written(cls, text: str) -> "Loss":
+        """The weights of a text, three numbers separated by commas.
+
+        Args:
+            text: such as ``1,1,0.01``.
+
+        Returns:
+            The weights.
+
+        Raises:
+            InputError: if it is not three finite numbers >= 0.
+        """
+        try:
+            weights = [float(one) for one in text.split(",")]
+        except ValueError:
+            weights = []
+        if len(weights) != len(fields(cls)) or not all(0 <= one < math.inf for one in weights):
+            raise InputError(
+                "the weights of the loss must be three numbers >= 0, such as 1,1,0.01, got "
+                f"{text!r}."
+            )
+        return cls(*weights)
 
 
 @dataclass(frozen=True, eq=False)

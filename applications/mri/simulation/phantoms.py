@@ -11,11 +11,13 @@ from applications.errors import InputError
 from applications.files import make_folder
 from applications.mri.data import Volume, write_volume
 from applications.mri.formats.nifti import Plane
+from applications.mri.physics.operators import ifft2c, rss
 from applications.mri.simulation.anatomy import load_anatomies, resize, split
 from applications.mri.simulation.coils import biot_savart_coils
 from applications.mri.simulation.simulate import simulate
 from applications.settings import setting
 
+REFERENCES = ("clean", "measured")
 ROLES = ("train", "validation", "test")
 
 
@@ -31,6 +33,10 @@ class SimulationSettings:
         seed: of all of it.
         anatomies: HDF5 or NIfTI file of magnitude images; None for the bundled ones.
         plane: of the slices of a NIfTI volume, None for axial ones.
+        local_phase: strength of phase true to life, see `simulate`.
+        cut: share of the field of view that wraps around, see `simulate`.
+        reference: `clean`; or `measured`, the root sum of squares of the noisy images, which is
+            what a fully sampled scan has.
         names: of the anatomies to simulate; None: all there are.
     """
 
@@ -41,7 +47,17 @@ class SimulationSettings:
     seed: int = setting(0, "Of everything that is random.")
     anatomies: Path | None = setting(None, "Magnitude images: NIfTI, or HDF5 of groups.")
     plane: Plane | None = setting(None, "Slices of NIfTI; axial, stored: as they lie.")
+    local_phase: float = setting(0.0, "Phase of tissue, vessels, fields; 1 as in life.", least=0)
+    cut: float = setting(0.0, "Share of the columns cut off, which wrap around.", least=0)
+    reference: str = setting("clean", "Of the images: clean, or measured, with their noise.")
     names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the reference."""
+        if self.reference not in REFERENCES:
+            raise InputError(
+                f"reference must be one of {', '.join(REFERENCES)}, got {self.reference!r}."
+            )
 
 
 def simulate_folder(
@@ -112,11 +128,22 @@ def _volume(
     shape = (images.shape[-2], images.shape[-1])
     coils = biot_savart_coils(shape, settings.n_coils, generator)
     simulated = [
-        simulate(image, settings.n_coils, generator, settings.noise_std, coils) for image in images
+        simulate(
+            image,
+            settings.n_coils,
+            generator,
+            settings.noise_std,
+            coils,
+            local_phase=settings.local_phase,
+            cut=settings.cut,
+        )
+        for image in images
     ]
+    kspace = torch.stack([one.kspace for one in simulated])
+    clean = torch.stack([one.reference for one in simulated])
     return Volume(
-        torch.stack([one.kspace for one in simulated]),
-        torch.stack([one.reference for one in simulated]),
+        kspace,
+        rss(ifft2c(kspace)) if settings.reference == "measured" else clean,
         acquisition=name,
         patient_id="simulated",
     )

@@ -20,6 +20,9 @@ _NUMBERS = {
     "size": int,
     "coils": int,
     "noise": float,
+    "local_phase": float,
+    "cut": float,
+    "repeats": int,
     "target_noise": float,
     "seed": int,
 }
@@ -48,6 +51,10 @@ class TaskSettings:
         seed: of simulated scans.
         target_noise: standard deviation of complex noise added to the images that the training
             compares with, in units of the largest magnitude of the slice; to study bad references.
+        local_phase: of simulated scans, like the next three; see `SimulationSettings`.
+        cut: share of the columns that wraps around.
+        reference: clean or measured.
+        repeats: training volumes, each with coils, phases and noise of its own.
 
     Raises:
         InputError: if a field does not fit.
@@ -68,6 +75,10 @@ class TaskSettings:
     noise: float = 0.01
     seed: int = 0
     target_noise: float = 0.0
+    local_phase: float = 0.0
+    cut: float = 0.0
+    reference: str = "clean"
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -185,7 +185,11 @@ def _simulated(settings: TaskSettings, folder: Path, simulated: set[Path]) -> Pa
         settings.size,
         settings.coils,
         settings.noise,
+        repeats=settings.repeats,
         seed=settings.seed,
+        local_phase=settings.local_phase,
+        cut=settings.cut,
+        reference=settings.reference,
         names=(settings.anatomy or "",),
     )
     mark = hashlib.sha256(repr(simulation).encode()).hexdigest()[:8]

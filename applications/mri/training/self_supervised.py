@@ -10,6 +10,7 @@ Resonance in Medicine 84(6), DOI 10.1002/mrm.28378.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class SplitExample(Example):
     given: Tensor
     held: Tensor
 
-    def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Tensor]:
+    def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Any]:
         r"""The control problem of the positions held out.
 
         The difference :math:`d(u) = P_\Lambda (F u - f)` is measured as in the reference, by
