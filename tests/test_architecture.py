@@ -98,6 +98,7 @@ ROOMS = {
     "applications.mri.evaluation": [
         "metrics",
         "baselines",
+        "bart",
         "methods",
         "scoring",
         "scanning",

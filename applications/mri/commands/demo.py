@@ -17,6 +17,7 @@ from applications.mri.commands.shared import print_scores
 from applications.mri.data import SliceDataset, VolumeFile, fully_sampled, implied_mask
 from applications.mri.evaluation.figures import Panel, draw_reconstructions
 from applications.mri.evaluation.methods import (
+    L1_SPIRIT,
     Method,
     classical_methods,
     network_methods,
@@ -41,7 +42,7 @@ _WEIGHTS = "weights.safetensors"
 _SAMPLING = CartesianRandom(4.0, 0.08)  # evaluated and drawn, and trained for
 _SHOWN = (
     "brain_t1_axial",
-    "neck_t2star_axial",
+    "head_neck_t1_sagittal",
 )  # where the object is small, and where it fills the view
 
 
@@ -160,7 +161,7 @@ def _trained(
     training = TrainingSettings(
         samplings=(_SAMPLING,), seconds=seconds, whole=0.1, seed=settings.seed
     )
-    network = Network(light(_N_COILS), settings.seed)
+    network = Network(light(), settings.seed)
     keeper = Keeper(out / _WEIGHTS, network, {"training": describe(training)}, report)
     with keeper:
         found = train(network, network.controls(), slices, training, keeper)
@@ -196,7 +197,7 @@ def _draw(
     test: SliceDataset,
     settings: DemoSettings,
 ) -> None:
-    shown = {name: methods[name] for name in ("zero-filled", "l1-wavelet", "ours")}
+    shown = {name: methods[name] for name in ("zero-filled", L1_SPIRIT, "ours")}
     generator = torch.Generator().manual_seed(settings.seed + 2)  # the masks of the evaluation
     masks = [_SAMPLING.mask(file.shape, generator) for file in test.files]
     panels: list[Panel] = []

@@ -1,5 +1,6 @@
 """The commands that write and read scans: `simulate`, `reconstruct` and `evaluate`."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,13 @@ Weights = Annotated[
 ]
 
 
+class ReconstructionMethod(StrEnum):
+    """What makes images of a scan."""
+
+    NETWORK = "network"
+    L1_SPIRIT = "l1-spirit"
+
+
 def simulate_command(
     out: Annotated[Path, typer.Option(help="Folder for train/, validation/ and test/.")],
     settings: SimulationSettings,
@@ -47,7 +55,8 @@ def evaluate_command(
     masking: Annotated[Masking, "Mask"],
     weights: Weights = PRETRAINED,
     baselines: Annotated[
-        Path | None, typer.Option(help="Folder of validation scans to tune SigPy's methods on.")
+        Path | None,
+        typer.Option(help="Folder of validation scans to tune the classical methods on."),
     ] = None,
     metrics: Annotated[
         Convention, typer.Option(help="Range and errors over the volume, or over each slice.")
@@ -86,6 +95,10 @@ def reconstruct_command(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Images to write: .h5, .nii or .nii.gz.")],
+    method: Annotated[
+        ReconstructionMethod,
+        typer.Option(help="The network of --weights; or l1-spirit, which needs no training."),
+    ] = ReconstructionMethod.NETWORK,
     weights: Weights = PRETRAINED,
     png: Annotated[Path | None, typer.Option(help="The middle slice as a picture.")] = None,
     mask: Annotated[
@@ -96,13 +109,14 @@ def reconstruct_command(
 ) -> None:
     """Reconstruct all slices; the mask is the one given, the scan's, or what was measured."""
     use_threads(threads)
-    trained = weights_named(weights)
+    trained = weights_named(weights) if method is ReconstructionMethod.NETWORK else None
     for place in (out, png):
         if place is not None:
             make_place(place)
     check_image_path(out)
     given = None if mask is None else FromFile(mask)
-    record = {"source": scan.name, "weights": Path(weights).name}
+    made_by = {"method": method.value} if trained is None else {"weights": Path(weights).name}
+    record = {"source": scan.name} | made_by
     with progress_bars() as report:
         found = reconstruct_scan(
             scan, trained, out, given, lambda share: report("reconstructing", share), record

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from applications.mri.data import SliceDataset, fully_sampled
+from applications.mri.evaluation.bart import bart_installed, bart_l1_wavelet
 from applications.mri.evaluation.baselines import (
     Case,
     Sweep,
@@ -15,6 +16,7 @@ from applications.mri.evaluation.baselines import (
     espirit_maps,
     l1_wavelet,
     sense,
+    sparse_spirit,
     zero_filled,
 )
 from applications.mri.network.scan import Scan
@@ -25,8 +27,19 @@ from applications.mri.sampling import Sampling
 
 Method = Callable[[Tensor, Tensor], Tensor]  # (kspace, mask) -> magnitude image, all unbatched
 _Value = TypeVar("_Value")
-_REGULARISED = {"CG-SENSE": sense, "l1-wavelet": l1_wavelet}
-_LAMDAS = {"CG-SENSE": (1e-3, 1e-2, 1e-1), "l1-wavelet": (3e-3, 1e-2, 3e-2)}
+L1_SPIRIT, BART = "l1-SPIRiT", "BART l1-wavelet, two maps"
+_REGULARISED = {
+    "CG-SENSE": sense,
+    "l1-wavelet": l1_wavelet,
+    BART: bart_l1_wavelet,
+    L1_SPIRIT: sparse_spirit,
+}
+_LAMDAS = {
+    "CG-SENSE": (1e-3, 1e-2, 1e-1),
+    "l1-wavelet": (3e-3, 1e-2, 3e-2),
+    BART: (1e-3, 3e-3, 1e-2, 3e-2),
+    L1_SPIRIT: (1e-3, 2e-3, 4e-3),
+}
 _SMALLEST_CALIBRATION = 4
 
 
@@ -59,7 +72,7 @@ def network_methods(trained: Trained) -> dict[str, Method]:
 
 
 def classical_methods(swept: dict[str, Sweep]) -> dict[str, Method]:
-    """Zero filling, and ESPIRiT with one map + the methods that have a regularisation.
+    """Zero filling, and the methods that have a regularisation.
 
     Args:
         swept: from `sweep_regularisation`; empty leaves zero filling alone.
@@ -79,6 +92,8 @@ def classical_methods(swept: dict[str, Sweep]) -> dict[str, Method]:
 def sweep_regularisation(slices: SliceDataset, sampling: Sampling, seed: int) -> dict[str, Sweep]:
     """The best regularisation of the classical methods on the middle slice of each volume.
 
+    BART is left out where it is not installed.
+
     Args:
         slices: validation scans, fully sampled.
         sampling: undersamples them.
@@ -94,7 +109,11 @@ def sweep_regularisation(slices: SliceDataset, sampling: Sampling, seed: int) ->
         mask = sampling.mask(file.shape, generator)
         undersampled = kspace * mask
         cases.append(Case(undersampled, mask, _maps(undersampled, mask), reference))
-    return {name: best_lamda(method, _LAMDAS[name], cases) for name, method in _REGULARISED.items()}
+    return {
+        name: best_lamda(method, _LAMDAS[name], cases)
+        for name, method in _REGULARISED.items()
+        if name != BART or bart_installed()
+    }
 
 
 def _of_the_last(

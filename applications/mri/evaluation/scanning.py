@@ -12,7 +12,8 @@ from applications.errors import InputError
 from applications.mri.data import Slice, VolumeFile, implied_mask, open_scan
 from applications.mri.data.coil_fits import CoilFit, coil_fits
 from applications.mri.data.images import image_writer
-from applications.mri.network.reconstruction import Reconstruction
+from applications.mri.network.architecture import ANY
+from applications.mri.network.reconstruction import Reconstruction, classical_reconstruction
 from applications.mri.network.weights import Trained
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
 from applications.mri.physics.masks import acceleration_of
@@ -41,7 +42,7 @@ class ScanImages:
 
 def reconstruct_scan(
     scan: Path,
-    trained: Trained,
+    trained: Trained | None,
     out: Path,
     given: Sampling | None = None,
     report: Callable[[float], None] | None = None,
@@ -51,7 +52,8 @@ def reconstruct_scan(
 
     Args:
         scan: in any format of `applications.mri.formats`.
-        trained: network and weights; the scan gets its coil count, see `coil_counts`.
+        trained: network and weights; the scan gets its coil count, see `coil_counts`. None:
+            `l1_spirit`, with the threshold of each slice's own noise.
         out: HDF5 or NIfTI, see `images.image_writer`.
         given: mask to use instead of the scan's; it must lie within what was measured.
         report: told of the share done.
@@ -89,7 +91,7 @@ def reconstruct_scan(
                     report(len(accelerations) / (len(volumes) * n_slices))
     geometry = first.facts.geometry
     oriented = geometry is not None and geometry.affine is not None
-    coils = coil_fits(volumes, trained.network.architecture.n_coils)
+    coils = coil_fits(volumes, ANY if trained is None else trained.network.architecture.n_coils)
     return ScanImages(middle, fmean(accelerations), oriented, coils, tuple(residuals))
 
 
@@ -107,8 +109,10 @@ def _mask(one: Slice, volume: VolumeFile, given: Sampling | None) -> Tensor:
     return mask
 
 
-def _reconstructed(trained: Trained, one: Slice, mask: Tensor) -> Reconstruction:
+def _reconstructed(trained: Trained | None, one: Slice, mask: Tensor) -> Reconstruction:
     kspace = torch.where(mask, one.kspace, 0)
+    if trained is None:
+        return classical_reconstruction(kspace, mask)
     matrix = coil_matrix(kspace, trained.network.architecture.coils_of(len(kspace)))
     scan = trained.network.prepare(with_coils(matrix, kspace)[None], mask)
     return trained.network.reconstruct(scan, trained.control)

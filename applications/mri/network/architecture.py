@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from applications.errors import InputError
 from applications.settings import check_counts
 
-
 ANY = 0  # coils
 
 
@@ -78,7 +77,6 @@ class Architecture:
                 raise InputError(f"{name} must be odd, got {getattr(self, name)}.")
         if self.self_consistency < 0:
             raise InputError(f"self_consistency must be >= 0, got {self.self_consistency}.")
-
 
     def coils_of(self, count: int) -> int:
         """Coils that the network needs of a scan with so many, see `physics.coil_counts`."""

@@ -15,6 +15,7 @@ from applications.mri.network.layers import to_complex, to_planes
 from applications.mri.network.modules import InitialNet, Phase
 from applications.mri.network.scan import Scan, prepared
 from applications.mri.network.wavelet_phases import Begin, WaveletPhase
+from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.operators import rss, sample
 
 
@@ -204,3 +205,22 @@ class Network:
             defect = (sample(state, scan.mask) - scan.kspace).flatten(1).norm(dim=1)
             residual = defect / scan.kspace.flatten(1).norm(dim=1).clamp_min(1e-30)
         return Reconstruction(image * scan.scale[:, 0], state * scan.scale, residual)
+
+
+def classical_reconstruction(
+    kspace: Tensor, mask: Tensor, threshold: float | None = None
+) -> Reconstruction:
+    """What `l1_spirit` makes of a slice, in the form of what a network makes of it.
+
+    Args:
+        kspace: complex, shape ``(coils, rows, columns)``, zeros where nothing was measured.
+        mask: boolean, shape ``(rows, columns)``.
+        threshold: of `l1_spirit`.
+
+    Returns:
+        A batch of one.
+    """
+    images = l1_spirit(kspace, mask, threshold)
+    defect = torch.linalg.vector_norm(sample(images, mask) - kspace)
+    residual = defect / torch.linalg.vector_norm(kspace).clamp_min(1e-30)
+    return Reconstruction(rss(images)[None], images[None], residual[None])

@@ -17,7 +17,6 @@ from torch import Tensor
 from applications.errors import InputError
 from applications.mri.physics.operators import ifft2c, sample, sample_adjoint
 
-
 _KERNEL = 5  # side of the kernels [positions], where the centre is large enough to fit them
 
 

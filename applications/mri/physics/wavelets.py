@@ -124,7 +124,9 @@ def spread(shape: tuple[int, int], number: int, levels: int = 4) -> tuple[int, i
     """
     period = 2**levels
     # Multiples of powers of the plastic number fill the square evenly (Roberts 2018, R2 sequence).
-    down, across = (int(period * ((number * share) % 1.0)) for share in (0.7548776662, 0.5698402910))
+    down, across = (
+        int(period * ((number * share) % 1.0)) for share in (0.7548776662, 0.5698402910)
+    )
     return down % shape[0], across % shape[1]
 
 

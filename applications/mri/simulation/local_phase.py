@@ -66,7 +66,7 @@ def dipole_phase(image: Tensor, generator: torch.Generator) -> Tensor:
         Angle [rad], shape of ``image``.
     """
     chi = torch.sigmoid((_OBJECT - image) / 0.01)
-    down, across = (torch.fft.fftfreq(n)[:] for n in image.shape)
+    down, across = (torch.fft.fftfreq(n) for n in image.shape)
     turn = _uniform(0, math.pi, generator)
     along = math.cos(turn) * down[:, None] + math.sin(turn) * across[None, :]
     squares = (down[:, None] ** 2 + across[None, :] ** 2).clamp_min(1e-12)
@@ -98,7 +98,7 @@ def with_structures(image: Tensor, generator: torch.Generator, strength: float =
     Args:
         image: complex, shape ``(rows, columns)``.
         generator: draws up to 25 ellipses with half axes of 2 to 20 pixels (of 256), more of the
-            small, a third of them drawn out to vessels.
+            small, a third of them thin and drawn out as vessels.
         strength: of `with_local_phase`.
 
     Returns:
@@ -114,12 +114,13 @@ def with_structures(image: Tensor, generator: torch.Generator, strength: float =
         place = int(inside[torch.randint(len(inside), (), generator=generator)])
         top, left = float(y[place // columns]), float(x[place % columns])
         radius = max(2.0, 2 * 10 ** _uniform(0, 1, generator) * size / 256)
-        drawn_out = _uniform(3, 8, generator) if _uniform(0, 3, generator) < 1 else 1.0
-        ratio = _uniform(0.6, 1.0, generator) / drawn_out
+        longer = _uniform(1.0, 1.7, generator)
+        if _uniform(0, 3, generator) < 1:  # a vessel
+            radius, longer = max(2.0, radius / 3), _uniform(3, 12, generator)
         turn = _uniform(0, math.pi, generator)
         dy, dx = y[:, None] - top, x[None, :] - left
-        along = (math.cos(turn) * dy + math.sin(turn) * dx) * (ratio if drawn_out > 1 else 1.0)
-        off = (math.cos(turn) * dx - math.sin(turn) * dy) / (1.0 if drawn_out > 1 else ratio)
+        along = (math.cos(turn) * dy + math.sin(turn) * dx) / longer
+        off = math.cos(turn) * dx - math.sin(turn) * dy
         cover = torch.sigmoid((radius - (along**2 + off**2).sqrt()) / 0.4)
         value = torch.polar(
             torch.tensor(_uniform(0.05, 1.0, generator)),

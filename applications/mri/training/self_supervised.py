@@ -120,7 +120,9 @@ class SplitExample(Example):
         Returns:
             What `bilevel.ControlSolver` takes from `build`.
         """
-        matrix = coil_matrix(self.kspace * self.given, network.architecture.coils_of(len(self.kspace)))
+        matrix = coil_matrix(
+            self.kspace * self.given, network.architecture.coils_of(len(self.kspace))
+        )
         kspace = with_coils(matrix, self.kspace)
         scan = network.prepare(kspace[None], self.given)
         wanted = kspace * self.held / scan.scale
