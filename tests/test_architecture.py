@@ -55,7 +55,9 @@ ROOMS = {
         "command_line",
     ],
     "applications.mri.bundled": ["paths"],
-    "applications.mri.physics": ["masks", "operators", "coil_counts", "consistency"],
+    "applications.mri.physics": [
+        *("masks", "operators", "coil_counts", "consistency", "wavelets", "l1_spirit"),
+    ],
     "applications.mri.formats": [
         "base",
         "hdf5",
@@ -84,11 +86,14 @@ ROOMS = {
         "from_file",
         "named",
     ],
-    "applications.mri.simulation": ["anatomy", "coils", "simulate", "views", "phantoms"],
+    "applications.mri.simulation": [
+        *("anatomy", "coils", "local_phase", "simulate", "views", "phantoms"),
+    ],
     "applications.mri.network": [
         "architecture",
         "layers",
         "modules",
+        "wavelet_phases",
         "scan",
         "reconstruction",
         "weights",
@@ -109,6 +114,7 @@ ROOMS = {
     "applications.mri.evaluation": [
         "metrics",
         "baselines",
+        "bart",
         "methods",
         "scoring",
         "scanning",

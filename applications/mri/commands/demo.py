@@ -17,6 +17,7 @@ from applications.mri.commands.shared import print_scores
 from applications.mri.data import SliceDataset, VolumeFile, fully_sampled
 from applications.mri.evaluation.figures import Panel, draw_reconstructions
 from applications.mri.evaluation.methods import (
+    L1_SPIRIT,
     Method,
     classical_methods,
     network_methods,
@@ -170,7 +171,7 @@ def _trained(
     training = TrainingSettings(
         samplings=(_SAMPLING,), seconds=seconds, whole=0.1, seed=settings.seed
     )
-    network = Network(light(_N_COILS), settings.seed)
+    network = Network(light(), settings.seed)
     keeper = Keeper(out / _WEIGHTS, network, {"training": describe(training)}, report)
     with keeper:
         found = train(network, network.controls(), slices, training, keeper)
@@ -207,7 +208,7 @@ def _draw(
     measured: SliceDataset,
     settings: DemoSettings,
 ) -> None:
-    shown = {name: methods[name] for name in ("zero-filled", "l1-wavelet", "ours")}
+    shown = {name: methods[name] for name in ("zero-filled", L1_SPIRIT, "ours")}
     panels: list[Panel] = []
     drawn: list[Tensor] = []
     chosen = [i for i, f in enumerate(test.files) if f.path.stem in _SHOWN] or [0]

@@ -1,6 +1,7 @@
 """The commands that write and read scans: `simulate`, `reconstruct` and `evaluate`."""
 
 import filecmp
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +40,13 @@ Weights = Annotated[
 Device = Annotated[str, typer.Option(help="Where the network works, cpu or cuda.")]
 
 
+class ReconstructionMethod(StrEnum):
+    """What makes images of a scan."""
+
+    NETWORK = "network"
+    L1_SPIRIT = "l1-spirit"
+
+
 def simulate_command(
     out: Annotated[Path, typer.Option(help="Folder for train/, validation/ and test/.")],
     settings: SimulationSettings,
@@ -57,7 +65,9 @@ def evaluate_command(
     weights: Weights = PRETRAINED,
     baselines: Annotated[
         Path | None,
-        typer.Option(help="Folder of validation scans, others than --data, to tune SigPy's on."),
+        typer.Option(
+            help="Folder of validation scans, others than --data, to tune classical methods on."
+        ),
     ] = None,
     metrics: Annotated[
         Convention, typer.Option(help="Range and errors over the volume, or over each slice.")
@@ -120,6 +130,10 @@ def reconstruct_command(
     out: Annotated[
         Path, typer.Option(help="Images to write: .h5, .nii or .nii.gz; of a folder a folder.")
     ],
+    method: Annotated[
+        ReconstructionMethod,
+        typer.Option(help="The network of --weights; or l1-spirit, which needs no training."),
+    ] = ReconstructionMethod.NETWORK,
     weights: Weights = PRETRAINED,
     png: Annotated[
         Path | None, typer.Option(help="The middle slice as a picture; of a folder a folder.")
@@ -138,7 +152,7 @@ def reconstruct_command(
     """Reconstruct all slices; the mask is the one given, the scan's, or what was measured."""
     use_threads(threads)
     check_device(device)
-    trained = weights_named(weights)
+    trained = weights_named(weights) if method is ReconstructionMethod.NETWORK else None
     given = None if mask is None else FromFile(mask)
     several = scan.is_dir()
     jobs = _jobs(scan, out, png, suffix, check=not skip_bad) if several else [Job(scan, out, png)]
@@ -150,7 +164,10 @@ def reconstruct_command(
             check_image_path(job.out)
         for job in jobs:
             told = partial(report, job.scan.name if several else "reconstructing")
-            record = {"source": job.scan.name, "weights": Path(weights).name}
+            made_by = (
+                {"method": method.value} if trained is None else {"weights": Path(weights).name}
+            )
+            record = {"source": job.scan.name} | made_by
             try:
                 found = reconstruct_scan(job.scan, trained, job.out, given, told, record, device)
                 if job.png is not None:

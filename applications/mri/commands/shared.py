@@ -8,7 +8,7 @@ from rich.table import Table
 
 from applications.command_line import console
 from applications.mri.evaluation.scoring import Evaluation, table_rows
-from applications.mri.network.architecture import PRESETS
+from applications.mri.network.architecture import ANY, PRESETS, preset_named
 from applications.mri.network.weights import PRETRAINED, Trained, beginning
 from applications.mri.tasks.task_list import TaskSettings, listed_tasks
 from applications.settings import setting
@@ -53,7 +53,7 @@ class Beginning:
 
     preset: str | None = setting(None, f"Network: {', '.join(PRESETS)}; light.")
     coils: int | None = setting(
-        None, "Of the network; 8, of train as many as the scans have.", least=1
+        None, "Of the network, if its preset is for a number; as many as scans have, or 8.", least=1
     )
     init: str | None = setting(None, "Weights to begin with; pretrained: the bundled ones.")
 
@@ -66,6 +66,11 @@ class Beginning:
     def files(self) -> list[Path]:
         """What is read."""
         return [] if self.init in (None, PRETRAINED) else [Path(self.init)]
+
+    @property
+    def coils_matter(self) -> bool:
+        """Whether new weights of the preset are for a number of coils."""
+        return preset_named(self.preset or "light").n_coils != ANY
 
     def weights(self) -> Callable[[int], Trained]:
         """The weights for a seed, see `beginning`."""

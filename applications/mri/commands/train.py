@@ -238,7 +238,7 @@ def _of_role(tasks: Sequence[Task], role: str, seed: int) -> list[Source]:
 
 def _begun(beginning: Beginning, opened: _Opened, seed: int) -> Trained:
     """The network with the weights to begin with; says what it does to coils."""
-    if beginning.coils is None and beginning.init is None:
+    if beginning.coils is None and beginning.init is None and beginning.coils_matter:
         beginning = replace(beginning, coils=_coil_count(_files(opened.slices)))
     begun = beginning.weights()(seed)
     for change in changes(coil_fits(opened.files, begun.network.architecture.n_coils)):

@@ -40,7 +40,7 @@ def coil_fits(files: Sequence[VolumeFile], n_coils: int) -> tuple[CoilFit, ...]:
 
     Args:
         files: the volumes.
-        n_coils: of the network.
+        n_coils: of the network; 0 for one that takes any.
 
     Returns:
         One record a coil count, in rising order.
@@ -53,10 +53,10 @@ def coil_fits(files: Sequence[VolumeFile], n_coils: int) -> tuple[CoilFit, ...]:
     for file in files:
         volumes[file.n_coils] += 1
         share = 1.0
-        if file.n_coils > n_coils:
+        if file.n_coils > n_coils > 0:
             share = energy_kept(file.middle_slice().kspace, n_coils)
         kept[file.n_coils] = min(share, kept.get(file.n_coils, 1.0))
-    return tuple(CoilFit(c, n_coils, n, kept[c]) for c, n in sorted(volumes.items()))
+    return tuple(CoilFit(c, n_coils or c, n, kept[c]) for c, n in sorted(volumes.items()))
 
 
 def changes(fits: Sequence[CoilFit]) -> list[str]:

@@ -1,4 +1,8 @@
-"""What a network must beat: zero filling, SENSE and wavelet compressed sensing, by SigPy.
+"""What a network must beat: zero filling, l1-SPIRiT, SENSE and wavelets by SigPy, and BART.
+
+SENSE and wavelet compressed sensing have one ESPIRiT map: where the field of view wraps around, two
+places of the object share a pixel, one map cannot tell them apart, and both methods break.
+l1-SPIRiT forms no map, and BART has two.
 
 All take undersampled k-space ``(coils, rows, columns)`` with zeros where nothing was measured, and
 return magnitude images ``(rows, columns)``. ESPIRiT maps have root sum of squares 1 where they are
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from applications.errors import InputError
 from applications.mri.evaluation.metrics import score
+from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.masks import check_mask
 from applications.mri.physics.operators import ifft2c, rss
 
@@ -216,6 +221,20 @@ def l1_wavelet(
         show_pbar=False,
     )
     return _magnitude(solver, scale)
+
+
+def sparse_spirit(kspace: Tensor, mask: Tensor, _maps: Tensor, lamda: float) -> Tensor:
+    """The image of `l1_spirit`, in the form of the other methods.
+
+    Args:
+        kspace: complex, shape ``(coils, rows, columns)``.
+        mask: boolean, shape ``(rows, columns)``.
+        lamda: its threshold.
+
+    Returns:
+        Magnitude image, float32, shape ``(rows, columns)``.
+    """
+    return rss(l1_spirit(kspace, mask, lamda))
 
 
 def best_lamda(method: Method, lamdas: Sequence[float], cases: Sequence[Case]) -> Sweep:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from applications.mri.data import SliceDataset, fully_sampled
+from applications.mri.evaluation.bart import bart_installed, bart_l1_wavelet
 from applications.mri.evaluation.baselines import (
     Case,
     Sweep,
@@ -15,8 +16,10 @@ from applications.mri.evaluation.baselines import (
     espirit_maps,
     l1_wavelet,
     sense,
+    sparse_spirit,
     zero_filled,
 )
+from applications.mri.network.scan import Scan
 from applications.mri.network.weights import Trained, on_device
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
 from applications.mri.physics.operators import ifft2c, rss
@@ -24,8 +27,19 @@ from applications.mri.sampling import Sampling
 
 Method = Callable[[Tensor, Tensor], Tensor]  # (kspace, mask) -> magnitude image, all unbatched
 _Value = TypeVar("_Value")
-_REGULARISED = {"CG-SENSE": sense, "l1-wavelet": l1_wavelet}
-_LAMDAS = {"CG-SENSE": (1e-3, 1e-2, 1e-1), "l1-wavelet": (3e-3, 1e-2, 3e-2)}
+L1_SPIRIT, BART = "l1-SPIRiT", "BART l1-wavelet, two maps"
+_REGULARISED = {
+    "CG-SENSE": sense,
+    "l1-wavelet": l1_wavelet,
+    BART: bart_l1_wavelet,
+    L1_SPIRIT: sparse_spirit,
+}
+_LAMDAS = {
+    "CG-SENSE": (1e-3, 1e-2, 1e-1),
+    "l1-wavelet": (3e-3, 1e-2, 3e-2),
+    BART: (1e-3, 3e-3, 1e-2, 3e-2),
+    L1_SPIRIT: (1e-3, 2e-3, 4e-3),
+}
 _SMALLEST_CALIBRATION = 4
 
 
@@ -40,12 +54,11 @@ def network_methods(trained: Trained, device: str = "cpu") -> dict[str, Method]:
         By the name that tables show.
     """
     network, control = trained.network, on_device(trained.control, device)
-    count = network.architecture.n_coils
-    prepare = _of_the_last(
-        lambda kspace, mask: network.prepare(
-            with_coils(coil_matrix(kspace, count), kspace)[None].to(device), mask.to(device)
-        )
-    )
+
+    @_of_the_last
+    def prepare(kspace: Tensor, mask: Tensor) -> Scan:
+        matrix = coil_matrix(kspace, network.architecture.coils_of(len(kspace)))
+        return network.prepare(with_coils(matrix, kspace)[None].to(device), mask.to(device))
 
     def ours(kspace: Tensor, mask: Tensor) -> Tensor:
         return network.reconstruct(prepare(kspace, mask), control).image[0].cpu()
@@ -54,13 +67,13 @@ def network_methods(trained: Trained, device: str = "cpu") -> dict[str, Method]:
         scan = prepare(kspace, mask)
         return (rss(ifft2c(scan.start)) * scan.scale[:, 0])[0].cpu()
 
-    if network.architecture.self_consistency:
-        return {"self-consistent start": start, "ours": ours}
+    if network.architecture.self_consistency or network.architecture.gains:
+        return {"start": start, "ours": ours}
     return {"ours": ours}
 
 
 def classical_methods(swept: dict[str, Sweep]) -> dict[str, Method]:
-    """Zero filling, and ESPIRiT with one map + the methods that have a regularisation.
+    """Zero filling, and the methods that have a regularisation.
 
     Args:
         swept: from `sweep_regularisation`; empty leaves zero filling alone.
@@ -80,6 +93,8 @@ def classical_methods(swept: dict[str, Sweep]) -> dict[str, Method]:
 def sweep_regularisation(slices: SliceDataset, sampling: Sampling, seed: int) -> dict[str, Sweep]:
     """The best regularisation of the classical methods on the middle slice of each volume.
 
+    BART is left out where it is not installed.
+
     Args:
         slices: validation scans, fully sampled.
         sampling: undersamples them.
@@ -98,7 +113,11 @@ def sweep_regularisation(slices: SliceDataset, sampling: Sampling, seed: int) ->
         if reference.shape != mask.shape:  # it was cropped
             reference = rss(ifft2c(kspace))
         cases.append(Case(undersampled, mask, _maps(undersampled, mask), reference))
-    return {name: best_lamda(method, _LAMDAS[name], cases) for name, method in _REGULARISED.items()}
+    return {
+        name: best_lamda(method, _LAMDAS[name], cases)
+        for name, method in _REGULARISED.items()
+        if name != BART or bart_installed()
+    }
 
 
 def _of_the_last(

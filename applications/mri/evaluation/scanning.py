@@ -13,7 +13,8 @@ from applications.mri.data import Slice, UnusableSliceError, VolumeFile, open_sc
 from applications.mri.data.coil_fits import CoilFit, coil_fits
 from applications.mri.data.images import image_writer
 from applications.mri.data.remarks import Remarks
-from applications.mri.network.reconstruction import Reconstruction
+from applications.mri.network.architecture import ANY
+from applications.mri.network.reconstruction import Reconstruction, classical_reconstruction
 from applications.mri.network.weights import Trained, on_device
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
 from applications.mri.physics.masks import acceleration_of
@@ -61,7 +62,7 @@ class _Done:
 
 def reconstruct_scan(
     scan: Path,
-    trained: Trained,
+    trained: Trained | None,
     out: Path,
     given: Sampling | None = None,
     report: Callable[[float], None] | None = None,
@@ -72,7 +73,8 @@ def reconstruct_scan(
 
     Args:
         scan: in any format of `applications.mri.formats`.
-        trained: network and weights; the scan gets its coil count, see `coil_counts`.
+        trained: network and weights; the scan gets its coil count, see `coil_counts`. None:
+            `l1_spirit`, with the threshold of each slice's own noise.
         out: HDF5 or NIfTI, see `images.image_writer`.
         given: mask to use instead of the scan's; it must lie within what was measured.
         report: told of the share done.
@@ -117,7 +119,7 @@ def reconstruct_scan(
         torch.zeros(shape) if middle is None else middle,
         fmean(done.accelerations),
         geometry is not None and geometry.affine is not None,
-        coil_fits(volumes, trained.network.architecture.n_coils),
+        coil_fits(volumes, ANY if trained is None else trained.network.architecture.n_coils),
         tuple(done.residuals),
         tuple(done.left_out),
         done.remarks.lines,
@@ -125,7 +127,7 @@ def reconstruct_scan(
 
 
 def _image(
-    trained: Trained,
+    trained: Trained | None,
     volume: VolumeFile,
     index: int,
     given: Sampling | None,
@@ -160,12 +162,12 @@ def _mask(one: Slice, volume: VolumeFile, given: Sampling | None) -> Tensor:
 
 
 def reconstructed(
-    trained: Trained, one: Slice, mask: Tensor, device: str = "cpu"
+    trained: Trained | None, one: Slice, mask: Tensor, device: str = "cpu"
 ) -> Reconstruction:
     """What a network makes of a slice.
 
     Args:
-        trained: network and weights, on the device.
+        trained: network and weights, on the device; None: l1-SPIRiT.
         one: the slice, of any coil count.
         mask: of what is used of it, ``(rows, columns)``.
         device: where the network works, as torch names it.
@@ -177,7 +179,9 @@ def reconstructed(
         InputError: if the slice does not fit.
     """
     kspace = torch.where(mask, one.kspace, 0)
-    matrix = coil_matrix(kspace, trained.network.architecture.n_coils)
+    if trained is None:
+        return classical_reconstruction(kspace.to(device), mask.to(device))
+    matrix = coil_matrix(kspace, trained.network.architecture.coils_of(len(kspace)))
     calibration = None if one.calibration is None else with_coils(matrix, one.calibration)[None]
     scan = trained.network.prepare(
         with_coils(matrix, kspace)[None].to(device),

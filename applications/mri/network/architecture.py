@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from applications.errors import InputError
 from applications.settings import check_counts
 
+ANY = 0  # coils
+
 
 @dataclass(frozen=True)
 class Architecture:
     """Sizes of the network, and where it departs from the paper.
 
     Attributes:
-        n_coils: coils c of the data the network is built for.
+        n_coils: coils c of the data the network is built for; `ANY`: see `gains`.
         n_phases: number of phases, T.
         filters: width of g0, J and J~.
         features: width of G and G~.
@@ -31,9 +33,15 @@ class Architecture:
             the combined image alone cannot weigh a correction by the sensitivity of each coil.
         rss_skip: the image is |J u(T) + RSS(u(T))| instead of |J u(T)|, so that J learns only what
             the root sum of squares gets wrong.
+        gains: width of the network that predicts, from joint magnitudes over coils, by how much a
+            phase shrinks each wavelet coefficient; see `wavelet_phases`. 0: the phases of the
+            paper, of which all options above but `n_phases` and `scale_input` speak; otherwise
+            none of them matters, and `n_coils` is `ANY`.
+        warm_up: steps of l1-SPIRiT that make u(0), where `gains` is not 0.
 
     Raises:
-        InputError: if a size is not positive, or a filter side is even.
+        InputError: if a size is not positive, a filter side is even, or phases that shrink
+            wavelets are not for any number of coils and scaled.
     """
 
     n_coils: int = 8
@@ -49,9 +57,20 @@ class Architecture:
     demodulate: bool = False
     expand_sees_coils: bool = False
     rss_skip: bool = False
+    gains: int = 0
+    warm_up: int = 0
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        if self.gains:
+            check_counts(self, "gains", "n_phases", "warm_up")
+            if self.n_coils != ANY or not self.scale_input:
+                raise InputError(
+                    "phases that shrink wavelets take any number of coils and scale their input: "
+                    f"n_coils must be {ANY} and scale_input True, got {self.n_coils} and "
+                    f"{self.scale_input}."
+                )
+            return
         check_counts(self, "n_coils", "n_phases", "filters", "features", "kernel", "feature_kernel")
         for name in ("kernel", "feature_kernel"):
             if getattr(self, name) % 2 == 0:
@@ -59,14 +78,28 @@ class Architecture:
         if self.self_consistency < 0:
             raise InputError(f"self_consistency must be >= 0, got {self.self_consistency}.")
 
+    def coils_of(self, count: int) -> int:
+        """Coils that the network needs of a scan with so many, see `physics.coil_counts`."""
+        return self.n_coils or count
+
 
 def paper(n_coils: int = 8) -> Architecture:
     """The network of the paper: 4.1 million real parameters at 8 coils."""
     return Architecture(n_coils)
 
 
-def light(n_coils: int = 8) -> Architecture:
-    """Many phases of narrow 3 x 3 filters for CPUs, with every improvement on."""
+def light(n_coils: int = ANY) -> Architecture:
+    """Unrolled l1-SPIRiT with learned gains of wavelet coefficients, for any number of coils."""
+    if n_coils != ANY:
+        raise InputError(
+            f"the preset light takes scans of any number of coils, got {n_coils}; leave the number "
+            "out."
+        )
+    return Architecture(ANY, n_phases=8, scale_input=True, gains=24, warm_up=24)
+
+
+def narrow(n_coils: int = 8) -> Architecture:
+    """The phases of the paper for CPUs: many, of narrow 3 x 3 filters, with every option on."""
     return Architecture(
         n_coils,
         n_phases=8,
@@ -84,26 +117,26 @@ def light(n_coils: int = 8) -> Architecture:
 
 
 def tiny(n_coils: int = 8) -> Architecture:
-    """`light` with 3 phases of width 8, for studies of many trainings on a CPU."""
-    return replace(light(n_coils), n_phases=3, filters=8, features=4)
+    """`narrow` with 3 phases of width 8, for studies of many trainings on a CPU."""
+    return replace(narrow(n_coils), n_phases=3, filters=8, features=4)
 
 
-PRESETS: dict[str, Callable[[int], Architecture]] = {"paper": paper, "light": light, "tiny": tiny}
+PRESETS: dict[str, Callable[..., Architecture]] = {"paper": paper, "light": light, "tiny": tiny}
 
 
-def preset_named(name: str, n_coils: int) -> Architecture:
+def preset_named(name: str, n_coils: int | None = None) -> Architecture:
     """A preset as the command line names it.
 
     Args:
         name: of `PRESETS`.
-        n_coils: of the data.
+        n_coils: of the data; None: 8, or any number where the preset takes any.
 
     Returns:
         The architecture.
 
     Raises:
-        InputError: if there is none of that name.
+        InputError: if there is none of that name, or it takes any number of coils and one is given.
     """
     if name not in PRESETS:
         raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}.")
-    return PRESETS[name](n_coils)
+    return PRESETS[name]() if n_coils is None else PRESETS[name](n_coils)

@@ -1,16 +1,21 @@
 """The network as a `bilevel.Dynamics`: what enters it, what it is trained for, what it gives."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.errors import InputError
 from applications.mri.network.architecture import Architecture
 from applications.mri.network.layers import to_complex, to_planes
 from applications.mri.network.modules import InitialNet, Phase
 from applications.mri.network.scan import Scan, prepared
+from applications.mri.network.wavelet_phases import Begin, WaveletPhase
+from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.operators import rss, sample
 
 
@@ -48,6 +53,30 @@ class Loss:
     combined: float = 1.0
     initial: float = 0.01
 
+    @classmethod
+    def written(cls, text: str) -> "Loss":
+        """The weights of a text, three numbers separated by commas.
+
+        Args:
+            text: such as ``1,1,0.01``.
+
+        Returns:
+            The weights.
+
+        Raises:
+            InputError: if it is not three finite numbers >= 0.
+        """
+        try:
+            weights = [float(one) for one in text.split(",")]
+        except ValueError:
+            weights = []
+        if len(weights) != len(fields(cls)) or not all(0 <= one < math.inf for one in weights):
+            raise InputError(
+                "the weights of the loss must be three numbers >= 0, such as 1,1,0.01, got "
+                f"{text!r}."
+            )
+        return cls(*weights)
+
 
 @dataclass(frozen=True, eq=False)
 class Network:
@@ -67,6 +96,10 @@ class Network:
         """Draw the initial weights."""
         generator = torch.Generator().manual_seed(self.seed)
         a = self.architecture
+        if a.gains:
+            phases = [WaveletPhase(a, number, generator) for number in range(a.n_phases)]
+            object.__setattr__(self, "_phases", bl.Phases(phases, Begin()))
+            return
         initial = InitialNet(a, generator)
         phases = [Phase(a, generator) for _ in range(a.n_phases)]
         object.__setattr__(self, "_phases", bl.Phases(phases, initial))
@@ -81,20 +114,34 @@ class Network:
         return prepared(kspace, mask, self.architecture, calibration)
 
     def dynamics(self, scan: Scan) -> bl.Phases:
-        """The maps g and g0 for one batch of scans, whose observation is `scan.start`."""
-        return replace(self._phases, context=(scan.kspace, scan.mask, scan.normal, scan.phases))
+        """The maps g and g0 for one batch of scans, see `observation`."""
+        if self.architecture.gains:
+            context = (scan.kspace, scan.mask, scan.consistent, scan.threshold)
+        else:
+            context = (scan.kspace, scan.mask, scan.normal, scan.phases)
+        return replace(self._phases, context=context)
 
-    def image(self, scan: Scan, state: Tensor, control: bl.PerStep) -> Tensor:
-        """The magnitude image of u(T), by the J of theta_T.
+    def observation(self, scan: Scan) -> Any:
+        """What g0 receives of a scan."""
+        return (scan.start, scan.before) if self.architecture.gains else scan.start
+
+    def coil_images(self, state: Any) -> Tensor:
+        """The coil images of a state: the state itself, or the first of a pair."""
+        return state[0] if self.architecture.gains else state
+
+    def image(self, scan: Scan, state: Any, control: bl.PerStep) -> Tensor:
+        """The magnitude image of u(T), by the J of theta_T if there is one.
 
         Args:
             scan: what the state was made from.
-            state: u(T), ``(batch, coils, rows, columns)``.
+            state: at T.
             control: all weights.
 
         Returns:
             Over `scan.scale`, ``(batch, rows, columns)``.
         """
+        if self.architecture.gains:
+            return rss(self.coil_images(state))
         seen = state if scan.phases is None else state * scan.phases.conj()
         prefix = "combine."
         weights = {
@@ -107,7 +154,7 @@ class Network:
 
     def training_problem(
         self, scan: Scan, target: Tensor, reference: Tensor, loss: Loss
-    ) -> tuple[bl.ControlProblem, Tensor]:
+    ) -> tuple[bl.ControlProblem, Any]:
         """The control problem of one batch, and its observation.
 
         Args:
@@ -122,23 +169,23 @@ class Network:
         """
         target, reference = target / scan.scale, reference / scan.scale[:, 0]
 
-        def terminal(state: Tensor, control: bl.PerStep) -> Tensor:
-            difference = torch.view_as_real(state - target)
+        def terminal(state: Any, control: bl.PerStep) -> Tensor:
+            difference = torch.view_as_real(self.coil_images(state) - target)
             cost = 2 * loss.state * difference.square().mean()  # the mean is over complex values
             cost = (
                 cost + loss.combined * (self.image(scan, state, control) - reference).abs().mean()
             )
             return cost
 
-        def running(state: Tensor, _control: object, t: int) -> Tensor:
+        def running(state: Any, _control: object, t: int) -> Tensor:
             if t != 1:
-                return torch.zeros((), device=state.device)
-            return loss.initial * (state - target).abs().mean()
+                return torch.zeros((), device=target.device)
+            return loss.initial * (self.coil_images(state) - target).abs().mean()
 
         problem = bl.ControlProblem(
             self.dynamics(scan), terminal, self.architecture.n_phases, running
         )
-        return problem, scan.start
+        return problem, self.observation(scan)
 
     def reconstruct(self, scan: Scan, control: bl.PerStep) -> Reconstruction:
         """Runs the phases.
@@ -152,8 +199,28 @@ class Network:
         """
         with torch.no_grad():
             horizon = self.architecture.n_phases
-            state = bl.rollout(self.dynamics(scan), scan.start, control, horizon)
+            state = bl.rollout(self.dynamics(scan), self.observation(scan), control, horizon)
             image = self.image(scan, state, control)
+            state = self.coil_images(state)
             defect = (sample(state, scan.mask) - scan.kspace).flatten(1).norm(dim=1)
             residual = defect / scan.kspace.flatten(1).norm(dim=1).clamp_min(1e-30)
         return Reconstruction(image * scan.scale[:, 0], state * scan.scale, residual)
+
+
+def classical_reconstruction(
+    kspace: Tensor, mask: Tensor, threshold: float | None = None
+) -> Reconstruction:
+    """What `l1_spirit` makes of a slice, in the form of what a network makes of it.
+
+    Args:
+        kspace: complex, shape ``(coils, rows, columns)``, zeros where nothing was measured.
+        mask: boolean, shape ``(rows, columns)``.
+        threshold: of `l1_spirit`.
+
+    Returns:
+        A batch of one.
+    """
+    images = l1_spirit(kspace, mask, threshold)
+    defect = torch.linalg.vector_norm(sample(images, mask) - kspace)
+    residual = defect / torch.linalg.vector_norm(kspace).clamp_min(1e-30)
+    return Reconstruction(rss(images)[None], images[None], residual[None])

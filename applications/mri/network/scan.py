@@ -7,13 +7,16 @@ from torch import Tensor
 
 from applications.errors import InputError
 from applications.mri.network.architecture import Architecture
+from applications.mri.network.wavelet_phases import EVERY
 from applications.mri.physics.consistency import (
     bounded,
     calibrate,
     consistent_image,
     inconsistency_normal,
     low_resolution_phase,
+    towards_consistency,
 )
+from applications.mri.physics.l1_spirit import CONSISTENCY, quick_steps, threshold_of_noise
 from applications.mri.physics.masks import check_mask, samples_columns
 from applications.mri.physics.operators import fft2c, ifft2c, rss
 
@@ -30,6 +33,9 @@ class Scan:
         phases: of the low-resolution coil images, complex of magnitude 1, the shape of `kspace`, or
             None.
         scale: what the measured k-space was divided by, ``(batch, 1, 1, 1)``.
+        before: k-space of the coil images of the step before `start`, or None.
+        consistent: matrices of `consistency.towards_consistency`, the shape of `normal`, or None.
+        threshold: of `l1_spirit.threshold_of_noise`, ``(batch, 1, 1, 1)``, or None.
     """
 
     kspace: Tensor
@@ -38,6 +44,9 @@ class Scan:
     normal: Tensor | None
     phases: Tensor | None
     scale: Tensor
+    before: Tensor | None = None
+    consistent: Tensor | None = None
+    threshold: Tensor | None = None
 
     def crop_rows(self, top: int, n_rows: int) -> "Scan":
         """The scan of some image rows alone.
@@ -66,6 +75,9 @@ class Scan:
             None if self.normal is None else self.normal[:, rows],
             None if self.phases is None else self.phases[..., rows, :],
             self.scale,
+            None if self.before is None else crop(self.before),
+            None if self.consistent is None else self.consistent[:, rows],
+            self.threshold,
         )
 
 
@@ -90,7 +102,7 @@ def prepared(
             or k-space is not finite.
     """
     a = architecture
-    masks = _checked(kspace, mask, a.n_coils)
+    masks = _checked(kspace, mask, a.coils_of(kspace.shape[1]) if kspace.ndim == 4 else 0)
     f = kspace.to(torch.complex64) * masks[:, None]
     scale = torch.ones(len(f), 1, 1, 1, device=f.device)
     if a.scale_input:
@@ -98,20 +110,47 @@ def prepared(
         if not bool((scale > 0).all()):
             raise InputError("kspace is zero wherever the mask samples; check the mask.")
     f = f / scale
-    start, normal = f, None
     centre, measured = f, masks
     if calibration is not None:
         centre = calibration.to(torch.complex64)
         measured = (centre != 0).any(dim=1)
-    if a.self_consistency:
+    start, normal = f, None
+    if a.gains or a.self_consistency:
         pairs = zip(centre, measured, strict=True)
         normal = torch.stack([inconsistency_normal(calibrate(x, m)) for x, m in pairs])
+    if a.gains and normal is not None:
+        return _warmed_up(f, masks, normal, a.warm_up, scale)
+    if normal is not None:
         start, normal = _filled(f, masks, normal, a.self_consistency)
     phases = None
     if a.demodulate:
         found = [low_resolution_phase(x, m) for x, m in zip(centre, measured, strict=True)]
         phases = torch.stack(found)
     return Scan(f, masks[:, None], start, normal, phases, scale)
+
+
+def _warmed_up(f: Tensor, masks: Tensor, normal: Tensor, steps: int, scale: Tensor) -> Scan:
+    """Steps of l1-SPIRiT for phases that go on with them."""
+    last, before, consistent, thresholds = [], [], [], []
+    for x, m, inconsistency in zip(f, masks, normal, strict=True):
+        threshold = threshold_of_noise(x, m)
+        matrices = towards_consistency(inconsistency, CONSISTENCY)
+        u, previous = quick_steps(x, m, matrices, threshold, steps, EVERY)
+        last.append(u)
+        before.append(previous)
+        consistent.append(matrices.movedim((-2, -1), (-4, -3)))
+        thresholds.append(threshold)
+    return Scan(
+        f,
+        masks[:, None],
+        fft2c(torch.stack(last)),
+        None,
+        None,
+        scale,
+        fft2c(torch.stack(before)),
+        torch.stack(consistent).movedim((-4, -3), (-2, -1)),
+        torch.tensor(thresholds, device=f.device)[:, None, None, None],
+    )
 
 
 def _checked(kspace: Tensor, mask: Tensor, n_coils: int) -> Tensor:

@@ -61,8 +61,7 @@ def pretrained() -> Trained:
     """The weights that come with the package.
 
     Returns:
-        The `light` network for 8 coils, trained on the bundled anatomies at Cartesian random and
-        Poisson disc masks; the record tells how.
+        The `light` network, trained on the bundled anatomies at many masks; the record tells how.
     """
     return load_weights(bundled("pretrained.safetensors"))
 
@@ -90,7 +89,8 @@ def beginning(
     Args:
         init: stored ones, see `weights_named`; None: new ones.
         preset: of new ones, `light` unless named; stored ones must be of it if it is named.
-        n_coils: of new ones, 8 unless stated; stored ones must be for it if it is stated.
+        n_coils: of new ones, 8 unless stated, none for presets that take any number; stored ones
+            must be for it if it is stated.
 
     Returns:
         The weights for a seed.
@@ -99,7 +99,7 @@ def beginning(
         InputError: if the stored weights are of another architecture; the difference is listed.
     """
     if init is None:
-        architecture = preset_named(preset or "light", n_coils or 8)
+        architecture = preset_named(preset or "light", n_coils)
 
         def new(seed: int) -> Trained:
             network = Network(architecture, seed)
@@ -108,8 +108,9 @@ def beginning(
         return new
     kept = weights_named(init)
     found = kept.network.architecture
-    asked = found if preset is None else preset_named(preset, found.n_coils)
-    asked = replace(asked, n_coils=n_coils or found.n_coils)
+    asked = found if preset is None else preset_named(preset, found.n_coils or None)
+    if n_coils is not None:
+        asked = replace(asked, n_coils=n_coils)
     if asked != found:
         was, now = asdict(found), asdict(asked)
         listed = "; ".join(f"{n} is {was[n]}, not {now[n]}" for n in now if was[n] != now[n])

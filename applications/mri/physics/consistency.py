@@ -17,16 +17,20 @@ from torch import Tensor
 from applications.errors import InputError
 from applications.mri.physics.operators import ifft2c, sample, sample_adjoint
 
+_KERNEL = 5  # side of the kernels [positions], where the centre is large enough to fit them
+
 
 def calibrate(
-    kspace: Tensor, mask: Tensor, kernel: int = 5, regularisation: float = 0.02
+    kspace: Tensor, mask: Tensor, kernel: int | None = None, regularisation: float = 0.02
 ) -> Tensor:
     r"""Fits the kernels to the fully sampled centre of k-space, by regularised least squares.
 
     Args:
         kspace: measured, complex, shape ``(coils, rows, columns)``.
         mask: boolean, shape ``(rows, columns)``.
-        kernel: side of the kernels [positions], odd.
+        kernel: side of the kernels [positions], odd; None: 5, or 3 where the centre has fewer
+            windows of 5 x 5 than such kernels have weights. A fit of too many weights is no better
+            than noise: 4 to 6 dB on matrices of 128 x 128 with 5 fully sampled columns.
         regularisation: weight of the squared kernel relative to the mean energy of its inputs.
 
     Returns:
@@ -35,6 +39,54 @@ def calibrate(
     Raises:
         InputError: if the centre is too small for the kernel.
     """
+    top, bottom, left, right = _large_centre(mask, kernel or _KERNEL)
+    n_coils = kspace.shape[0]
+    windows = (bottom - top - _KERNEL + 1) * (right - left - _KERNEL + 1)
+    kernel = kernel or (_KERNEL if windows >= n_coils * _KERNEL**2 else 3)
+    rows = _patches(kspace[:, top:bottom, left:right], kernel)
+    gram = rows.mH @ rows
+    gram.diagonal().add_(regularisation * gram.diagonal().real.mean())
+    # The regression of each input on all others is a column of the inverse over its diagonal.
+    inverse = torch.linalg.inv(gram)
+    own = torch.arange(n_coils, device=gram.device) * kernel**2 + kernel**2 // 2
+    weights = -(inverse[:, own] / inverse[own, own]).mT
+    weights[torch.arange(n_coils), own] = 0  # a value must not explain itself
+    kernels = weights.reshape(n_coils, n_coils, kernel, kernel)
+    return _image_domain(kernels, (kspace.shape[1], kspace.shape[2])).to(torch.complex64)
+
+
+def noise_level(kspace: Tensor, mask: Tensor, kernel: int = _KERNEL) -> float:
+    """Standard deviation of the noise of real and imaginary part, from the fully sampled centre.
+
+    Windows of k-space in all coils span few dimensions, since coils see the same object: half of
+    the eigenvalues of their covariance are those of noise (Uecker et al. 2014, ESPIRiT, DOI
+    10.1002/mrm.24751). With few coils or a small centre something of the object remains in them.
+
+    Args:
+        kspace: measured, complex, shape ``(coils, rows, columns)``.
+        mask: boolean, shape ``(rows, columns)``.
+        kernel: side of the windows [positions].
+
+    Returns:
+        The level, in units of ``kspace``.
+
+    Raises:
+        InputError: if the centre is smaller than a window.
+    """
+    top, bottom, left, right = _large_centre(mask, kernel)
+    rows = _patches(kspace[:, top:bottom, left:right], kernel)
+    energies = torch.linalg.eigvalsh(rows.mH @ rows / len(rows))[-len(rows) :]
+    return float(energies[len(energies) // 2].clamp_min(0) / 2) ** 0.5
+
+
+def _patches(centre: Tensor, kernel: int) -> Tensor:
+    """All windows of k-space, one a row, complex128."""
+    patches = centre.to(torch.complex128).unfold(1, kernel, 1).unfold(2, kernel, 1)
+    return patches.permute(1, 2, 0, 3, 4).reshape(-1, len(centre) * kernel**2)
+
+
+def _large_centre(mask: Tensor, kernel: int) -> tuple[int, int, int, int]:
+    """`fully_sampled_centre`, if it holds a kernel."""
     top, bottom, left, right = fully_sampled_centre(mask)
     if min(bottom - top, right - left) < kernel:
         raise InputError(
@@ -42,21 +94,7 @@ def calibrate(
             f"coils, the mask has {bottom - top} x {right - left}; sample more of the centre, or "
             "use a network without self_consistency."
         )
-    n_coils = kspace.shape[0]
-    centre = kspace[:, top:bottom, left:right].to(torch.complex128)
-    patches = centre.unfold(1, kernel, 1).unfold(2, kernel, 1)
-    rows = patches.permute(1, 2, 0, 3, 4).reshape(-1, n_coils * kernel**2)
-    gram = rows.mH @ rows
-    shift = regularisation * gram.diagonal().real.mean()
-    weights = torch.zeros(n_coils, n_coils * kernel**2, dtype=gram.dtype, device=gram.device)
-    for coil in range(n_coils):
-        own = coil * kernel**2 + kernel**2 // 2  # a value must not explain itself
-        others = torch.arange(len(gram), device=gram.device) != own
-        matrix = gram[others][:, others]
-        matrix.diagonal().add_(shift)
-        weights[coil, others] = torch.linalg.solve(matrix, gram[others, own])
-    kernels = weights.reshape(n_coils, n_coils, kernel, kernel)
-    return _image_domain(kernels, (kspace.shape[1], kspace.shape[2])).to(torch.complex64)
+    return top, bottom, left, right
 
 
 def fully_sampled_centre(mask: Tensor) -> tuple[int, int, int, int]:
@@ -142,6 +180,24 @@ def bounded(normal: Tensor, largest: float = 2.0) -> Tensor:
     return normal if found <= largest else normal * (largest / found)
 
 
+def towards_consistency(normal: Tensor, weight: float = 0.5) -> Tensor:
+    r"""The map to the images between u and its nearest consistent ones, pixel by pixel.
+
+    .. math:: (I + w N)^{-1} b = \operatorname{argmin}_u \|u - b\|^2 + w \|(K - I) u\|^2
+
+    Args:
+        normal: N of `inconsistency_normal`, which needs no bound here.
+        weight: w; much larger ones amplify what the kernels get wrong.
+
+    Returns:
+        Matrices of the shape of ``normal``, Hermitian, with eigenvalues in (0, 1].
+    """
+    eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
+    found = torch.linalg.inv(eye + weight * normal)
+    # Products with coil images are quicker where pixels lie together in memory.
+    return found.movedim((-2, -1), (-4, -3)).contiguous().movedim((-4, -3), (-2, -1))
+
+
 def times(matrices: Tensor, state: Tensor) -> Tensor:
     """One matrix-vector product a pixel.
 
@@ -152,8 +208,11 @@ def times(matrices: Tensor, state: Tensor) -> Tensor:
     Returns:
         ``sum_i matrices_oi state_i``, the shape of ``state``.
     """
-    product = matrices @ state.movedim(-3, -1).unsqueeze(-1)
-    return product.squeeze(-1).movedim(-1, -3).contiguous()
+    columns = matrices.movedim((-2, -1), (-4, -3)).unbind(-3)  # (..., coils out, rows, columns)
+    total = columns[0] * state[..., :1, :, :]
+    for i, column in enumerate(columns[1:], start=1):
+        total = torch.addcmul(total, column, state[..., i : i + 1, :, :])
+    return total
 
 
 def consistent_image(kspace: Tensor, mask: Tensor, normal: Tensor, iterations: int) -> Tensor:

@@ -1,4 +1,4 @@
 """Multi-coil scans simulated from magnitude images.
 
-Read `anatomy`, `coils`, `simulate`, `views`, `phantoms`.
+Read `anatomy`, `coils`, `local_phase`, `simulate`, `views`, `phantoms`.
 """

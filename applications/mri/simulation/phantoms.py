@@ -12,6 +12,7 @@ from applications.errors import InputError
 from applications.files import make_folder
 from applications.mri.data import Volume, write_volume
 from applications.mri.formats.nifti import Plane
+from applications.mri.physics.operators import ifft2c, rss
 from applications.mri.simulation.anatomy import load_anatomies, resize, split, wraps
 from applications.mri.simulation.coils import biot_savart_coils
 from applications.mri.simulation.simulate import simulate
@@ -28,6 +29,7 @@ def _is_simulated(path: Path) -> bool:
 
 
 SIMULATED = Kind("a simulated scan", _is_simulated)
+REFERENCES = ("clean", "measured")
 ROLES = ("train", "validation", "test")
 
 
@@ -43,6 +45,9 @@ class SimulationSettings:
         seed: of all of it.
         anatomies: HDF5 or NIfTI file of magnitude images; None for the bundled ones.
         plane: of the slices of a NIfTI volume, None for axial ones.
+        local_phase: strength of phase true to life, see `simulate`.
+        reference: `clean`; or `measured`, the root sum of squares of the noisy images, which is
+            what a fully sampled scan has.
         names: of the anatomies to simulate; None: all there are.
         wrap: share of the columns that the field of view has, what lies outside folds over; None:
             as the anatomies state it, most of them 1.
@@ -55,8 +60,17 @@ class SimulationSettings:
     seed: int = setting(0, "Of everything that is random.")
     anatomies: Path | None = setting(None, "Magnitude images: NIfTI, or HDF5 of groups.")
     plane: Plane | None = setting(None, "Slices of NIfTI; axial, stored: as they lie.")
+    local_phase: float = setting(0.0, "Phase of tissue, vessels, fields; 1 as in life.", least=0)
+    reference: str = setting("clean", "Of the images: clean, or measured, with their noise.")
     names: tuple[str, ...] | None = None
     wrap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the reference."""
+        if self.reference not in REFERENCES:
+            raise InputError(
+                f"reference must be one of {', '.join(REFERENCES)}, got {self.reference!r}."
+            )
 
 
 def simulate_folder(
@@ -140,12 +154,22 @@ def _volume(planned: _Planned, settings: SimulationSettings, generator: torch.Ge
     shape = (images.shape[-2], images.shape[-1])
     coils = biot_savart_coils(shape, settings.n_coils, generator)
     simulated = [
-        simulate(image, settings.n_coils, generator, settings.noise_std, coils) for image in images
+        simulate(
+            image,
+            settings.n_coils,
+            generator,
+            settings.noise_std,
+            coils,
+            local_phase=settings.local_phase,
+        )
+        for image in images
     ]
     seen = [in_view(one, planned.columns) for one in simulated]
+    kspace = torch.stack([one for one, _ in seen])
+    clean = torch.stack([reference for _, reference in seen])
     return Volume(
-        torch.stack([kspace for kspace, _ in seen]),
-        torch.stack([reference for _, reference in seen]),
+        kspace,
+        rss(ifft2c(kspace)) if settings.reference == "measured" else clean,
         acquisition=planned.name,
         patient_id=_PATIENT,
     )

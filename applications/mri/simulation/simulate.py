@@ -12,6 +12,7 @@ from torch import Tensor
 from applications.errors import InputError
 from applications.mri.physics.operators import fft2c, rss
 from applications.mri.simulation.coils import biot_savart_coils, pixel_centres
+from applications.mri.simulation.local_phase import with_local_phase
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def simulate(
     *,
     phase: float = math.pi / 2,
     correlation: float = 0.2,
+    local_phase: float = 0.0,
 ) -> Simulation:
     r"""Simulates one slice, :math:`f_c = F(s_c u e^{i\phi}) + n_c`.
 
@@ -56,6 +58,7 @@ def simulate(
             slices of one volume share them.
         phase: largest image phase [rad].
         correlation: between the noise of neighbouring coils, in [0, 1).
+        local_phase: strength of `local_phase.with_local_phase`, 1 as in life.
 
     Returns:
         The record `Simulation`.
@@ -64,6 +67,8 @@ def simulate(
         InputError: if the image or the coils do not fit, or a setting is out of range.
     """
     _check(image, noise_std)
+    if not local_phase >= 0:
+        raise InputError(f"local_phase must be >= 0, got {local_phase}.")
     shape = (image.shape[0], image.shape[1])
     angle = smooth_phase(shape, generator, phase)
     if coils is None:
@@ -75,9 +80,12 @@ def simulate(
         )
     coils = coils.to(torch.complex64)
     complex_image = torch.polar(image.float(), angle)
+    if local_phase:
+        turned = with_local_phase(image, generator, local_phase)
+        complex_image = turned * torch.polar(torch.ones_like(angle), angle)
     clean = coils * complex_image
     factor = torch.linalg.cholesky(noise_covariance(n_coils, generator, correlation))
-    white = torch.view_as_complex(torch.randn(n_coils, *shape, 2, generator=generator))
+    white = torch.view_as_complex(torch.randn(*clean.shape, 2, generator=generator))
     noise = torch.einsum("cd,dxy->cxy", factor.to(torch.complex64), white)
     return Simulation(fft2c(clean) + noise_std * noise, clean, rss(clean), complex_image, coils)
 

@@ -20,6 +20,8 @@ _NUMBERS = {
     "size": int,
     "coils": int,
     "noise": float,
+    "local_phase": float,
+    "repeats": int,
     "target_noise": float,
     "wrap": float,
     "seed": int,
@@ -51,6 +53,9 @@ class TaskSettings:
             anatomy states it.
         target_noise: standard deviation of complex noise added to the images that the training
             compares with, in units of the largest magnitude of the slice; to study bad references.
+        local_phase: of simulated scans, like the next three; see `SimulationSettings`.
+        reference: clean or measured.
+        repeats: training volumes, each with coils, phases and noise of its own.
 
     Raises:
         InputError: if a field does not fit.
@@ -72,6 +77,9 @@ class TaskSettings:
     seed: int = 0
     wrap: float | None = None
     target_noise: float = 0.0
+    local_phase: float = 0.0
+    reference: str = "clean"
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -211,7 +211,10 @@ def _simulated(settings: TaskSettings, folder: Path, simulated: set[Path]) -> Pa
         settings.size,
         settings.coils,
         settings.noise,
+        repeats=settings.repeats,
         seed=settings.seed,
+        local_phase=settings.local_phase,
+        reference=settings.reference,
         names=(settings.anatomy or "",),
         wrap=settings.wrap,
     )

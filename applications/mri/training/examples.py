@@ -22,7 +22,7 @@ class Example(ABC):
     """One slice or several, with all that was drawn for them."""
 
     @abstractmethod
-    def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Tensor]:
+    def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Any]:
         """The control problem that it poses to a network, and its observation."""
 
 
@@ -40,7 +40,7 @@ class PreparedExample(Example):
     target: Tensor
     reference: Tensor
 
-    def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Tensor]:  # noqa: D102
+    def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Any]:  # noqa: D102
         return network.training_problem(self.scan, self.target, self.reference, loss)
 
 
@@ -63,7 +63,7 @@ class FullExample(Example):
     rows: slice
     noise: Tensor | None = None
 
-    def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Tensor]:  # noqa: D102
+    def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Any]:  # noqa: D102
         return self.prepared(network).problem(network, loss)
 
     def prepared(self, network: Network) -> PreparedExample:
@@ -76,7 +76,7 @@ class FullExample(Example):
             A batch of one.
         """
         kspace = fft2c(self.target) * self.mask
-        matrix = coil_matrix(kspace, network.architecture.n_coils)
+        matrix = coil_matrix(kspace, network.architecture.coils_of(len(kspace)))
         scan, rows = network.prepare(with_coils(matrix, kspace)[None], self.mask), self.rows
         if rows != slice(0, self.target.shape[-2]):
             scan = scan.crop_rows(rows.start, rows.stop - rows.start)
@@ -132,7 +132,7 @@ def draw_full(
 
 
 def together(examples: Sequence[PreparedExample]) -> tuple[PreparedExample, ...]:
-    """Examples of one matrix size put together, in the order of first appearance.
+    """Examples of one matrix size and coil count put together, in the order of first appearance.
 
     Args:
         examples: of any sizes.
@@ -142,7 +142,7 @@ def together(examples: Sequence[PreparedExample]) -> tuple[PreparedExample, ...]
     """
     sizes: dict[torch.Size, list[PreparedExample]] = {}
     for one in examples:
-        sizes.setdefault(one.target.shape[-2:], []).append(one)
+        sizes.setdefault(one.target.shape[-3:], []).append(one)
     return tuple(_joined(alike) for alike in sizes.values())
 
 

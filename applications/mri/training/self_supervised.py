@@ -10,6 +10,7 @@ Resonance in Medicine 84(6), DOI 10.1002/mrm.28378.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class SplitExample(Example):
     given: Tensor
     held: Tensor
 
-    def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Tensor]:
+    def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Any]:
         r"""The control problem of the positions held out.
 
         The difference :math:`d(u) = P_\Lambda (F u - f)` is measured as in the reference, by
@@ -119,31 +120,34 @@ class SplitExample(Example):
         Returns:
             What `bilevel.ControlSolver` takes from `build`.
         """
-        matrix = coil_matrix(self.kspace * self.given, network.architecture.n_coils)
+        matrix = coil_matrix(
+            self.kspace * self.given, network.architecture.coils_of(len(self.kspace))
+        )
         kspace = with_coils(matrix, self.kspace)
         scan = network.prepare(kspace[None], self.given)
         wanted = kspace * self.held / scan.scale
         norms = [float(torch.linalg.vector_norm(wanted, p)) for p in (2, 1)]
 
-        def misfit(state: Tensor) -> Tensor:
-            difference = fft2c(state) * self.held - wanted
+        def misfit(state: Any) -> Tensor:
+            difference = fft2c(network.coil_images(state)) * self.held - wanted
             each = zip((2, 1), norms, strict=True)
             return sum(
                 (torch.linalg.vector_norm(difference, p) / norm for p, norm in each),
-                torch.zeros((), device=state.device),
+                torch.zeros((), device=wanted.device),
             )
 
-        def terminal(state: Tensor, control: bl.PerStep) -> Tensor:
-            combined = (network.image(scan, state, control) - rss(state)).abs().mean()
+        def terminal(state: Any, control: bl.PerStep) -> Tensor:
+            plain = rss(network.coil_images(state))
+            combined = (network.image(scan, state, control) - plain).abs().mean()
             return loss.state * misfit(state) + loss.combined * combined
 
-        def running(state: Tensor, _control: object, t: int) -> Tensor:
+        def running(state: Any, _control: object, t: int) -> Tensor:
             if t != 1:
-                return torch.zeros((), device=state.device)
+                return torch.zeros((), device=wanted.device)
             return loss.initial * misfit(state)
 
         dynamics, horizon = network.dynamics(scan), network.architecture.n_phases
-        return bl.ControlProblem(dynamics, terminal, horizon, running), scan.start
+        return bl.ControlProblem(dynamics, terminal, horizon, running), network.observation(scan)
 
 
 def draw_split(

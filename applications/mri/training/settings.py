@@ -57,7 +57,11 @@ class TrainingSettings:
     accumulate: int = setting(1, "Slices an update.", least=1)
     crop: int = setting(32, "Rows of a training crop, 0: none.", least=0)
     whole: float = setting(0.2, "Last share of the training that sees whole slices.")
-    loss: Loss = field(default_factory=Loss)
+    loss: Loss = setting(
+        Loss,
+        "Weights of its terms: of coil images, image and start, such as 1,1,0.01.",
+        written=Written(str, None, Loss.written),
+    )
     self_supervision: SelfSupervision | None = None
     validation: Validation = field(default_factory=Validation)
     checkpointing: bl.Checkpointing | bl.Budget = setting(

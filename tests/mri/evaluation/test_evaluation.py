@@ -21,7 +21,7 @@ from applications.mri.evaluation.methods import (
 )
 from applications.mri.evaluation.metrics import Convention, Scores, score
 from applications.mri.evaluation.scoring import Evaluation, VolumeScores, evaluate, table_rows
-from applications.mri.network.architecture import light, paper
+from applications.mri.network.architecture import narrow, paper
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained
 from applications.mri.physics.masks import acceleration_of
@@ -136,7 +136,7 @@ def test_undersampled_scans_are_refused(tmp_path):
 
 
 def test_what_a_method_cannot_use_is_refused_with_the_name_of_the_file(scans):
-    methods = network_methods(trained(light))
+    methods = network_methods(trained(narrow))
     with pytest.raises(InputError, match=r"a.h5: a fully sampled centre of 5 x 5 positions was"):
         evaluate(methods, scans, CartesianRandom(2, 0.1), 0)
 
@@ -144,7 +144,7 @@ def test_what_a_method_cannot_use_is_refused_with_the_name_of_the_file(scans):
 @pytest.mark.parametrize("n_coils", [1, 3])
 def test_scans_of_another_coil_count_get_that_of_the_network(scans, n_coils):
     kspace, mask = scans[0].kspace, SAMPLING.mask((SIZE, SIZE), seeded())
-    network = trained(light, n_coils)
+    network = trained(narrow, n_coils)
     fitted = kspace * mask
     if n_coils == 3:
         fitted = torch.cat([fitted, torch.zeros_like(fitted[:1])])
@@ -159,7 +159,7 @@ def test_scans_of_another_coil_count_get_that_of_the_network(scans, n_coils):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("preset", [paper, light])
+@pytest.mark.parametrize("preset", [paper, narrow])
 def test_the_network_is_ours_and_its_start_is_shown_where_it_is_filled(scans, preset):
     one = trained(preset)
     methods = network_methods(one)

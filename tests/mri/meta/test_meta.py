@@ -13,7 +13,7 @@ from applications.mri.meta.losses import TaskLosses
 from applications.mri.meta.results import ExperimentSettings
 from applications.mri.meta.settings import Ablation, MetaSettings, Rule
 from applications.mri.meta.solvers import meta_solver, penalty_objective
-from applications.mri.network.architecture import light, paper
+from applications.mri.network.architecture import narrow, paper
 from applications.mri.network.reconstruction import Loss, Network
 from applications.mri.network.weights import Trained, named
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
@@ -448,7 +448,7 @@ def test_a_model_adapted_to_a_task_has_moved_by_its_weight(tasks):
 
 
 def test_scans_of_any_coil_count_are_reconstructed():
-    net = network(light, n_coils=3)
+    net = network(narrow, n_coils=3)
     trained = Trained(net, net.controls(), {})
     mask = CartesianRandom(2, 0.4).mask((SIZE, SIZE), seeded())
     for n_coils in (2, 3, 5):

@@ -15,7 +15,7 @@ from applications.mri.meta.losses import TaskLosses
 from applications.mri.meta.settings import Ablation, MetaSettings, Rule
 from applications.mri.meta.transfer import learned_correlation, measure_transfer, meta_models
 from applications.mri.meta.transfer_results import Transfer, TransferSettings
-from applications.mri.network.architecture import light
+from applications.mri.network.architecture import narrow
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, load_weights, named, save_weights
 from applications.mri.tasks.task_list import read_task_list
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("transfer")
     (folder / "tasks.yaml").write_text(LIST)
     (folder / "unseen.yaml").write_text(UNSEEN)
-    network = Network(replace(light(2), n_phases=1, filters=2, features=2, self_consistency=2), 1)
+    network = Network(replace(narrow(2), n_phases=1, filters=2, features=2, self_consistency=2), 1)
     save_weights(folder / "w.safetensors", Trained(network, network.controls(), {}))
     options = ["--tasks", folder / "tasks.yaml", "--init", folder / "w.safetensors"]
     options += ["--out", folder / "meta", "--ablations", "vector,matrix", "--adapt-steps", 1]

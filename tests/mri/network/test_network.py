@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from applications.errors import InputError
-from applications.mri.network.architecture import Architecture, light, paper
+from applications.mri.network.architecture import Architecture, narrow, paper
 from applications.mri.network.modules import InitialNet, Phase
 from applications.mri.network.reconstruction import Network
 from applications.mri.physics.consistency import times
@@ -54,7 +54,7 @@ def test_the_network_of_the_paper_has_four_million_real_parameters():
 def test_the_options_are_off_in_the_paper_and_on_in_light():
     assert paper(5) == Architecture(5, 4, 64, 32, 3, 9, 0.1, **OPTIONS)
     on = {"self_consistency": 16, "step": 1.0}
-    assert light(5) == Architecture(5, 8, 16, 8, 3, 3, **dict.fromkeys(OPTIONS, True) | on)
+    assert narrow(5) == Architecture(5, 8, 16, 8, 3, 3, **dict.fromkeys(OPTIONS, True) | on)
     assert {field.name for field in fields(Architecture)} >= set(OPTIONS)
 
 
@@ -85,13 +85,13 @@ def test_options_widen_only_what_they_say():
     assert consistent == plain | {"consistency_step": ()}
 
 
-@pytest.mark.parametrize(("preset", "step"), [(paper, 0.1), (light, 1.0)])
+@pytest.mark.parametrize(("preset", "step"), [(paper, 0.1), (narrow, 1.0)])
 def test_steps_and_thresholds_start_where_they_should(preset, step):
     control = Network(small(preset(COILS))).controls()
     for phase in control.steps:
         torch.testing.assert_close(phase["step"], torch.tensor([step, step]))
         assert float(phase["threshold"]) == 0
-        if preset is light:
+        if preset is narrow:
             assert float(phase["consistency_step"]) == pytest.approx(0.1)
 
 
@@ -135,7 +135,7 @@ def test_the_initial_network_is_residual_on_kspace_then_an_inverse_transform():
 
 CASES = {
     "paper": small(paper(COILS)),
-    "light": replace(small(light(COILS)), start_at_identity=False),
+    "narrow": replace(small(narrow(COILS)), start_at_identity=False),
     "self-consistent": replace(small(paper(COILS)), self_consistency=3),
     "demodulated": replace(small(paper(COILS)), demodulate=True),
     "seeing": replace(small(paper(COILS)), expand_sees_coils=True),

@@ -7,7 +7,7 @@ from reference import assert_same, moved, plain_gradients, plain_multipliers
 
 import bilevel as bl
 from applications.errors import InputError
-from applications.mri.network.architecture import light, paper
+from applications.mri.network.architecture import narrow, paper
 from applications.mri.network.reconstruction import Loss, Network
 from applications.mri.network.scan import Scan
 from applications.mri.physics.consistency import (
@@ -24,7 +24,7 @@ from bilevel import tree
 
 COILS, SIZE = 2, 24
 CHECKPOINTINGS = [bl.Checkpointing(), bl.Checkpointing(block=None)]
-PRESETS = {"paper": paper, "light": light}
+PRESETS = {"paper": paper, "narrow": narrow}
 every_preset = pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTINGS, ids=repr)
 
@@ -198,7 +198,7 @@ def test_what_is_prepared_for_the_paper_is_the_measurement(full, masks):
 
 
 def test_what_is_prepared_for_light_is_scaled_filled_and_demodulated(full, masks):
-    scan = network(light).prepare(full, masks)
+    scan = network(narrow).prepare(full, masks)
     for i, mask in enumerate(masks):
         measured = full[i] * mask
         scale = rss(ifft2c(measured)).max()
@@ -232,7 +232,7 @@ def test_values_outside_the_mask_are_ignored(full, masks, preset):
 
 
 def test_light_does_not_depend_on_the_units_of_the_scanner(full, masks):
-    net = network(light)
+    net = network(narrow)
     control = drawn(net.controls())
     found = net.reconstruct(net.prepare(full, masks), control)
     small = net.reconstruct(net.prepare(1e-6 * full, masks), control)
@@ -244,7 +244,7 @@ def test_light_does_not_depend_on_the_units_of_the_scanner(full, masks):
 
 
 def test_untrained_light_leaves_the_coil_images_to_data_consistency(full, masks):
-    net = network(light)
+    net = network(narrow)
     scan = net.prepare(full, masks)
     u = ifft2c(scan.start)
     for _ in range(3):
@@ -268,7 +268,7 @@ def test_the_reconstruction_is_the_plain_loop(full, masks, preset):
 
 
 def test_the_data_residual_is_relative_to_what_was_measured(full, masks):
-    net = network(light)
+    net = network(narrow)
     scan = net.prepare(full, masks)
     found = net.reconstruct(scan, drawn(net.controls()))
     for i, residual in enumerate(found.data_residual):
@@ -280,8 +280,8 @@ def test_the_data_residual_is_relative_to_what_was_measured(full, masks):
 @pytest.mark.parametrize("top", [0, 5, SIZE - 8])
 def test_a_crop_of_rows_is_the_scan_of_these_rows(full, masks, top):
     rows = slice(top, top + 8)
-    found = network(light).prepare(full, masks).crop_rows(top, 8)
-    whole = network(light).prepare(full, masks)
+    found = network(narrow).prepare(full, masks).crop_rows(top, 8)
+    whole = network(narrow).prepare(full, masks)
     # The mask samples whole columns, so that to sample and to crop commute.
     cropped = ifft2c(full)[..., rows, :]
     expected = fft2c(cropped) * masks[:, None, rows] / whole.scale
@@ -366,10 +366,10 @@ def test_data_that_do_not_fit_are_refused(full, masks, preset, change, message):
 
 def test_a_scan_of_zeros_has_no_scale(full, masks):
     with pytest.raises(InputError, match="kspace is zero wherever the mask samples"):
-        network(light).prepare(0 * full, masks)
+        network(narrow).prepare(0 * full, masks)
 
 
 def test_too_small_a_centre_for_self_consistency_is_refused(full):
     mask = CartesianRandom(3, 0.1).mask((SIZE, SIZE), seeded())
     with pytest.raises(InputError, match="use a network without self_consistency"):
-        network(light).prepare(full, mask)
+        network(narrow).prepare(full, mask)

@@ -7,12 +7,12 @@ from safetensors.torch import load_file, save, save_file
 
 from applications.errors import InputError
 from applications.files import write_whole
-from applications.mri.network.architecture import light, paper
+from applications.mri.network.architecture import narrow, paper
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, load_weights, save_weights
 from bilevel import tree
 
-PRESETS = {"paper": paper, "light": light}
+PRESETS = {"paper": paper, "narrow": narrow}
 
 
 def small(preset, n_coils=2, seed=3):
@@ -40,7 +40,7 @@ def test_what_was_saved_is_loaded_exactly(tmp_path, preset):
 
 
 def test_loaded_weights_reconstruct_the_same_image_bit_by_bit(tmp_path):
-    saved = small(light)
+    saved = small(narrow)
     save_weights(tmp_path / "w.safetensors", saved)
     found = load_weights(tmp_path / "w.safetensors")
     kspace = torch.randn(1, 2, 16, 16, dtype=torch.complex64)
@@ -146,7 +146,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     monkeypatch.setattr(f"applications.files.Path.{broken}", fail)
     expected = InputError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="disk full"):
-        save_weights(path, small(light))
+        save_weights(path, small(narrow))
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
     assert path.read_bytes() == before
 

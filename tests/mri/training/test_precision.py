@@ -9,7 +9,7 @@ from training_cases import BASE, SAMPLING, SIZE, network, seeded, simulated, tra
 
 import bilevel as bl
 from applications.errors import InputError
-from applications.mri.network.architecture import light, paper
+from applications.mri.network.architecture import narrow, paper
 from applications.mri.network.reconstruction import Loss
 from applications.mri.physics.operators import ifft2c
 from applications.mri.training.precision import Autocast, Precision, check_device, in_precision
@@ -46,7 +46,7 @@ def posed(preset):
     return net.training_problem(scan, images, one.reference[None], Loss()), control
 
 
-@pytest.mark.parametrize("preset", [paper, light])
+@pytest.mark.parametrize("preset", [paper, narrow])
 def test_only_convolutions_are_rounded_and_gradients_agree_to_bfloat16(preset):
     (problem, start), control = posed(preset)
     exact = bl.adjoint(problem, start, control)

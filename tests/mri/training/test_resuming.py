@@ -10,7 +10,7 @@ from training_cases import BASE, network, same, trained, write_scans
 
 from applications.errors import InputError
 from applications.mri.data import SliceDataset
-from applications.mri.network.architecture import light
+from applications.mri.network.architecture import narrow
 from applications.mri.network.weights import load_weights
 from applications.mri.training.keeping import Keeper
 from applications.mri.training.resuming import StateFile
@@ -68,7 +68,7 @@ def test_a_training_that_goes_on_is_bitwise_the_one_without_interruption(
 
 
 def test_complex_weights_and_their_moments_survive_the_file(scans, tmp_path):
-    net, settings, path = network(light), replace(SETTINGS, steps=3), tmp_path / "state"
+    net, settings, path = network(narrow), replace(SETTINGS, steps=3), tmp_path / "state"
     kept = []
 
     def save(state):
@@ -157,7 +157,7 @@ def test_other_conditions_are_listed_and_refused(scans, tmp_path):
     with pytest.raises(InputError, match=r"data was \[\['a.h5', 2\]\], is \[\['b.h5', 9\]\]"):
         state_file(path, net, SETTINGS, data=[("b.h5", 9)]).load()
     with pytest.raises(InputError, match=r"same architecture only: .*filters was 3, is 16"):
-        state_file(path, type(net)(light(2)), SETTINGS).load()
+        state_file(path, type(net)(narrow(2)), SETTINGS).load()
 
 
 def test_a_missing_or_damaged_state_is_refused_and_a_failed_one_replaces_nothing(

@@ -9,7 +9,7 @@ from training_cases import BASE, COILS, SIZE, network, same, seeded, simulated, 
 import bilevel as bl
 from applications.errors import InputError
 from applications.mri.data import SliceDataset, Volume, write_volume
-from applications.mri.network.architecture import light, paper
+from applications.mri.network.architecture import narrow, paper
 from applications.mri.network.reconstruction import Loss, Network
 from applications.mri.physics.operators import fft2c, ifft2c, rss
 from applications.mri.sampling import CartesianRandom, PoissonDisc
@@ -73,7 +73,7 @@ def test_positions_are_held_out_by_a_gaussian_of_their_frequency():
     assert float(chi) < 27  # 1 in 1000 at up to 8 degrees of freedom
 
 
-@pytest.mark.parametrize("preset", [paper, light])
+@pytest.mark.parametrize("preset", [paper, narrow])
 def test_unsampled_positions_change_neither_loss_nor_gradient(tmp_path, preset):
     net = network(preset)
     found = []
@@ -115,7 +115,7 @@ def test_positions_held_out_do_not_reach_the_network_and_are_all_that_the_loss_s
 
 def test_training_lowers_the_error_against_a_truth_it_never_saw(tmp_path):
     slices, full, mask = undersampled(tmp_path)
-    net = Network(replace(light(COILS), n_phases=2, filters=8, features=4), seed=1)
+    net = Network(replace(narrow(COILS), n_phases=2, filters=8, features=4), seed=1)
     truth = rss(ifft2c(full))
 
     def error(control):

@@ -19,7 +19,7 @@ from training_cases import (
 import bilevel as bl
 from applications.errors import InputError
 from applications.mri.data import SliceDataset, Volume, write_volume
-from applications.mri.network.architecture import light, paper
+from applications.mri.network.architecture import narrow, paper
 from applications.mri.network.reconstruction import Loss, Network
 from applications.mri.network.weights import load_weights
 from applications.mri.physics.coil_counts import coil_matrix
@@ -228,7 +228,7 @@ def mean_cost(net, scans, control):
     return sum(costs) / len(costs)
 
 
-@pytest.mark.parametrize("preset", [paper, light])
+@pytest.mark.parametrize("preset", [paper, narrow])
 def test_the_loss_falls_on_a_small_problem(scans, preset):
     net = network(preset)
     settings = TrainingSettings((SAMPLING,), steps=25, learning_rate=1e-2, warmup=3)
