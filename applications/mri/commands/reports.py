@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -12,7 +13,9 @@ from applications.errors import InputError
 from applications.mri.data.coil_fits import changes
 from applications.mri.data.images import IMAGES
 from applications.mri.evaluation.scanning import ScanImages
+from applications.mri.evaluation.verdicts import told
 from applications.mri.formats.nifti import is_nifti
+from applications.mri.network.reconstruction import L1_SPIRIT
 from applications.outputs import PICTURE, Output
 
 
@@ -49,6 +52,16 @@ class Outcome:
     job: Job
     found: ScanImages | InputError
 
+    def as_json(self) -> dict[str, Any]:
+        """The scan, its images, and what became of each slice."""
+        record = {"scan": self.job.scan.name, "images": self.job.out.name}
+        if isinstance(self.found, InputError):
+            return record | {"skipped": str(self.found)}
+        return record | {
+            "acceleration": self.found.acceleration,
+            "slices": [one.as_json() for one in self.found.checked],
+        }
+
 
 def print_images(outcome: Outcome) -> None:
     """What users should know of the images of one scan.
@@ -60,7 +73,7 @@ def print_images(outcome: Outcome) -> None:
     if isinstance(found, InputError):
         raise found
     console.print(f"Acceleration {found.acceleration:.2f} in the mean over slices")
-    for line in [*changes(found.coils), *found.remarks]:
+    for line in [*changes(found.coils), *found.remarks, *told(found.checked)]:
         say(line)
     doubtful = [str(i) for i, residual in enumerate(found.data_residuals) if residual > 1]
     if doubtful:
@@ -84,7 +97,15 @@ def print_outcomes(outcomes: Sequence[Outcome], folder: Path) -> None:
         InputError: if there are no images of any.
     """
     table = Table(title="Reconstructed scans")
-    for name in ("scan", "slices", "left out", "acceleration", "data residual", "to look at"):
+    for name in (
+        "scan",
+        "slices",
+        "left out",
+        "acceleration",
+        "trusted",
+        "l1-SPIRiT",
+        "to look at",
+    ):
         table.add_column(name, justify="left" if name == "scan" else "right")
     for one in outcomes:
         table.add_row(escape(one.job.scan.name), *_cells(one.found))
@@ -93,7 +114,8 @@ def print_outcomes(outcomes: Sequence[Outcome], folder: Path) -> None:
         if isinstance(one.found, InputError):
             say(f"Skipped  {one.found}")
             continue
-        for line in dict.fromkeys([*changes(one.found.coils), *one.found.remarks]):
+        lines = [*changes(one.found.coils), *one.found.remarks, *told(one.found.checked)]
+        for line in dict.fromkeys(lines):
             say(line if one.job.scan.name in line else f"{one.job.scan.name}: {line}")
     written = sum(isinstance(one.found, ScanImages) for one in outcomes)
     if not written:
@@ -103,12 +125,16 @@ def print_outcomes(outcomes: Sequence[Outcome], folder: Path) -> None:
 
 def _cells(found: ScanImages | InputError) -> tuple[str, ...]:
     if isinstance(found, InputError):
-        return ("skipped", "", "", "", "")
-    residuals = [one for one in found.data_residuals if one == one]  # without NaN
+        return ("skipped", "", "", "", "", "")
+    trusted = sum(
+        one.certificate is not None and one.certificate.trustworthy for one in found.checked
+    )
+    far = {i for i, residual in enumerate(found.data_residuals) if residual > 1}
     return (
         str(len(found.data_residuals)),
         str(len(found.left_out)),
         f"{found.acceleration:.2f}",
-        f"{max(residuals):.2f}",
-        str(sum(one > 1 for one in residuals)),
+        str(trusted) if any(one.certificate for one in found.checked) else "-",
+        str(sum(one.method == L1_SPIRIT for one in found.checked)),
+        str(len(far | {one.index for one in found.checked if one.doubtful})),
     )

@@ -24,7 +24,7 @@ from applications.mri.evaluation.methods import (
     sweep_regularisation,
 )
 from applications.mri.evaluation.metrics import Convention
-from applications.mri.evaluation.scanning import reconstruct_scan
+from applications.mri.evaluation.scanning import Checks, Making, reconstruct_scan
 from applications.mri.evaluation.scoring import evaluate
 from applications.mri.formats.fastmri import SUFFIXES as HDF5
 from applications.mri.network.weights import PRETRAINED, weights_named
@@ -32,7 +32,9 @@ from applications.mri.sampling import FromFile, Masking
 from applications.mri.simulation.phantoms import SimulationSettings, simulate_folder
 from applications.mri.training.precision import check_device
 from applications.outputs import Output, claimed, results
+from applications.records import Report
 
+VERDICTS = results("scans")
 SCORES = results("convention", "mean", "volumes")
 Weights = Annotated[
     str, typer.Option(help="Trained weights, a safetensors file; or pretrained, the bundled ones.")
@@ -130,6 +132,7 @@ def reconstruct_command(
     out: Annotated[
         Path, typer.Option(help="Images to write: .h5, .nii or .nii.gz; of a folder a folder.")
     ],
+    checks: Annotated[Checks, "Checks"],
     method: Annotated[
         ReconstructionMethod,
         typer.Option(help="The network of --weights; or l1-spirit, which needs no training."),
@@ -146,41 +149,57 @@ def reconstruct_command(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Go on where a scan of a folder cannot be used.")
     ] = False,
+    verdicts: Annotated[
+        Path | None, typer.Option("--json", help="JSON file of what became of each slice.")
+    ] = None,
     device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
     """Reconstruct all slices; the mask is the one given, the scan's, or what was measured."""
     use_threads(threads)
     check_device(device)
-    trained = weights_named(weights) if method is ReconstructionMethod.NETWORK else None
+    learned = method is ReconstructionMethod.NETWORK
+    making = Making(weights_named(weights) if learned else None, checks, device)
+    made_by = {"weights": Path(weights).name} if learned else {"method": method.value}
     given = None if mask is None else FromFile(mask)
     several = scan.is_dir()
     jobs = _jobs(scan, out, png, suffix, check=not skip_bad) if several else [Job(scan, out, png)]
     inputs = [*(one.scan for one in jobs), *_weights_files(weights), *([mask] if mask else [])]
     written = [output for job in jobs for output in job.outputs]
-    outcomes: list[Outcome] = []
+    written += [] if verdicts is None else [Output(verdicts, VERDICTS)]
+    skip = several and skip_bad
     with claimed(written, inputs, out if several else None), progress_bars() as report:
         for job in jobs:
             check_image_path(job.out)
-        for job in jobs:
-            told = partial(report, job.scan.name if several else "reconstructing")
-            made_by = (
-                {"method": method.value} if trained is None else {"weights": Path(weights).name}
-            )
-            record = {"source": job.scan.name} | made_by
-            try:
-                found = reconstruct_scan(job.scan, trained, job.out, given, told, record, device)
-                if job.png is not None:
-                    draw_image(job.png, found.middle)
-            except InputError as error:
-                if not (several and skip_bad):
-                    raise
-                found = error
-            outcomes.append(Outcome(job, found))
+        outcomes = [_outcome(job, making, given, made_by, report, skip) for job in jobs]
+        if verdicts is not None:
+            write_json(verdicts, {"scans": [one.as_json() for one in outcomes]})
     if several:
         print_outcomes(outcomes, out)
     else:
         print_images(outcomes[0])
+
+
+def _outcome(
+    job: Job,
+    making: Making,
+    given: FromFile | None,
+    made_by: dict[str, str],
+    report: Report,
+    skip: bool,
+) -> Outcome:
+    """What becomes of a scan; where it may be skipped, an error is an outcome."""
+    record = {"source": job.scan.name} | made_by
+    told = partial(report, f"reconstructing {job.scan.name}")
+    try:
+        found = reconstruct_scan(job.scan, making, job.out, given, told, record)
+        if job.png is not None:
+            draw_image(job.png, found.middle)
+    except InputError as error:
+        if not skip:
+            raise
+        return Outcome(job, error)
+    return Outcome(job, found)
 
 
 def _jobs(scan: Path, out: Path, png: Path | None, suffix: str, *, check: bool) -> list[Job]:

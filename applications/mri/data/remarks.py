@@ -28,6 +28,10 @@ class Remarks:
         """A slice that is left out, and why."""
         self._lines.append(f"Left out {error}")
 
+    def tell(self, line: str) -> None:
+        """Something else."""
+        self._lines.append(line)
+
     def of(self, file: VolumeFile) -> None:
         """What was done to a volume."""
         self._lines += [f"{file.path.name}: {text}" for text in file.facts.remarks]

@@ -1,4 +1,5 @@
 """Images of trained networks and of classical methods, and what they are worth.
 
-Read `metrics`, `baselines`, `bart`, `methods`, `scoring`, `scanning`, `figures`, `kept`.
+Read `metrics`, `baselines`, `bart`, `methods`, `scoring`, `verdicts`, `scanning`, `figures`,
+`kept`.
 """

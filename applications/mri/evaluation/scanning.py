@@ -1,9 +1,10 @@
 """Reconstructs all slices of a scan, whatever its format, one at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,16 @@ from applications.mri.data import Slice, UnusableSliceError, VolumeFile, open_sc
 from applications.mri.data.coil_fits import CoilFit, coil_fits
 from applications.mri.data.images import image_writer
 from applications.mri.data.remarks import Remarks
+from applications.mri.evaluation.verdicts import Checked, attributes
 from applications.mri.network.architecture import ANY
+from applications.mri.network.checked import reconstruct
 from applications.mri.network.reconstruction import Reconstruction, classical_reconstruction
 from applications.mri.network.weights import Trained, on_device
-from applications.mri.physics.coil_counts import coil_matrix, with_coils
 from applications.mri.physics.masks import acceleration_of
 from applications.mri.physics.operators import centre_crop
 from applications.mri.sampling import Sampling
+from applications.mri.training.adaptation import adapted
+from applications.settings import setting
 
 _LONGEST = 30_000  # characters of an attribute; HDF5 takes 64 KiB
 
@@ -39,6 +43,7 @@ class ScanImages:
         left_out: numbers of the slices that are zero or not finite, counted through all volumes;
             their images are zeros.
         remarks: what users should know of the scan.
+        checked: what became of each slice, in the order of `data_residuals`.
     """
 
     middle: Tensor
@@ -48,6 +53,49 @@ class ScanImages:
     data_residuals: tuple[float, ...]
     left_out: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
+    checked: tuple[Checked, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What is done to be sure of the images of a network.
+
+    Attributes:
+        check: hold samples of each slice out and predict them, see `held_out`.
+        fallback: give images of l1-SPIRiT where the check says so.
+        adapt: steps of self-supervised training on the scan, see `adaptation`.
+    """
+
+    check: bool = setting(True, "Hold samples of each slice out, predict them, mark bad slices.")
+    fallback: bool = setting(True, "Give images of l1-SPIRiT where the check says so.")
+    adapt: int = setting(0, "Steps of training on the scan itself, without a reference.", least=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Making:
+    """How images are made of slices.
+
+    Attributes:
+        trained: network and weights; None: `l1_spirit`, with the threshold of each slice's own
+            noise.
+        checks: of the network's images.
+        device: where it works, as torch names it.
+    """
+
+    trained: Trained | None
+    checks: Checks = Checks()
+    device: str = "cpu"
+
+    @property
+    def n_coils(self) -> int:
+        """Coils that slices are brought to, or `ANY`."""
+        return ANY if self.trained is None else self.trained.network.architecture.n_coils
+
+    def __post_init__(self) -> None:
+        """Bring the weights to the device."""
+        if self.trained is not None:
+            control = on_device(self.trained.control, self.device)
+            object.__setattr__(self, "trained", replace(self.trained, control=control))
 
 
 @dataclass(eq=False)
@@ -56,30 +104,33 @@ class _Done:
 
     accelerations: list[float] = field(default_factory=list)
     residuals: list[float] = field(default_factory=list)
+    checked: list[Checked] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     remarks: Remarks = field(default_factory=Remarks)
+
+    def record(self) -> dict[str, object]:
+        """What is kept beside the images."""
+        lines = "\n".join(self.remarks.lines)[:_LONGEST]
+        return {"left_out": self.left_out, "remarks": lines} | attributes(self.checked)
 
 
 def reconstruct_scan(
     scan: Path,
-    trained: Trained | None,
+    making: Making,
     out: Path,
     given: Sampling | None = None,
     report: Callable[[float], None] | None = None,
     record: Mapping[str, str] | None = None,
-    device: str = "cpu",
 ) -> ScanImages:
     """Writes the images of a scan; one slice is held in memory at a time.
 
     Args:
         scan: in any format of `applications.mri.formats`.
-        trained: network and weights; the scan gets its coil count, see `coil_counts`. None:
-            `l1_spirit`, with the threshold of each slice's own noise.
+        making: how; the scan gets the coil count of the network, see `coil_counts`.
         out: HDF5 or NIfTI, see `images.image_writer`.
         given: mask to use instead of the scan's; it must lie within what was measured.
         report: told of the share done.
         record: how the images came about, kept in HDF5.
-        device: where the network works, as torch names it.
 
     Returns:
         The record `ScanImages`.
@@ -90,9 +141,9 @@ def reconstruct_scan(
     """
     volumes = open_scan(scan)
     first = volumes[0]
+    making, adaptation = _adapted(making, volumes, given)
     n_slices, shape = first.n_slices, first.image_shape
     n_images = len(volumes) * n_slices
-    trained = replace(trained, control=on_device(trained.control, device))
     done, content = _Done(), dict[str, object](record or {})
     middle: Tensor | None = None
     layout = (len(volumes), n_slices, *shape)
@@ -100,49 +151,81 @@ def reconstruct_scan(
         for k in range(n_images):
             volume, index = volumes[k // n_slices], k % n_slices
             try:
-                image = _image(trained, volume, index, given, device, done)
+                image = _image(making, volume, index, given, done)
                 middle = image if middle is None or k <= n_slices // 2 else middle
             except UnusableSliceError as error:
                 if k == n_images - 1 and len(done.left_out) == k:
                     raise
                 image = torch.zeros(shape)
                 done.residuals.append(float("nan"))
+                done.checked.append(Checked(k))
                 done.left_out.append(k)
                 done.remarks.leave_out(error)
             add(image)
             if report is not None:
                 report((k + 1) / n_images)
         done.remarks.of(first)
-        content |= {"left_out": done.left_out, "remarks": "\n".join(done.remarks.lines)[:_LONGEST]}
+        if adaptation:
+            done.remarks.tell(adaptation)
+        content |= done.record()
     geometry = first.facts.geometry
     return ScanImages(
         torch.zeros(shape) if middle is None else middle,
         fmean(done.accelerations),
         geometry is not None and geometry.affine is not None,
-        coil_fits(volumes, ANY if trained is None else trained.network.architecture.n_coils),
+        coil_fits(volumes, making.n_coils),
         tuple(done.residuals),
         tuple(done.left_out),
         done.remarks.lines,
+        tuple(done.checked),
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Measured(Sequence[tuple[Tensor, Tensor]]):
+    """k-space and mask of the slices of volumes, read when they are asked for."""
+
+    volumes: Sequence[VolumeFile]
+    given: Sampling | None
+    device: str
+
+    def __len__(self) -> int:
+        return sum(one.n_slices for one in self.volumes)
+
+    def __getitem__(self, k: Any) -> Any:
+        volume = self.volumes[k // self.volumes[0].n_slices]
+        one = volume.read_slice(k % volume.n_slices)
+        mask = _mask(one, volume, self.given)
+        return torch.where(mask, one.kspace, 0).to(self.device), mask.to(self.device)
+
+
+def _adapted(
+    making: Making, volumes: Sequence[VolumeFile], given: Sampling | None
+) -> tuple[Making, str]:
+    """The network adapted to a scan if that was asked for, and what came of it."""
+    if not making.checks.adapt or making.trained is None:
+        return making, ""
+    slices = _Measured(volumes, given, making.device)
+    try:
+        found = adapted(making.trained, slices, making.checks.adapt)
+    except InputError as error:
+        raise InputError(f"{volumes[0].path}: --adapt: {error}") from error
+    return replace(making, trained=found.trained), str(found)
+
+
 def _image(
-    trained: Trained | None,
-    volume: VolumeFile,
-    index: int,
-    given: Sampling | None,
-    device: str,
-    done: _Done,
+    making: Making, volume: VolumeFile, index: int, given: Sampling | None, done: _Done
 ) -> Tensor:
     """The image of one slice, and what is to be told of it."""
     one = volume.read_slice(index)
     try:
         mask = _mask(one, volume, given)
-        found = reconstructed(trained, one, mask, device)
+        found = reconstructed(making, one, mask)
     except InputError as error:
         raise InputError(f"{one.path}: {error} This is slice {one.index}.") from error
     done.remarks.add(one)
     done.accelerations.append(acceleration_of(mask))
+    done.checked.append(Checked(len(done.checked), found.certificate, found.method))
     done.residuals.append(float(found.data_residual))
     return centre_crop(found.image[0].cpu(), volume.image_shape) * one.unit
 
@@ -161,16 +244,13 @@ def _mask(one: Slice, volume: VolumeFile, given: Sampling | None) -> Tensor:
     return mask
 
 
-def reconstructed(
-    trained: Trained | None, one: Slice, mask: Tensor, device: str = "cpu"
-) -> Reconstruction:
-    """What a network makes of a slice.
+def reconstructed(making: Making, one: Slice, mask: Tensor) -> Reconstruction:
+    """What is made of a slice.
 
     Args:
-        trained: network and weights, on the device; None: l1-SPIRiT.
+        making: how.
         one: the slice, of any coil count.
         mask: of what is used of it, ``(rows, columns)``.
-        device: where the network works, as torch names it.
 
     Returns:
         The reconstruction, over `Slice.unit`.
@@ -178,14 +258,16 @@ def reconstructed(
     Raises:
         InputError: if the slice does not fit.
     """
-    kspace = torch.where(mask, one.kspace, 0)
-    if trained is None:
-        return classical_reconstruction(kspace.to(device), mask.to(device))
-    matrix = coil_matrix(kspace, trained.network.architecture.coils_of(len(kspace)))
-    calibration = None if one.calibration is None else with_coils(matrix, one.calibration)[None]
-    scan = trained.network.prepare(
-        with_coils(matrix, kspace)[None].to(device),
-        mask.to(device),
-        None if calibration is None else calibration.to(device),
+    there, calibration = making.device, one.calibration
+    kspace = torch.where(mask, one.kspace, 0).to(there)
+    calibration = None if calibration is None else calibration.to(there)
+    if making.trained is None:
+        return classical_reconstruction(kspace, mask.to(there), calibration=calibration)
+    return reconstruct(
+        kspace,
+        mask.to(there),
+        making.trained,
+        check=making.checks.check,
+        fallback=making.checks.fallback,
+        calibration=calibration,
     )
-    return trained.network.reconstruct(scan, trained.control)

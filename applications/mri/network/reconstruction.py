@@ -11,12 +11,15 @@ from torch import Tensor
 import bilevel as bl
 from applications.errors import InputError
 from applications.mri.network.architecture import Architecture
+from applications.mri.network.certificate import SliceCertificate
 from applications.mri.network.layers import to_complex, to_planes
 from applications.mri.network.modules import InitialNet, Phase
 from applications.mri.network.scan import Scan, prepared
 from applications.mri.network.wavelet_phases import Begin, WaveletPhase
 from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.operators import rss, sample
+
+NETWORK, L1_SPIRIT = "network", "l1-spirit"  # methods
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +31,15 @@ class Reconstruction:
         coil_images: u(T), ``(batch, coils, rows, columns)``.
         data_residual: |P F u(T) - f| / |f|, ``(batch,)``; above 1 nothing at all would be nearer to
             what was measured.
+        certificate: of one slice that was checked, else None.
+        method: what the images are of, `network` or `l1-spirit`.
     """
 
     image: Tensor
     coil_images: Tensor
     data_residual: Tensor
+    certificate: SliceCertificate | None = None
+    method: str = NETWORK
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,11 @@ class Network:
         phases = [Phase(a, generator) for _ in range(a.n_phases)]
         object.__setattr__(self, "_phases", bl.Phases(phases, initial))
         object.__setattr__(self, "_combine", bl.functional(phases[-1].combine)[1])
+
+    @property
+    def phases(self) -> bl.Phases:
+        """The modules, with the initial weights."""
+        return self._phases
 
     def controls(self) -> bl.PerStep:
         """The initial weights, theta_0 to theta_T."""
@@ -208,7 +220,10 @@ class Network:
 
 
 def classical_reconstruction(
-    kspace: Tensor, mask: Tensor, threshold: float | None = None
+    kspace: Tensor,
+    mask: Tensor,
+    threshold: float | None = None,
+    calibration: Tensor | None = None,
 ) -> Reconstruction:
     """What `l1_spirit` makes of a slice, in the form of what a network makes of it.
 
@@ -216,11 +231,12 @@ def classical_reconstruction(
         kspace: complex, shape ``(coils, rows, columns)``, zeros where nothing was measured.
         mask: boolean, shape ``(rows, columns)``.
         threshold: of `l1_spirit`.
+        calibration: of `l1_spirit`.
 
     Returns:
         A batch of one.
     """
-    images = l1_spirit(kspace, mask, threshold)
+    images = l1_spirit(kspace, mask, threshold, calibration=calibration)
     defect = torch.linalg.vector_norm(sample(images, mask) - kspace)
     residual = defect / torch.linalg.vector_norm(kspace).clamp_min(1e-30)
-    return Reconstruction(rss(images)[None], images[None], residual[None])
+    return Reconstruction(rss(images)[None], images[None], residual[None], method=L1_SPIRIT)

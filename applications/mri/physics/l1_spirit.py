@@ -34,7 +34,11 @@ _SPARSITY, _LEAST, _MOST = 5.0, 0.001, 0.02  # of `threshold_of_noise`
 
 
 def l1_spirit(
-    kspace: Tensor, mask: Tensor, threshold: float | None = None, steps: int = 60
+    kspace: Tensor,
+    mask: Tensor,
+    threshold: float | None = None,
+    steps: int = 60,
+    calibration: Tensor | None = None,
 ) -> Tensor:
     """The coil images of one slice.
 
@@ -43,6 +47,8 @@ def l1_spirit(
         mask: boolean, shape ``(rows, columns)``, with a fully sampled centre of at least 5 x 5.
         threshold: lambda over the maximum of the zero-filled image; None: `threshold_of_noise`.
         steps: of the accelerated proximal gradient method.
+        calibration: shape of ``kspace``, zeros where nothing was measured: what the coils are
+            calibrated by where that is no part of the image; None: the centre of ``kspace``.
 
     Returns:
         Coil images, complex64, shape of ``kspace``; their `rss` is the image.
@@ -58,7 +64,11 @@ def l1_spirit(
         raise InputError("kspace is zero wherever the mask samples; check the mask.")
     f = f / scale
     shrink = threshold_of_noise(f, mask) if threshold is None else threshold
-    normal = CONSISTENCY * bounded(inconsistency_normal(calibrate(f, mask)), _LARGEST)
+    centre, measured = f, mask
+    if calibration is not None:
+        centre = calibration.to(f)
+        measured = (centre != 0).any(0)
+    normal = CONSISTENCY * bounded(inconsistency_normal(calibrate(centre, measured)), _LARGEST)
     return scale * _fista(f, mask, normal, shrink, steps)
 
 

@@ -1,0 +1,68 @@
+"""A trained network as one `nn.Module`, without checks that depend on data: for `torch.export`."""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from applications.mri.network.layers import to_complex, to_planes
+from applications.mri.network.scan import Scan
+from applications.mri.network.weights import Trained
+from applications.mri.physics.operators import rss
+
+
+class ReconstructionModule(nn.Module):
+    """The phases of a network as a function of tensors; preparing a scan stays outside.
+
+    Args:
+        trained: network and weights, of which it has copies.
+
+    Example:
+        >>> import torch
+        >>> from applications.mri.network.weights import pretrained
+        >>> trained, mask = pretrained(), torch.ones(32, 32, dtype=torch.bool)
+        >>> kspace = torch.randn(1, 3, 32, 32, dtype=torch.complex64)
+        >>> module = ReconstructionModule(trained)
+        >>> inputs = module.inputs(trained.network.prepare(kspace, mask))
+        >>> program = torch.export.export(module, inputs).module()
+        >>> torch.equal(program(*inputs), module(*inputs))
+        True
+    """
+
+    def __init__(self, trained: Trained) -> None:
+        """Copy the phases and load the weights."""
+        super().__init__()
+        self.network = trained.network
+        phases = copy.deepcopy(trained.network.phases)
+        phases.load(trained.control)
+        self.initial = phases.initial
+        self.phases = nn.ModuleList(phases.modules)
+        self.combine = getattr(phases.modules[-1], "combine", nn.Identity())
+
+    def inputs(self, scan: Scan) -> tuple[Any, ...]:
+        """What `forward` takes of a scan.
+
+        Args:
+            scan: from `Network.prepare`.
+
+        Returns:
+            Its scale, what g0 receives, and what every phase receives; tensors, or tuples of them.
+        """
+        return scan.scale, self.network.observation(scan), *self.network.dynamics(scan).context
+
+    def forward(self, scale: Tensor, observation: Any, *context: Any) -> Tensor:
+        """Images in the units of the scan, ``(batch, rows, columns)``."""
+        state = observation if self.initial is None else self.initial(observation)
+        for phase in self.phases:
+            state = phase(state, *context)
+        return scale[:, 0] * self._image(state, context)
+
+    def _image(self, state: Any, context: tuple[Any, ...]) -> Tensor:
+        architecture = self.network.architecture
+        images = self.network.coil_images(state)
+        if architecture.gains:
+            return rss(images)
+        phases = context[-1]
+        seen = to_planes(images if phases is None else images * phases.conj())
+        combined = to_complex(self.combine(seen))[:, 0]
+        return (combined + rss(images) if architecture.rss_skip else combined).abs()

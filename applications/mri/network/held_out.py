@@ -1,0 +1,107 @@
+r"""A check of every slice that needs no reference: measured samples held out, and predicted.
+
+A tenth of the samples outside the centre is held out, the slice is reconstructed without them, and
+its Fourier transform there is compared with what was measured; the same for l1-SPIRiT, which was
+not trained and has nothing to be wrong about:
+
+.. math:: e = \|P_h F u - f_h\| \, / \, \|f_h\|
+
+What the two are worth against each other is what the samples say. That of the network alone says
+little: noise cannot be predicted, and most of a sample far from the centre is noise.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from applications.mri.network.certificate import SliceCertificate
+from applications.mri.network.reconstruction import Reconstruction
+from applications.mri.network.weights import Trained
+from applications.mri.physics.consistency import fully_sampled_centre
+from applications.mri.physics.l1_spirit import l1_spirit
+from applications.mri.physics.masks import samples_columns
+from applications.mri.physics.operators import fft2c, ifft2c
+
+SHARE = 0.1  # of the samples outside the centre
+
+
+def held_out(mask: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Splits what was measured into what a slice is reconstructed from, and what it must predict.
+
+    Args:
+        mask: boolean, shape ``(rows, columns)``.
+        seed: of the choice.
+
+    Returns:
+        Two masks. In the second is nothing of the fully sampled centre; whole columns where the
+        mask samples whole columns; and as many near the centre, for their number there, as far
+        from it.
+    """
+    top, bottom, left, right = fully_sampled_centre(mask)
+    outside = mask.clone()
+    outside[top:bottom, left:right] = False
+    rows, columns = (torch.arange(n, device=mask.device) - n // 2 for n in mask.shape)
+    if samples_columns(mask):
+        chosen = _drawn(outside.any(0), columns.abs(), seed)
+        held = chosen & outside
+    else:
+        distance = (rows[:, None] / len(rows)) ** 2 + (columns / len(columns)) ** 2
+        held = _drawn(outside.flatten(), distance.flatten(), seed).reshape(mask.shape)
+    return mask & ~held, held
+
+
+def _drawn(places: Tensor, distance: Tensor, seed: int) -> Tensor:
+    """One of each ten places in a row, from the nearest to the centre to the farthest."""
+    found = places.nonzero()[:, 0]
+    found = found[distance[found].argsort(stable=True)]
+    generator = torch.Generator().manual_seed(seed)
+    n = math.ceil(SHARE * len(found))
+    bounds = [len(found) * k // n for k in range(n + 1)] if n else [0]
+    chosen = [int(torch.randint(a, b, (), generator=generator)) for a, b in pairwise(bounds)]
+    drawn = torch.zeros_like(places)
+    drawn[found[chosen]] = True
+    return drawn
+
+
+def certified(
+    trained: Trained, kspace: Tensor, mask: Tensor, calibration: Tensor | None = None
+) -> SliceCertificate:
+    """Holds samples of a slice out and predicts them, by a network and by l1-SPIRiT.
+
+    Args:
+        trained: network and weights.
+        kspace: of as many coils as the network needs, ``(coils, rows, columns)``, zeros where
+            nothing was measured.
+        mask: boolean, shape ``(rows, columns)``.
+        calibration: see `scan.prepared`.
+
+    Returns:
+        The certificate.
+    """
+    kept, held = held_out(mask)
+    if not bool(held.any()):
+        return SliceCertificate(float("nan"), float("nan"), 0)
+    measured = kspace[:, held]
+    found, classical = _both(trained, kspace * kept, kept, calibration)
+    errors = [
+        float(torch.linalg.vector_norm(fft2c(images)[:, held] - measured))
+        / max(float(torch.linalg.vector_norm(measured)), 1e-30)
+        for images in (found.coil_images[0], classical)
+    ]
+    return SliceCertificate(errors[0], errors[1], int(held.sum()))
+
+
+def _both(
+    trained: Trained, kspace: Tensor, mask: Tensor, calibration: Tensor | None
+) -> tuple[Reconstruction, Tensor]:
+    """The reconstruction of a network, and coil images of l1-SPIRiT."""
+    network = trained.network
+    extra = None if calibration is None else calibration[None]
+    with torch.no_grad():
+        scan = network.prepare(kspace[None], mask, extra)
+        found = network.reconstruct(scan, trained.control)
+        if network.architecture.gains:  # begins with steps of l1-SPIRiT: they are there already
+            return found, ifft2c(scan.start[0]) * scan.scale[0]
+        return found, l1_spirit(kspace, mask, calibration=calibration)

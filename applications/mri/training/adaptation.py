@@ -1,0 +1,111 @@
+"""A network adapted to the scan itself, without a reference: a few steps from trained weights."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from applications.errors import InputError
+from applications.mri.network.held_out import certified, held_out
+from applications.mri.network.reconstruction import Loss
+from applications.mri.network.weights import Trained
+from applications.mri.physics.coil_counts import coil_matrix, with_coils
+from applications.mri.training.self_supervised import SelfSupervision, SplitExample
+
+_LOOKED_AT = 3  # slices, before and after
+_RATE = 3e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """What came of it.
+
+    Attributes:
+        trained: network and weights: adapted ones, or those before where these are better.
+        before: mean error where samples were held out, of the slices looked at.
+        after: the same of the adapted weights.
+    """
+
+    trained: Trained
+    before: float
+    after: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the adapted weights are the better ones."""
+        return self.after < self.before
+
+    def __str__(self) -> str:
+        """What came of it, in words."""
+        errors = f"held-out error {self.before:.3f} to {self.after:.3f}"
+        return f"Adapted to the scan: {errors}; {'kept' if self.kept else 'not kept'}."
+
+
+def adapted(
+    trained: Trained, slices: Sequence[tuple[Tensor, Tensor]], steps: int, seed: int = 0
+) -> Adaptation:
+    """Steps of self-supervised training on the slices of a scan.
+
+    The samples that `held_out` holds out of a slice are never trained on, so that the errors before
+    and after are of samples that neither saw.
+
+    Args:
+        trained: where to begin.
+        slices: k-space ``(coils, rows, columns)`` and mask ``(rows, columns)`` of each, on the
+            device of the weights; read when they are asked for.
+        steps: of Adam, one slice each.
+        seed: of slices and splits.
+
+    Returns:
+        The better weights, and both errors.
+
+    Raises:
+        InputError: if there is no step to make, or no slice to make it on.
+        DivergenceError: if the loss or its gradient is not finite.
+    """
+    if steps < 1 or not slices:
+        raise InputError(
+            f"at least one step and one slice were needed to adapt, got {steps} and {len(slices)}."
+        )
+    network = trained.network
+    loss = Loss(1.0, 0.0 if network.architecture.gains else 1.0, 0.0)
+    solver = bl.ControlSolver(
+        lambda example: example.problem(network, loss),
+        lambda leaves: torch.optim.Adam(leaves, _RATE, betas=(0.9, 0.99)),
+    )
+    found = solver.solve(
+        trained.control, steps=steps, batches=_Examples(slices, steps, seed)
+    ).control
+    after = replace(trained, control=found)
+    n = min(_LOOKED_AT, len(slices))
+    looked_at = [slices[(2 * k + 1) * len(slices) // (2 * n)] for k in range(n)]
+    errors = [fmean(_error(one, *each) for each in looked_at) for one in (trained, after)]
+    return Adaptation(after if errors[1] < errors[0] else trained, *errors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Examples:
+    """Slices in random order, split anew each time; read one at a time."""
+
+    slices: Sequence[tuple[Tensor, Tensor]]
+    steps: int
+    seed: int
+
+    def __iter__(self) -> Iterator[SplitExample]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.steps):
+            index = int(torch.randint(len(self.slices), (), generator=generator))
+            kspace, mask = self.slices[index]
+            known, _ = held_out(mask)
+            given, held = SelfSupervision().split(known.cpu(), generator)
+            example = SplitExample(kspace * known, given.to(mask.device), held.to(mask.device))
+            yield example
+
+
+def _error(trained: Trained, kspace: Tensor, mask: Tensor) -> float:
+    count = trained.network.architecture.coils_of(len(kspace))
+    fitted = with_coils(coil_matrix(kspace, count), kspace)
+    return certified(trained, fitted, mask).error
