@@ -11,7 +11,9 @@ PAGES = "\n".join(
 )
 # The command line, and inner workings.
 HIDDEN = {"mri.__main__", "toy.__main__", "toy.cli"}
-HIDDEN |= {f"mri.commands.{name}" for name in ("app", "meta", "reports", "scans", "shared", "train")}
+HIDDEN |= {
+    f"mri.commands.{name}" for name in ("app", "meta", "reports", "scans", "shared", "train")
+}
 HIDDEN |= {f"mri.formats.{name}" for name in ("hdf5", "ismrmrd_header", "lines")}
 HIDDEN |= {"mri.sampling.darts"}
 

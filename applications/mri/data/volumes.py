@@ -182,8 +182,9 @@ class VolumeFile:
         _check_finite(reader.path, "kspace", raw.kspace, index)
         kspace = torch.from_numpy(raw.kspace)
         measured, remarks = _measured(reader.path, kspace, raw.mask, index)
-        check_centre(kspace, measured, f"{reader.path}: slice {index}")
         unit = _unit(kspace)
+        kspace = kspace if unit == 1 else kspace / unit
+        check_centre(kspace, measured, f"{reader.path}: slice {index}")
         reference, calibration = raw.reference, raw.calibration
         if reference is not None:
             reference = torch.from_numpy((reference / unit).astype(np.float32))
@@ -191,7 +192,7 @@ class VolumeFile:
             _check_finite(reader.path, "calibration", calibration, index)
             calibration = torch.from_numpy(calibration) / unit
         return Slice(
-            kspace if unit == 1 else kspace / unit,
+            kspace,
             raw.mask,
             reference,
             None if self.max is None else self.max / unit,
@@ -266,7 +267,8 @@ def _measured(
 
 def _unit(kspace: Tensor) -> float:
     """A power of two that brings extreme values to about 1; it changes no digit."""
-    largest = float(torch.view_as_real(kspace).abs().max())
+    low, high = torch.view_as_real(kspace).aminmax()
+    largest = max(-float(low), float(high))
     if _SMALLEST <= largest <= _LARGEST:
         return 1.0
     return 2.0 ** round(math.log2(largest))
