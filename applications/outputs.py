@@ -70,26 +70,35 @@ class Output:
     path: Path
     kind: Kind
 
-    def check(self, inputs: Iterable[Path] = ()) -> None:
-        """Refuses to write over what is not an earlier output of the same kind.
 
-        Args:
-            inputs: files that are read.
+def check_outputs(outputs: Sequence[Output], inputs: Iterable[Path] = ()) -> None:
+    """Refuses to write over what are no earlier outputs of the same kind.
 
-        Raises:
-            InputError: if the file cannot be written, is an input or no regular file, or holds
-                something else.
-        """
-        make_place(self.path)
-        for one in inputs:
-            if _same(one, self.path):
-                raise InputError(
-                    f"{self.path}: the output must not be an input, it is {one}; choose another."
-                )
-        if self.path.exists() and self.path.stat().st_size and not self.kind.holds(self.path):
+    Args:
+        outputs: files that will be written.
+        inputs: files that are read.
+
+    Raises:
+        InputError: if a file cannot be written, is an input or no regular file, or holds something
+            else; or if two outputs are one file.
+    """
+    read = {_identity(one) for one in inputs}
+    places: set[Path] = set()
+    for one in outputs:
+        path = one.path
+        make_place(path)
+        if _identity(path) in read:
+            raise InputError(f"{path}: the output must not be an input, it is one; choose another.")
+        place = path.parent.resolve() / path.name
+        if place in places:
             raise InputError(
-                f"{self.path}: a file lies there that is not {self.kind.name}, it would be lost; "
-                "choose another name, or move it away."
+                f"{path}: each output needs a file of its own, two have this one; choose another."
+            )
+        places.add(place)
+        if path.exists() and path.stat().st_size and not one.kind.holds(path):
+            raise InputError(
+                f"{path}: a file lies there that is not {one.kind.name}, it would be lost; choose "
+                "another name, or move it away."
             )
 
 
@@ -108,22 +117,13 @@ def claimed(
         While they are held.
 
     Raises:
-        InputError: if an output cannot be written without loss, two are one file, or another run
-            holds one.
+        InputError: as in `check_outputs`, or if another run holds one.
     """
-    inputs = list(inputs)
-    for k, one in enumerate(outputs):
-        for other in outputs[:k]:
-            if _same(one.path, other.path):
-                raise InputError(
-                    f"{one.path}: each output needs a file of its own, two have this one; choose "
-                    "another."
-                )
+    check_outputs(outputs, inputs)
     with ExitStack() as stack:
         if folder is not None:
             stack.enter_context(_lock(make_folder(folder) / ".lock", folder))
         for one in outputs:
-            one.check(inputs)
             lock = one.path.with_name(f".{one.path.name[:200]}.lock")
             stack.enter_context(_lock(lock, one.path))
         yield
@@ -149,8 +149,10 @@ def _lock(place: Path, path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _same(one: Path, other: Path) -> bool:
+def _identity(path: Path) -> object:
+    """What tells whether two paths are one file: links are followed."""
     try:
-        return one.samefile(other)
-    except OSError:  # one does not exist
-        return one.resolve() == other.resolve()
+        found = path.stat()
+    except OSError:  # there is none
+        return path.resolve()
+    return found.st_dev, found.st_ino

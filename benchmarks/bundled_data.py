@@ -22,7 +22,7 @@ MNI = (
     "purpose without fee, with the copyright notice kept"
 )
 HEADS = {
-    "head_cut_t1_axial": {
+    "skull_base_t1_axial": {
         "source": "Colin27 average brain (ch2), face and skull base, axial, T1, the middle 128 mm; "
         "image from Debian package mricron-data",
         "licence": MNI,

@@ -75,7 +75,7 @@ ROOMS = {
         "nifti",
     ],
     "applications.mri.data": [
-        *("centre", "volumes", "remarks", "slices", "writing", "coil_fits", "images"),
+        *("centre", "values", "volumes", "remarks", "slices", "writing", "coil_fits", "images"),
     ],
     "applications.mri.sampling": [
         "base",

@@ -83,7 +83,7 @@ def print_images(outcome: Outcome) -> None:
         )
     if is_nifti(out) and not found.oriented:
         console.print("The scan states no orientation; the images have none.")
-    console.print(f"Images   {out}")
+    say(f"Images   {out}")
 
 
 def print_outcomes(outcomes: Sequence[Outcome], folder: Path) -> None:
@@ -120,7 +120,7 @@ def print_outcomes(outcomes: Sequence[Outcome], folder: Path) -> None:
     written = sum(isinstance(one.found, ScanImages) for one in outcomes)
     if not written:
         raise InputError("at least one scan was needed that can be used, the folder has none.")
-    console.print(f"Images   {written} of {len(outcomes)} scans in {folder}")
+    say(f"Images   {written} of {len(outcomes)} scans in {folder}")
 
 
 def _cells(found: ScanImages | InputError) -> tuple[str, ...]:

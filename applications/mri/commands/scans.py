@@ -31,7 +31,7 @@ from applications.mri.network.weights import PRETRAINED, weights_named
 from applications.mri.sampling import FromFile, Masking
 from applications.mri.simulation.phantoms import SimulationSettings, simulate_folder
 from applications.mri.training.precision import check_device
-from applications.outputs import Output, claimed, results
+from applications.outputs import Output, check_outputs, claimed, results
 from applications.records import Report
 
 VERDICTS = results("scans")
@@ -90,9 +90,10 @@ def evaluate_command(
         _check_apart(slices, tuned_on)
     sampling = masking.sampling
     kept = None if images is None else KeptImages(images, slices.files)
-    written = [Output(out, SCORES), *([] if kept is None else kept.outputs)]
+    written = [] if kept is None else kept.outputs
     inputs = [*_files(slices), *_files(tuned_on), *_weights_files(weights)]
-    with claimed(written, inputs, images), progress_bars() as report:
+    check_outputs([Output(out, SCORES), *written], inputs)
+    with claimed([Output(out, SCORES)], inputs, images), progress_bars() as report:
         looked = examined(slices, report=lambda share: report("looking at scans", share))
         for line in looked.remarks:
             say(line)
@@ -165,13 +166,14 @@ def reconstruct_command(
     several = scan.is_dir()
     jobs = _jobs(scan, out, png, suffix, check=not skip_bad) if several else [Job(scan, out, png)]
     inputs = [*(one.scan for one in jobs), *_weights_files(weights), *([mask] if mask else [])]
-    written = [output for job in jobs for output in job.outputs]
-    written += [] if verdicts is None else [Output(verdicts, VERDICTS)]
+    written = [] if verdicts is None else [Output(verdicts, VERDICTS)]
+    held = claimed(written, inputs, out) if several else claimed(written, inputs)
     skip = several and skip_bad
-    with claimed(written, inputs, out if several else None), progress_bars() as report:
+    with held, progress_bars() as report:
+        check_outputs([output for job in jobs for output in job.outputs], inputs)
         for job in jobs:
             check_image_path(job.out)
-        outcomes = [_outcome(job, making, given, made_by, report, skip) for job in jobs]
+        outcomes = [_outcome(job, making, given, made_by, report, skip, inputs) for job in jobs]
         if verdicts is not None:
             write_json(verdicts, {"scans": [one.as_json() for one in outcomes]})
     if several:
@@ -187,14 +189,16 @@ def _outcome(
     made_by: dict[str, str],
     report: Report,
     skip: bool,
+    inputs: list[Path],
 ) -> Outcome:
     """What becomes of a scan; where it may be skipped, an error is an outcome."""
     record = {"source": job.scan.name} | made_by
     told = partial(report, f"reconstructing {job.scan.name}")
     try:
-        found = reconstruct_scan(job.scan, making, job.out, given, told, record)
-        if job.png is not None:
-            draw_image(job.png, found.middle)
+        with claimed(job.outputs, inputs):
+            found = reconstruct_scan(job.scan, making, job.out, given, told, record)
+            if job.png is not None:
+                draw_image(job.png, found.middle)
     except InputError as error:
         if not skip:
             raise
@@ -226,15 +230,25 @@ def _plausible(path: Path) -> bool:
 
 
 def _check_apart(slices: SliceDataset, tuned_on: SliceDataset) -> None:
-    """Refuses to tune methods on scans that they are scored on."""
-    for one in slices.files:
-        for other in tuned_on.files:
-            same = one.path.samefile(other.path)
-            if same or filecmp.cmp(one.path, other.path, shallow=False):
+    """Refuses to tune methods on scans that they are scored on, copies included."""
+    scored: dict[tuple[int, bytes], list[Path]] = {}
+    for one in _files(slices):
+        scored.setdefault(_mark(one), []).append(one)
+    for other in _files(tuned_on):
+        for one in scored.get(_mark(other), []):
+            if filecmp.cmp(one, other, shallow=False):
                 raise InputError(
-                    f"{other.path}: methods must be tuned on other scans than they are scored on, "
-                    f"this is {one.path} of --data; name a folder of validation scans."
+                    f"{other}: methods must be tuned on other scans than they are scored on, this "
+                    f"is {one} of --data; name a folder of validation scans."
                 )
+
+
+def _mark(path: Path) -> tuple[int, bytes]:
+    """What files of the same content share, and few others: size, and values from the middle."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(size // 2)
+        return size, file.read(4096)
 
 
 def _files(slices: SliceDataset | None) -> list[Path]:

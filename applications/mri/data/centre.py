@@ -18,7 +18,7 @@ def check_centre(kspace: Tensor, mask: Tensor | None, where: str) -> None:
     linear phase of the image moves the peak by a few positions, and noise has none.
 
     Args:
-        kspace: complex, shape ``(coils, rows, columns)``, finite and not all zero.
+        kspace: complex, shape ``(coils, rows, columns)``, not all zero; squares must be finite.
         mask: of what was measured, ``(rows, columns)``; None: all.
         where: the file and the slice, for the message.
 
@@ -28,12 +28,13 @@ def check_centre(kspace: Tensor, mask: Tensor | None, where: str) -> None:
     rows, columns = kspace.shape[-2:]
     if min(rows, columns) < _SMALLEST_SIDE:
         return
-    parts = torch.view_as_real(kspace)
-    energy = (parts / parts.abs().max()).square().sum(dim=(0, -1))
+    energy = (kspace.real.square() + kspace.imag.square()).sum(dim=0).double()
     counted = torch.ones_like(energy) if mask is None else mask.to(energy.dtype)
-    energy = energy.clamp(max=energy[counted > 0].quantile(_BRIGHT)) * counted
+    measured = energy[counted > 0]
+    bright = measured.kthvalue(max(1, int(_BRIGHT * len(measured)))).values
+    energy = energy.clamp(max=bright) * counted
     near = [max(n // _NEAR, 2) for n in (rows, columns)]
-    means = _windowed(energy, near) / _windowed(counted, near).clamp_min(1e-6)
+    means = _windowed(energy, near) / _windowed(counted, near).clamp_min(0.5)
     peak = divmod(int(means.argmax()), columns)
     centre = (rows // 2, columns // 2)
     if all(abs(p - c) <= n for p, c, n in zip(peak, centre, near, strict=True)):
@@ -49,9 +50,13 @@ def check_centre(kspace: Tensor, mask: Tensor | None, where: str) -> None:
 
 
 def _windowed(values: Tensor, half: list[int]) -> Tensor:
-    """Means over windows, what lies outside being 0."""
-    size = [2 * (n // 2) + 1 for n in half]
-    pooled = torch.nn.functional.avg_pool2d(
-        values[None, None], size, stride=1, padding=[n // 2 for n in size]
-    )
-    return pooled[0, 0]
+    """Sums over windows around each position, what lies outside being 0."""
+    for axis, n in enumerate(half):
+        length, reach = values.shape[axis], n // 2
+        sums = values.cumsum(axis)
+        place = torch.arange(length, device=values.device)
+        until = sums.index_select(axis, (place + reach).clamp(max=length - 1))
+        before = sums.index_select(axis, (place - reach - 1).clamp(min=0))
+        first = (place > reach).to(values.dtype)
+        values = until - before * (first[:, None] if axis == 0 else first)
+    return values

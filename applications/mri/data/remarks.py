@@ -1,6 +1,7 @@
 """What users should know of slices and volumes, gathered while they are read."""
 
-from applications.mri.data.volumes import Slice, UnusableSliceError, VolumeFile
+from applications.mri.data.values import Slice, UnusableSliceError
+from applications.mri.data.volumes import VolumeFile
 
 
 class Remarks:

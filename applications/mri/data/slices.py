@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from applications.errors import InputError
 from applications.mri.data.remarks import Remarks
-from applications.mri.data.volumes import Slice, UnusableSliceError, VolumeFile
+from applications.mri.data.values import Slice, UnusableSliceError
+from applications.mri.data.volumes import VolumeFile
 from applications.mri.formats.fastmri import SUFFIXES
 from applications.mri.physics.operators import ifft2c, rss
 

@@ -1,73 +1,12 @@
 """Scans of any format of `applications.mri.formats`, read slice by slice."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from applications.errors import InputError
-from applications.mri.data.centre import check_centre
+from applications.mri.data.values import Slice, UnusableSliceError, slice_of
 from applications.mri.formats import Facts, Reader, cfl, fastmri, ismrmrd, m4raw, twix
 from applications.mri.formats.nifti import is_nifti
-
-_SMALLEST, _LARGEST = 1e-13, 1e13  # whose squares, summed over a slice, are far from the limits
-
-
-def implied_mask(kspace: Tensor) -> Tensor:
-    """The positions where any coil is not exactly zero: the mask of zero-filled k-space.
-
-    Args:
-        kspace: shape ``(..., coils, rows, columns)``.
-
-    Returns:
-        Boolean mask, shape ``(..., rows, columns)``.
-    """
-    return (kspace != 0).any(dim=-3)
-
-
-class UnusableSliceError(InputError):
-    """A slice that was not measured, or holds values that are not finite: it can be left out."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One slice of a file.
-
-    Attributes:
-        kspace: complex64, shape ``(coils, rows, columns)``.
-        mask: boolean, shape ``(rows, columns)``, or None where the file has none; `measured` is
-            what was measured.
-        reference: float32, shape ``(rows, columns)`` or a centred crop of it, or None.
-        max: largest reference value of the volume, the data range of its metrics, or None.
-        path: the file.
-        index: the slice in the file.
-        unit: what `kspace`, `reference` and `max` were divided by: 1, but for values so large or
-            small that their squares leave the range of float32.
-        calibration: complex64, shape of `kspace`, zeros where nothing was measured: what calibrates
-            the coils if it is no part of the image, or None.
-        remarks: what was found that users should know.
-    """
-
-    kspace: Tensor
-    mask: Tensor | None
-    reference: Tensor | None
-    max: float | None
-    path: Path
-    index: int
-    unit: float = 1.0
-    calibration: Tensor | None = None
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def measured(self) -> Tensor:
-        """The mask without what is zero in all coils: boolean, shape ``(rows, columns)``."""
-        implied = implied_mask(self.kspace)
-        return implied if self.mask is None else self.mask & implied
 
 
 @dataclass(frozen=True)
@@ -178,29 +117,7 @@ class VolumeFile:
             )
         index = index if self.block is None else self.block[index]
         reader = self.readers[self.volume]
-        raw = reader.read(index)
-        _check_finite(reader.path, "kspace", raw.kspace, index)
-        kspace = torch.from_numpy(raw.kspace)
-        measured, remarks = _measured(reader.path, kspace, raw.mask, index)
-        check_centre(kspace, measured, f"{reader.path}: slice {index}")
-        unit = _unit(kspace)
-        reference, calibration = raw.reference, raw.calibration
-        if reference is not None:
-            reference = torch.from_numpy((reference / unit).astype(np.float32))
-        if calibration is not None:
-            _check_finite(reader.path, "calibration", calibration, index)
-            calibration = torch.from_numpy(calibration) / unit
-        return Slice(
-            kspace if unit == 1 else kspace / unit,
-            raw.mask,
-            reference,
-            None if self.max is None else self.max / unit,
-            self.path,
-            index,
-            unit,
-            calibration,
-            remarks,
-        )
+        return slice_of(reader.read(index), self.path, reader.path, index, self.max)
 
     def middle_slice(self) -> Slice:
         """The slice nearest the middle that can be used.
@@ -236,49 +153,6 @@ def open_scan(path: Path) -> tuple[VolumeFile, ...]:
     """
     readers = open_volumes(path)
     return tuple(VolumeFile(path, volume, readers) for volume in range(len(readers)))
-
-
-def _measured(
-    path: Path, kspace: Tensor, stated: Tensor | None, index: int
-) -> tuple[Tensor, tuple[str, ...]]:
-    """The stated mask without what is zero, and what to say of that."""
-    measured = implied_mask(kspace)
-    if not bool(measured.any()):
-        raise UnusableSliceError(
-            f"{path}: slice {index} is zero throughout, a mask must keep at least one position; "
-            "measure it again or leave the slice out."
-        )
-    mask = measured if stated is None else stated & measured
-    if not bool(mask.any()):
-        raise UnusableSliceError(
-            f"{path}: mask must keep at least one position, of slice {index} it keeps none that is "
-            "not zero; correct the mask or leave the slice out."
-        )
-    missing = int((~measured).sum() if stated is None else (stated & ~measured).sum())
-    if not missing:
-        return mask, ()
-    columns = int((~measured.any(dim=0)).sum())
-    what = f"{missing} of {measured.numel()} positions"
-    if columns * measured.shape[0] == missing:
-        what = f"{columns} of {measured.shape[1]} columns"
-    return mask, (f"{what} are zero in all coils and count as not measured",)
-
-
-def _unit(kspace: Tensor) -> float:
-    """A power of two that brings extreme values to about 1; it changes no digit."""
-    largest = float(torch.view_as_real(kspace).abs().max())
-    if _SMALLEST <= largest <= _LARGEST:
-        return 1.0
-    return 2.0 ** round(math.log2(largest))
-
-
-def _check_finite(path: Path, name: str, values: NDArray[Any], index: int) -> None:
-    bad = int(np.count_nonzero(~np.isfinite(values)))
-    if bad:
-        raise UnusableSliceError(
-            f"{path}: {name} must be finite, slice {index} holds {bad} values that are not; export "
-            "it again or leave the slice out."
-        )
 
 
 # A format that recognises less stands before one that recognises more.

@@ -6,8 +6,6 @@ readouts is removed by cropping the image. Lines of calibration belong to the im
 calls them embedded or interleaved; others calibrate the coils alone. Scans of noise prewhiten.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from applications.errors import InputError
-from applications.mri.formats.base import Facts, RawSlice, Reader
+from applications.mri.formats.base import Acquisitions, Facts, RawSlice, Reader
 from applications.mri.formats.encoding import Encoding, geometry_of
 from applications.mri.formats.lines import (
     CALIBRATION,
@@ -31,30 +29,9 @@ from applications.mri.formats.lines import (
     ordered_slices,
     placed,
 )
-from applications.mri.formats.noise import whitening
+from applications.mri.formats.noise import measured_whitening
 
 _SMEARED = 2  # rows
-
-
-class Acquisitions(ABC):
-    """The acquisitions of a file, read when asked for; it keeps no file open and no data.
-
-    Attributes:
-        path: the file.
-    """
-
-    path: Path
-
-    @abstractmethod
-    def values(self, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
-        """The values of acquisitions, one after the other.
-
-        Args:
-            numbers: of them, rising.
-
-        Yields:
-            Real and imaginary parts in turn, coil after coil, flat.
-        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,9 +161,10 @@ def acquired_volumes(
     """
     path = acquisitions.path
     noise = np.flatnonzero(has(heads, NOISE))
-    noise_heads = heads[noise]
+    channels = heads[noise]["active_channels"]
     heads, numbers = imaging_lines(heads, path)
-    white, remarks = _whitening(acquisitions, noise, noise_heads, int(heads["active_channels"][0]))
+    n_coils = int(heads["active_channels"][0])
+    white, remarks = measured_whitening(acquisitions, noise, channels, n_coils)
     columns = columns_of(heads, encoding, path)
     keys = np.stack([heads["idx"][name] for name in VOLUME], axis=1)
     volumes = tuple(
@@ -253,23 +231,6 @@ def _volume(
         tuple(lines(alone & one) if (alone & one).any() else None for one in by_slice),
         white,
     )
-
-
-def _whitening(
-    acquisitions: Acquisitions, numbers: NDArray[np.int64], heads: NDArray[Any], n_coils: int
-) -> tuple[NDArray[np.complex64] | None, tuple[str, ...]]:
-    """The matrix by the scans of noise, and what to say of it."""
-    if not len(numbers):
-        return None, ()
-    noise = [
-        value.view(np.complex64).reshape(int(head["active_channels"]), -1)
-        for head, value in zip(heads, acquisitions.values(numbers), strict=True)
-        if value.size and value.size % (2 * int(head["active_channels"]) or 1) == 0
-    ]
-    white = whitening(noise, n_coils)
-    if white is None:
-        return None, ("the scans of noise are too few, or of other coils: noise is not whitened",)
-    return white, ("noise is whitened by the scans of noise",)
 
 
 def _remarks(places: Placed) -> tuple[str, ...]:

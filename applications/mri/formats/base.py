@@ -1,7 +1,7 @@
 """What every file format of scans offers: volumes whose slices are read one at a time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -99,6 +99,27 @@ class Reader(ABC):
 
         Raises:
             InputError: if the file is damaged.
+        """
+
+
+class Acquisitions(ABC):
+    """The acquisitions of a file, read when asked for; it keeps no file open and no data.
+
+    Attributes:
+        path: the file.
+    """
+
+    path: Path
+
+    @abstractmethod
+    def values(self, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+        """The values of acquisitions, one after the other.
+
+        Args:
+            numbers: of them, rising.
+
+        Yields:
+            Real and imaginary parts in turn, coil after coil, flat.
         """
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from applications.errors import InputError
-from applications.mri.formats.acquired import Acquisitions, acquired_volumes
-from applications.mri.formats.base import Format, Reader
+from applications.mri.formats.acquired import acquired_volumes
+from applications.mri.formats.base import Acquisitions, Format, Reader
 from applications.mri.formats.hdf5 import opened
 from applications.mri.formats.ismrmrd_header import checked_encoding, read_header
 from applications.mri.formats.lines import CALIBRATION, NAVIGATOR, has, imaging_lines

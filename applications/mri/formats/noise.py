@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from applications.mri.formats.base import Acquisitions
+
 _SAMPLES_PER_COIL = 4  # below, the covariance is little but chance
 _LARGEST_CONDITION = 1e8
 
@@ -38,3 +40,33 @@ def whitening(noise: Sequence[NDArray[np.complex64]], n_coils: int) -> NDArray[n
         return None
     sigma = np.sqrt(np.trace(covariance).real / n_coils)
     return (sigma * np.linalg.inv(np.linalg.cholesky(covariance))).astype(np.complex64)
+
+
+def measured_whitening(
+    acquisitions: Acquisitions,
+    numbers: NDArray[np.int64],
+    channels: NDArray[np.int64],
+    n_coils: int,
+) -> tuple[NDArray[np.complex64] | None, tuple[str, ...]]:
+    """The matrix by the scans of noise in a file, and what to say of it.
+
+    Args:
+        acquisitions: of the file.
+        numbers: of the scans of noise.
+        channels: of each.
+        n_coils: of the image.
+
+    Returns:
+        `whitening`, and remarks for users.
+    """
+    if not len(numbers):
+        return None, ()
+    noise = [
+        value.view(np.complex64).reshape(int(count), -1)
+        for count, value in zip(channels, acquisitions.values(numbers), strict=True)
+        if count and value.size and value.size % (2 * int(count)) == 0
+    ]
+    white = whitening(noise, n_coils)
+    if white is None:
+        return None, ("the scans of noise are too few, or of other coils: noise is not whitened",)
+    return white, ("noise is whitened by the scans of noise",)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from applications.errors import InputError
-from applications.mri.formats.acquired import Acquisitions, acquired_volumes
-from applications.mri.formats.base import Format, Reader, optional
+from applications.mri.formats.acquired import acquired_volumes
+from applications.mri.formats.base import Acquisitions, Format, Reader, optional
 from applications.mri.formats.encoding import Encoding
 from applications.mri.formats.lines import HEAD
 

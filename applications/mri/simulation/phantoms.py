@@ -17,7 +17,7 @@ from applications.mri.simulation.anatomy import load_anatomies, resize, split, w
 from applications.mri.simulation.coils import biot_savart_coils
 from applications.mri.simulation.simulate import simulate
 from applications.mri.simulation.views import columns_in_view, in_view
-from applications.outputs import Kind, Output
+from applications.outputs import Kind, Output, check_outputs
 from applications.settings import setting
 
 _PATIENT = "simulated"
@@ -102,8 +102,8 @@ def simulate_folder(
     for role in ROLES:
         make_folder(folder / role)
     read = [] if settings.anatomies is None else [settings.anatomies]
-    for one in plan:
-        Output(folder / one.role / f"{one.name}.h5", SIMULATED).check(read)
+    written = [Output(folder / one.role / f"{one.name}.h5", SIMULATED) for one in plan]
+    check_outputs(written, read)
     for i, one in enumerate(plan, start=1):
         path = folder / one.role / f"{one.name}.h5"
         write_volume(path, _volume(one, settings, generator))

@@ -116,14 +116,17 @@ def draw_full(
         return int(torch.randint(n, (), generator=generator))
 
     kspace, reference = fully_sampled(one)
-    images = ifft2c(kspace)
+    images, measured = ifft2c(kspace), one.measured
     if reference.shape != images.shape[-2:]:  # it was cropped
         reference = rss(images)
     for axis in (-2, -1) if flips else ():
         if draw(2):
             images, reference = images.flip(axis), reference.flip(axis)
+            # Frequency k becomes -k; the zero frequency, at n // 2, stays where it is.
+            measured = measured.flip(axis).roll(1 - measured.shape[axis] % 2, axis)
     n_rows = images.shape[-2]
     mask = samplings[draw(len(samplings))].mask((n_rows, images.shape[-1]), generator)
+    mask = mask & measured  # without the zeros that scanners pad k-space by
     rows = slice(0, n_rows)
     if 0 < crop < n_rows and samples_columns(mask):
         top = draw(n_rows - crop + 1)

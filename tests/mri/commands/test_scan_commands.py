@@ -99,6 +99,18 @@ def test_a_scan_without_any_slice_leaves_nothing(weights, tmp_path):
     assert list(tmp_path.iterdir()) == [scan]
 
 
+def test_names_with_brackets_are_printed_as_they_are(weights, tmp_path):
+    scan = tmp_path / "scan[b].h5"
+    write_volume(scan, Volume(full() * MASK))
+    text = reconstruct(weights, scan, tmp_path / "image[red].h5")
+    assert "scan[b].h5: of slice 0, 1, 2, 11 of 24 columns" in text
+    assert "image[red].h5" in text
+    folder = tmp_path / "folder[i]"
+    folder.mkdir()
+    scan.rename(folder / scan.name)
+    assert "│ scan[b].h5 │ 3 │" in reconstruct(weights, folder, tmp_path / "out")
+
+
 @pytest.mark.parametrize("factor", [1e20, 1e25, 1e-20, 1e-30])
 def test_values_of_any_size_are_reconstructed_in_the_units_of_the_scan(weights, tmp_path, factor):
     kspace = full()

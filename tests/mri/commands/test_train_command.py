@@ -194,10 +194,13 @@ def test_tasks_bring_scans_masks_and_validation(data, small, tmp_path, monkeypat
     [
         ([], "scans of a folder or of tasks were needed, got neither; give --data FOLDER, or"),
         (["--data", "x", "--task", "name=a,anatomy=b"], "of a folder or of tasks were needed, got"),
-        (["--task", "name=a,anatomy=head_cut_t1_axial", "--mask", "poisson"], "leave --mask, its"),
-        (["--task", "name=a,anatomy=head_cut_t1_axial", "--validation", "x"], "and --validation"),
         (
-            ["--task", "name=a,anatomy=head_cut_t1_axial,size=32,roles=test"],
+            ["--task", "name=a,anatomy=skull_base_t1_axial", "--mask", "poisson"],
+            "leave --mask, its",
+        ),
+        (["--task", "name=a,anatomy=skull_base_t1_axial", "--validation", "x"], "and --validation"),
+        (
+            ["--task", "name=a,anatomy=skull_base_t1_axial,size=32,roles=test"],
             "at least one task with the role train was needed, none of 1 has it",
         ),
     ],

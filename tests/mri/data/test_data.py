@@ -339,3 +339,19 @@ def test_a_block_outside_the_volume_is_refused(tmp_path, block):
     write_volume(tmp_path / "scan.h5", volume(5))
     with pytest.raises(InputError, match="a block must name slices in 0 to 4, at least one"):
         VolumeFile(tmp_path / "scan.h5", block=block)
+
+
+def test_volumes_in_the_layout_of_fastmri_are_a_data_set_in_three_lines(tmp_path):
+    """As the page on MRI has it, for a training of one's own."""
+    mask = torch.arange(6) % 2 == 0
+    for name in ("a.h5", "b.h5"):
+        write_volume(tmp_path / name, volume(mask=mask))
+    slices = SliceDataset(tmp_path)
+    loader = torch.utils.data.DataLoader(slices, batch_size=None, shuffle=True)
+    found = [(one.kspace, one.measured, one.reference) for one in loader]
+    assert len(found) == 6
+    expected = volume()
+    for kspace, measured, reference in found:
+        (index,) = (k for k in range(3) if torch.equal(kspace, expected.kspace[k]))
+        assert torch.equal(measured, mask.expand(8, 6))
+        assert torch.equal(reference, expected.reference[index])

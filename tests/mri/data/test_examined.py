@@ -20,6 +20,7 @@ from applications.mri.data import (
 from applications.mri.data.centre import check_centre
 from applications.mri.physics.operators import fft2c, ifft2c, rss
 from applications.mri.sampling import CartesianRandom, PoissonDisc
+from applications.mri.training.examples import draw_full
 
 SLICES, COILS, ROWS, COLUMNS = 4, 2, 12, 10
 KSPACE = kspace_of(coil_images(SLICES, COILS, ROWS, COLUMNS)).numpy()
@@ -185,3 +186,19 @@ def test_noise_spikes_and_slopes_of_phase_are_no_other_centre(seed):
     mask = CartesianRandom(4.0, 0.08).mask((160, 160), generator)
     check_centre(phantom() * mask, mask, "undersampled")
     check_centre(fft2c(torch.ones(1, 8, 8)), None, "too small to tell")
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (23, 41), (24, 41)])
+def test_padding_is_no_measurement_that_a_training_sees_however_it_is_flipped(tmp_path, shape):
+    kspace = kspace_of(coil_images(1, COILS, *shape))
+    kspace[..., :5] = 0
+    kspace[..., 21:, :] = 0
+    one = written(tmp_path / "scan.h5", kspace.numpy()).read_slice(0)
+    seen = set()
+    for seed in range(12):
+        generator = torch.Generator().manual_seed(seed)
+        example = draw_full(one, generator, (CartesianRandom(1.01, 0.9),))
+        largest = fft2c(example.target).abs().amax(0)
+        assert float(largest[example.mask].min()) > 1e-4
+        seen.add(tuple(example.mask.any(0).tolist()))
+    assert len(seen) >= 2

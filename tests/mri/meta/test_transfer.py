@@ -34,7 +34,7 @@ tasks:
 UNSEEN = f"""
 defaults: {DEFAULTS}
 tasks:
-  - {{name: neck, anatomy: head_cut_t1_axial, roles: [train, test]}}
+  - {{name: neck, anatomy: skull_base_t1_axial, roles: [train, test]}}
   - {{name: faster, acceleration: 3, roles: [test]}}
 """
 BUDGET = ("--evaluations", 6, "--crop", 0)

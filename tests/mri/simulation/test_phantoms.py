@@ -127,7 +127,7 @@ def test_noise_has_the_strength_asked_for(tmp_path, settings):
 
 def test_the_bundled_anatomies_are_the_default():
     assert SimulationSettings().anatomies is None
-    assert set(load_anatomies(None)) >= {"brain_t1_axial", "head_cut_t1_axial"}
+    assert set(load_anatomies(None)) >= {"brain_t1_axial", "skull_base_t1_axial"}
 
 
 @pytest.mark.parametrize(
