@@ -66,8 +66,10 @@ def network_methods(trained: Trained) -> dict[str, Method]:
         scan = prepare(kspace, mask)
         return (rss(ifft2c(scan.start)) * scan.scale[:, 0])[0]
 
-    if network.architecture.self_consistency or network.architecture.gains:
+    if network.architecture.gains:
         return {"start": start, "ours": ours}
+    if network.architecture.self_consistency:
+        return {"self-consistent start": start, "ours": ours}
     return {"ours": ours}
 
 

@@ -24,7 +24,7 @@ from applications.mri.physics.l1_spirit import momenta
 from applications.mri.physics.operators import ifft2c, sample, sample_adjoint
 from applications.mri.physics.wavelets import Wavelets, spread
 
-STEPS = 2  # towards data and consistency, a phase
+STEPS = 3  # towards data and consistency, a phase
 EVERY = 3  # steps of the warm-up from one shrinkage to the next
 _LEVELS = 4
 _ORIENTATIONS = 3

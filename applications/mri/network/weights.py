@@ -87,7 +87,8 @@ def beginning(
     Args:
         init: stored ones, see `weights_named`; None: new ones.
         preset: of new ones, `light` unless named; stored ones must be of it if it is named.
-        n_coils: of new ones, 8 unless stated, none for presets that take any number; stored ones must be for it if it is stated.
+        n_coils: of new ones, 8 unless stated, none for presets that take any number; stored ones
+            must be for it if it is stated.
 
     Returns:
         The weights for a seed.
