@@ -12,6 +12,7 @@ from applications.mri.physics.consistency import (
     bounded,
     calibrate,
     consistent_image,
+    fitted_kernels,
     inconsistency_normal,
     low_resolution_phase,
     towards_consistency,
@@ -123,7 +124,8 @@ def _warmed_up(f: Tensor, masks: Tensor, steps: int, scale: Tensor) -> Scan:
     last, before, consistent, thresholds = [], [], [], []
     for x, m in zip(f, masks, strict=True):
         threshold = threshold_of_noise(x, m)
-        matrices = towards_consistency(inconsistency_normal(calibrate(x, m)), CONSISTENCY)
+        kernels = fitted_kernels(x, m)
+        matrices = towards_consistency(kernels, (x.shape[1], x.shape[2]), CONSISTENCY)
         u, previous = quick_steps(x, m, matrices, threshold, steps, EVERY)
         last.append(u)
         before.append(previous)

@@ -13,8 +13,7 @@ from applications.mri.network.architecture import ANY, Architecture, light
 from applications.mri.network.reconstruction import Loss, Network
 from applications.mri.network.wavelet_phases import EVERY, STEPS, Gains, WaveletPhase
 from applications.mri.physics.consistency import (
-    calibrate,
-    inconsistency_normal,
+    fitted_kernels,
     times,
     towards_consistency,
 )
@@ -74,7 +73,7 @@ def test_the_untrained_network_is_steps_of_l1_spirit(scan):
     scale = rss(ifft2c(kspace)).max()
     f = kspace / scale
     threshold = threshold_of_noise(f, mask)
-    matrices = towards_consistency(inconsistency_normal(calibrate(f, mask)))
+    matrices = towards_consistency(fitted_kernels(f, mask), (SIZE, SIZE))
     u, before = quick_steps(f, mask, matrices, threshold, 6, EVERY)
     factors = momenta(6 + 2 * STEPS)[6:]
     for phase in range(2):
