@@ -17,6 +17,7 @@ from torch import Tensor
 from applications.errors import InputError
 from applications.mri.physics.operators import ifft2c, sample, sample_adjoint
 
+_BLOCK = 1 << 16  # complex values
 _COARSE = 63  # positions an axis where inverses are taken, odd
 _KERNEL = 5  # side of the kernels [positions], where the centre is large enough to fit them
 
@@ -254,10 +255,21 @@ def times(matrices: Tensor, state: Tensor) -> Tensor:
     Returns:
         ``sum_i matrices_oi state_i``, the shape of ``state``.
     """
-    columns = matrices.movedim((-2, -1), (-4, -3)).unbind(-3)  # (..., coils out, rows, columns)
+    planes = matrices.movedim((-2, -1), (-4, -3))  # (..., coils out, coils in, rows, columns)
+    # Rows in blocks that stay in the cache while the coils are added up.
+    height = max(1, _BLOCK // (state.shape[-3] * state.shape[-1]))
+    blocks = [
+        _times(planes[..., top : top + height, :], state[..., top : top + height, :])
+        for top in range(0, state.shape[-2], height)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)
+
+
+def _times(planes: Tensor, state: Tensor) -> Tensor:
+    columns = planes.unbind(-3)  # one a coil that is multiplied
     total = columns[0] * state[..., :1, :, :]
     for i, column in enumerate(columns[1:], start=1):
-        total = torch.addcmul(total, column, state[..., i : i + 1, :, :])
+        total.addcmul_(column, state[..., i : i + 1, :, :])
     return total
 
 
