@@ -197,7 +197,7 @@ def swept_multipliers(trained: Trained, file: VolumeFile, index: int, mask: Tens
     scan = network.prepare(kspace[None], mask)
     problem, start = network.training_problem(scan, ifft2c(kspace)[None], reference[None], Loss())
     found = bl.adjoint(problem, start, trained.control, keep_multipliers=True)
-    return [rss(one)[0] for one in found.multipliers or []]
+    return [rss(network.coil_images(one))[0] for one in found.multipliers or []]
 
 
 def _draw(

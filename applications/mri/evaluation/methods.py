@@ -67,8 +67,10 @@ def network_methods(trained: Trained, device: str = "cpu") -> dict[str, Method]:
         scan = prepare(kspace, mask)
         return (rss(ifft2c(scan.start)) * scan.scale[:, 0])[0].cpu()
 
-    if network.architecture.self_consistency or network.architecture.gains:
+    if network.architecture.gains:
         return {"start": start, "ours": ours}
+    if network.architecture.self_consistency:
+        return {"self-consistent start": start, "ours": ours}
     return {"ours": ours}
 
 

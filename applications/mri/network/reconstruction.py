@@ -17,7 +17,7 @@ from applications.mri.network.modules import InitialNet, Phase
 from applications.mri.network.scan import Scan, prepared
 from applications.mri.network.wavelet_phases import Begin, WaveletPhase
 from applications.mri.physics.l1_spirit import l1_spirit
-from applications.mri.physics.operators import rss, sample
+from applications.mri.physics.operators import ifft2c, rss, sample
 
 NETWORK, L1_SPIRIT = "network", "l1-spirit"  # methods
 
@@ -48,7 +48,9 @@ class Loss:
 
     .. math:: a\,|u(T) - u^*|^2 + b\,\big||J u(T)| - RSS(u^*)\big| + c\,|u(0) - u^*|
 
-    The term in u(0) is the running cost at t = 1. The defaults are the paper's.
+    The term in u(0) is the running cost at t = 1. The defaults are the paper's. Phases that shrink
+    wavelets take each mean relative to that of what they start from, so that slices whose errors
+    are small count as much as others.
 
     Attributes:
         state: a.
@@ -181,18 +183,30 @@ class Network:
         """
         target, reference = target / scan.scale, reference / scan.scale[:, 0]
 
-        def terminal(state: Any, control: bl.PerStep) -> Tensor:
+        def of_state(state: Any) -> Tensor:
             difference = torch.view_as_real(self.coil_images(state) - target)
-            cost = 2 * loss.state * difference.square().mean()  # the mean is over complex values
-            cost = (
-                cost + loss.combined * (self.image(scan, state, control) - reference).abs().mean()
+            return 2 * difference.square().mean()  # the mean is over complex values
+
+        units = (1.0, 1.0, 1.0)
+        if self.architecture.gains:
+            start = ifft2c(scan.start)
+            units = tuple(
+                float(unit) or 1.0
+                for unit in (
+                    2 * torch.view_as_real(start - target).square().mean(),
+                    (rss(start) - reference).abs().mean(),
+                    (start - target).abs().mean(),
+                )
             )
-            return cost
+
+        def terminal(state: Any, control: bl.PerStep) -> Tensor:
+            combined = (self.image(scan, state, control) - reference).abs().mean()
+            return loss.state / units[0] * of_state(state) + loss.combined / units[1] * combined
 
         def running(state: Any, _control: object, t: int) -> Tensor:
             if t != 1:
                 return torch.zeros((), device=target.device)
-            return loss.initial * (self.coil_images(state) - target).abs().mean()
+            return loss.initial / units[2] * (self.coil_images(state) - target).abs().mean()
 
         problem = bl.ControlProblem(
             self.dynamics(scan), terminal, self.architecture.n_phases, running

@@ -12,6 +12,7 @@ from applications.mri.physics.consistency import (
     bounded,
     calibrate,
     consistent_image,
+    fitted_kernels,
     inconsistency_normal,
     low_resolution_phase,
     towards_consistency,
@@ -114,13 +115,13 @@ def prepared(
     if calibration is not None:
         centre = calibration.to(torch.complex64)
         measured = (centre != 0).any(dim=1)
+    pairs = zip(centre, measured, strict=True)
+    if a.gains:
+        kernels = [fitted_kernels(x, m) for x, m in pairs]
+        return _warmed_up(f, masks, kernels, a.warm_up, scale)
     start, normal = f, None
-    if a.gains or a.self_consistency:
-        pairs = zip(centre, measured, strict=True)
+    if a.self_consistency:
         normal = torch.stack([inconsistency_normal(calibrate(x, m)) for x, m in pairs])
-    if a.gains and normal is not None:
-        return _warmed_up(f, masks, normal, a.warm_up, scale)
-    if normal is not None:
         start, normal = _filled(f, masks, normal, a.self_consistency)
     phases = None
     if a.demodulate:
@@ -129,12 +130,12 @@ def prepared(
     return Scan(f, masks[:, None], start, normal, phases, scale)
 
 
-def _warmed_up(f: Tensor, masks: Tensor, normal: Tensor, steps: int, scale: Tensor) -> Scan:
+def _warmed_up(f: Tensor, masks: Tensor, kernels: list[Tensor], steps: int, scale: Tensor) -> Scan:
     """Steps of l1-SPIRiT for phases that go on with them."""
     last, before, consistent, thresholds = [], [], [], []
-    for x, m, inconsistency in zip(f, masks, normal, strict=True):
+    for x, m, fit in zip(f, masks, kernels, strict=True):
         threshold = threshold_of_noise(x, m)
-        matrices = towards_consistency(inconsistency, CONSISTENCY)
+        matrices = towards_consistency(fit, (x.shape[1], x.shape[2]), CONSISTENCY)
         u, previous = quick_steps(x, m, matrices, threshold, steps, EVERY)
         last.append(u)
         before.append(previous)

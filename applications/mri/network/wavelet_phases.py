@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from applications.mri.network.architecture import Architecture
 from applications.mri.physics.consistency import times
 from applications.mri.physics.l1_spirit import momenta
-from applications.mri.physics.operators import ifft2c, sample, sample_adjoint
+from applications.mri.physics.operators import ifft2c, sample_adjoint, sample_normal
 from applications.mri.physics.wavelets import Wavelets, spread
 
 STEPS = 3  # towards data and consistency, a phase
@@ -106,9 +106,10 @@ class WaveletPhase(nn.Module):
     ) -> State:
         """u(t) and u(t-1) from u(t-1) and u(t-2), all ``(batch, coils, rows, columns)``."""
         u, before = state
+        zero_filled = sample_adjoint(kspace, mask)
         for i in range(STEPS):
             ahead = u + self.momentum[i] * (u - before)
-            residual = sample_adjoint(sample(ahead, mask) - kspace, mask)
+            residual = sample_normal(ahead, mask) - zero_filled
             b = ahead - self.step[i] * residual
             u, before = b + self.consistency[i] * (times(consistent, b) - b), u
         return self.shrunk(u, STEPS * threshold), before

@@ -25,7 +25,7 @@ from applications.mri.physics.consistency import (
     times,
 )
 from applications.mri.physics.masks import check_mask
-from applications.mri.physics.operators import ifft2c, rss, sample, sample_adjoint
+from applications.mri.physics.operators import ifft2c, rss, sample_normal
 from applications.mri.physics.wavelets import Wavelets, spread
 
 CONSISTENCY = 0.5  # c
@@ -76,10 +76,10 @@ def _fista(f: Tensor, mask: Tensor, normal: Tensor, threshold: float, steps: int
     """The iteration, in units of the zero-filled maximum; ``normal`` is c N."""
     length = 1 / (1 + CONSISTENCY * _LARGEST)
     shape = (f.shape[-2], f.shape[-1])
-    u = before = ifft2c(f)
+    u = before = zero_filled = ifft2c(f)
     for step, momentum in enumerate(momenta(steps)):
         ahead = u + momentum * (u - before)
-        gradient = sample_adjoint(sample(ahead, mask) - f, mask) + times(normal, ahead)
+        gradient = sample_normal(ahead, mask) - zero_filled + times(normal, ahead)
         wavelets = Wavelets(shape, shift=spread(shape, step))
         before = u
         u = soft_threshold_jointly(ahead - length * gradient, wavelets, length * threshold)
@@ -127,11 +127,11 @@ def quick_steps(
         The last coil images, and those of the step before, from which momentum goes on.
     """
     shape = (f.shape[-2], f.shape[-1])
-    u = before = ifft2c(f)
+    u = before = zero_filled = ifft2c(f)
     for step, momentum in enumerate(momenta(steps), start=1):
         ahead = u + momentum * (u - before)
         before = u
-        u = times(consistent, ahead - sample_adjoint(sample(ahead, mask) - f, mask))
+        u = times(consistent, ahead - sample_normal(ahead, mask) + zero_filled)
         if step % every == 0:
             wavelets = Wavelets(shape, shift=spread(shape, step // every))
             u = soft_threshold_jointly(u, wavelets, every * threshold)

@@ -85,6 +85,30 @@ def sample_adjoint(kspace: Tensor, mask: Tensor) -> Tensor:
     return ifft2c(kspace * mask)
 
 
+def sample_normal(image: Tensor, mask: Tensor) -> Tensor:
+    r"""What is left of an image by sampling, :math:`F^H P F u`, in less time than in two steps.
+
+    Args:
+        image: shape ``(..., rows, columns)``.
+        mask: as in `sample`.
+
+    Returns:
+        Image of the same shape, complex.
+
+    Raises:
+        InputError: if the mask does not fit the image.
+    """
+    _check_image("image", image)
+    _check_fit("image", image, mask)
+    rows, columns = image.shape[-2:]
+    if rows % 2 or columns % 2:
+        return ifft2c(fft2c(image) * mask)
+    # The signs in k-space, see `_centred`, are there twice: they cancel.
+    signs, _ = _signs(rows, columns, image.device)
+    left = torch.fft.fft2(image * signs, norm="ortho") * mask
+    return torch.fft.ifft2(left, norm="ortho") * signs
+
+
 def rss(coil_images: Tensor) -> Tensor:
     r"""Root sum of squares over the coils, :math:`\sqrt{\sum_c |u_c|^2}`.
 
@@ -145,10 +169,15 @@ def _centred(transform: Callable[..., Tensor], x: Tensor) -> Tensor:
         return torch.fft.fftshift(transform(shifted, norm="ortho"), dim=_IMAGE_AXES)
     # A shift by half of an even n is a change of every other sign on the other side, which takes a
     # twentieth of the time of moving the values: (j - n/2)(k - n/2) = jk - (j + k) n/2 + n^2/4.
-    down, across = (1 - 2 * (torch.arange(n, device=x.device) % 2) for n in (rows, columns))
-    signs = torch.outer(down, across).to(torch.int8)
-    whole = -signs if (rows + columns) % 4 else signs
+    signs, whole = _signs(rows, columns, x.device)
     return transform(x * signs, norm="ortho") * whole
+
+
+def _signs(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The signs before and after a centred transform of even sides."""
+    down, across = (1 - 2 * (torch.arange(n, device=device) % 2) for n in (rows, columns))
+    signs = torch.outer(down, across).to(torch.int8)
+    return signs, -signs if (rows + columns) % 4 else signs
 
 
 def _check_image(name: str, image: Tensor) -> None:

@@ -153,10 +153,10 @@ def _level(n: int, name: str) -> Tensor:
 @lru_cache(maxsize=8)
 def _filters(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Low and high pass of an orthogonal wavelet."""
-    from pywt import Wavelet  # optional, as SigPy that comes with it
+    import pywt  # optional
 
     try:
-        wavelet = Wavelet(name)
+        wavelet = pywt.Wavelet(name)  # pyright: ignore[reportAttributeAccessIssue] - compiled
     except ValueError as error:
         raise InputError(f"wavelet {name!r}: a name of PyWavelets was needed ({error}).") from error
     if not wavelet.orthogonal:

@@ -21,15 +21,17 @@ from applications.mri.bundled.paths import bundled_scan_path
 from applications.mri.commands.demo import swept_multipliers
 from applications.mri.data import SliceDataset, Volume, VolumeFile, implied_mask, write_volume
 from applications.mri.evaluation.methods import (
+    L1_SPIRIT,
     classical_methods,
     network_methods,
     sweep_regularisation,
 )
 from applications.mri.evaluation.metrics import Convention, score
 from applications.mri.evaluation.scoring import evaluate
-from applications.mri.network.architecture import light, paper
+from applications.mri.network.architecture import light, narrow, paper, preset_named
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, load_weights, pretrained, save_weights
+from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.masks import acceleration_of
 from applications.mri.physics.operators import fft2c, ifft2c, rss
 from applications.mri.sampling import (
@@ -58,13 +60,14 @@ COMMANDS = {
     "demo": ["--out", "--seconds", "--size", "--seed", "--threads"],
     "simulate": [
         *("--out", "--size", "--coils", "--noise", "--repeats", "--anatomies", "--plane"),
-        "--seed",
+        *("--seed", "--local-phase", "--cut", "--reference"),
     ],
     "train": [
         *("--data", "--out", "--preset", "--init", *SAMPLING_OPTIONS, "--steps", "--seconds"),
         *("--self-supervised", "--learning-rate", "--schedule", "--accumulate", "--crop"),
         *(
             "--whole",
+            "--loss",
             "--coils",
             "--tasks",
             "--task",
@@ -93,7 +96,8 @@ COMMANDS = {
         *("--steps", "--slices", "--seed", "--device", "--threads", "--keep-graphs"),
     ],
     "reconstruct": [
-        *("--scan", "--weights", "--out", "--png", "--mask", "--suffix", "--skip-bad"),
+        *("--scan", "--method", "--weights", "--out", "--png", "--mask", "--suffix", "--skip-bad"),
+        *("--check", "--no-check", "--fallback", "--no-fallback", "--adapt", "--json"),
         *("--device", "--threads"),
     ],
 }
@@ -138,7 +142,7 @@ def data(tmp_path_factory, anatomies):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    network = Network(replace(light(COILS), n_phases=2, filters=3, features=2), 1)
+    network = Network(replace(narrow(COILS), n_phases=2, filters=3, features=2), 1)
     save_weights(path, Trained(network, network.controls(), {}))
     return path
 
@@ -178,6 +182,7 @@ def test_simulated_scans_are_fully_sampled_and_of_the_size_asked_for(data):
 @pytest.mark.parametrize("preset", [light, paper])
 def test_training_writes_the_weights_that_the_settings_lead_to(data, tmp_path, preset):
     out = tmp_path / "new" / "w.safetensors"
+    asked = None if preset is light else COILS
     settings = ["--steps", 2, "--crop", 8, "--seed", 3, "--learning-rate", 0.001]
     text = succeed(
         "train",
@@ -193,10 +198,10 @@ def test_training_writes_the_weights_that_the_settings_lead_to(data, tmp_path, p
     assert "2 updates" in text
     assert [path.name for path in out.parent.iterdir()] == ["w.safetensors"]
     found = load_weights(out)
-    assert found.network.architecture == preset(COILS)
+    assert found.network.architecture == preset_named(preset.__name__, asked)
     assert found.record["steps"] == 2
     assert found.record["samplings"] == repr((SAMPLING,))
-    network = Network(preset(COILS), 3)
+    network = Network(found.network.architecture, 3)
     expected = train(
         network,
         network.controls(),
@@ -353,6 +358,33 @@ def test_a_scan_is_reconstructed_the_same_in_every_format(formats, scan, weights
         assert image.affine @ (SIZE // 2, SIZE // 2, 1, 1) == pytest.approx((-1, -2, 4, 1))
 
 
+def test_l1_spirit_is_a_method_of_its_own_and_kept_in_the_record(scan, tmp_path):
+    options = ["--scan", scan, "--out", tmp_path / "i.h5", "--method", "l1-spirit"]
+    succeed("reconstruct", *options)
+    with h5py.File(tmp_path / "i.h5") as file:
+        images = torch.from_numpy(file["reconstruction"][()])
+        assert file.attrs["method"] == "l1-spirit"
+    for i, image in enumerate(images):
+        one = VolumeFile(scan).read_slice(i)
+        torch.testing.assert_close(image, rss(l1_spirit(one.kspace, one.mask)))
+
+
+def test_the_preset_light_takes_any_number_of_coils_and_none_named(data, tmp_path):
+    options = ["--data", data / "train", "--out", tmp_path / "w", *MASK]
+    assert "any number of coils" in refused("train", *options, "--coils", 4)
+    shutil.copytree(data / "train", tmp_path / "mixed")
+    kspace = torch.randn(1, 3, SIZE, SIZE, dtype=torch.complex64, generator=torch.Generator())
+    write_volume(tmp_path / "mixed" / "three.h5", Volume(kspace))
+    options = ["--data", tmp_path / "mixed", "--out", tmp_path / "w", *MASK, "--steps", 2]
+    assert "Coils" not in succeed("train", *options)
+
+
+@pytest.mark.parametrize("text", ["1,1", "1,1,x", "1,-1,0", "1,1,inf"])
+def test_weights_of_the_loss_are_three_numbers(data, tmp_path, text):
+    options = ["--data", data / "train", "--out", tmp_path / "w", *MASK, "--loss", text]
+    assert "three numbers >= 0, such as 1,1,0.01" in refused("train", *options)
+
+
 def test_phase_oversampling_is_cropped_off_the_images(formats, weights, scan, tmp_path):
     one = VolumeFile(formats / "raw.mrd")
     lines = lines_of(one.read_slice(0).kspace)
@@ -449,7 +481,8 @@ def test_the_demo_leaves_figure_and_results_and_weights_of_its_own(tmp_path, mon
     write_volume(tmp_path / "phantom.h5", Volume(measured[None]))
     bundled = "applications.mri.commands.demo.bundled_scan_path"
     monkeypatch.setattr(bundled, lambda: tmp_path / "phantom.h5")
-    values = {"CG-SENSE": (0.01,), "l1-wavelet": (0.01,)}
+    values = {"CG-SENSE": (0.01,), "l1-wavelet": (0.01,), L1_SPIRIT: (0.002,)}
+    monkeypatch.setattr("applications.mri.evaluation.methods.bart_installed", lambda: False)
     monkeypatch.setattr("applications.mri.evaluation.methods._LAMDAS", values)
     maps = "applications.mri.evaluation.methods.espirit_maps"  # tested with the baselines
     monkeypatch.setattr(maps, lambda kspace, _: ifft2c(kspace) / rss(ifft2c(kspace)))
@@ -466,7 +499,7 @@ def test_the_demo_leaves_figure_and_results_and_weights_of_its_own(tmp_path, mon
     if trains:
         assert results["training"]["updates"] == len(results["training"]["costs"]) >= 1
         trained = load_weights(tmp_path / "demo" / "weights.safetensors")
-        assert trained.network.architecture == light(8)
+        assert trained.network.architecture == light()
     else:
         assert results["training"] == {"weights": "pretrained"}
         trained = pretrained()
@@ -474,7 +507,7 @@ def test_the_demo_leaves_figure_and_results_and_weights_of_its_own(tmp_path, mon
     sampling = CartesianRandom(4.0, 0.08)
     expected = evaluate(network_methods(trained), test, sampling, 2 + 2).mean
     found = results["evaluation"]["mean"]
-    assert list(found) == ["zero-filled", "CG-SENSE", "l1-wavelet", *expected]
+    assert list(found) == ["zero-filled", "CG-SENSE", "l1-wavelet", L1_SPIRIT, *expected]
     for name, scores in expected.items():
         assert found[name].pop("convention") == "fastmri"
         assert found[name] == pytest.approx(numbers(scores), rel=1e-3)
@@ -676,7 +709,7 @@ def test_an_option_of_another_mask_is_refused_not_ignored(data, tmp_path, mask, 
 
 
 def test_scans_of_another_coil_count_are_fitted_and_every_command_says_so(data, scan, tmp_path):
-    network = Network(replace(light(3), n_phases=1, filters=2, features=2))
+    network = Network(replace(narrow(3), n_phases=1, filters=2, features=2))
     path = tmp_path / "w.safetensors"
     save_weights(path, Trained(network, network.controls(), {}))
     padded = "Coils 2 coils padded with zeros to 3"
@@ -686,7 +719,7 @@ def test_scans_of_another_coil_count_are_fitted_and_every_command_says_so(data, 
     assert padded in squeezed(succeed("evaluate", "--data", data / "test", *options))
     options = ["--weights", path, "--out", tmp_path / "c.h5"]
     assert padded in squeezed(succeed("reconstruct", "--scan", scan, *options))
-    options = ["--coils", 1, "--out", tmp_path / "d", *MASK, "--steps", 1]
+    options = ["--preset", "tiny", "--coils", 1, "--out", tmp_path / "d", *MASK, "--steps", 1]
     text = squeezed(succeed("train", "--data", data / "train", *options))
     assert re.search(r"Coils 2 coils compressed to 1, \d\d\.\d % of the energy", text)
     assert load_weights(tmp_path / "d").network.architecture.n_coils == 1
@@ -696,7 +729,7 @@ def test_a_network_for_scans_of_several_coil_counts_needs_one_named(data, tmp_pa
     shutil.copy(next((data / "train").glob("*.h5")), tmp_path / "two.h5")
     write_volume(tmp_path / "three.h5", Volume(torch.ones(1, 3, SIZE, SIZE, dtype=torch.complex64)))
     options = ["--data", tmp_path, "--out", tmp_path / "w", *MASK]
-    found = refused("train", *options)
+    found = refused("train", *options, "--preset", "tiny")
     assert "one coil count was needed, the scans have 2, 3; choose one by --coils" in found
 
 
@@ -704,9 +737,9 @@ def test_weights_of_another_network_than_asked_for_are_refused_with_the_differen
     data, weights, tmp_path
 ):
     options = ["--data", data / "train", "--out", tmp_path / "w", *MASK, "--init", weights]
-    found = refused("train", *options, "--preset", "light")
+    found = refused("train", *options, "--preset", "tiny")
     assert f"{weights}: weights of the network that --preset and --coils name were needed" in found
-    assert "another architecture: n_phases is 2, not 8; filters is 3, not 16; features is" in found
+    assert "another architecture: n_phases is 2, not 3; filters is 3, not 8; features is" in found
     found = refused("train", *options, "--coils", 5)
     assert f"another architecture: n_coils is {COILS}, not 5; leave those options out" in found
     options = [*options[-2:], "--coils", 5, "--seconds", 1, "--task", f"name=a,scans={data}"]
@@ -732,7 +765,7 @@ def test_an_interrupt_is_exit_code_130_and_one_line(data, tmp_path, monkeypatch)
     assert found.exit_code == 130
     assert found.stderr == "interrupted: the files that were written are complete.\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == RESUMABLE
-    assert load_weights(out).network.architecture == light(COILS)
+    assert load_weights(out).network.architecture == light()
 
 
 REFUSED_THEN_SLOW = """
@@ -780,4 +813,4 @@ def test_processes_end_with_the_right_code_and_no_traceback(data, weights, tmp_p
         "interrupted: the files that were written are complete.\n"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == RESUMABLE
-    assert load_weights(out).network.architecture == light(COILS)
+    assert load_weights(out).network.architecture == light()

@@ -22,7 +22,7 @@ from applications.mri.data import Volume, write_volume
 from applications.mri.meta.results import ExperimentSettings
 from applications.mri.meta.settings import MetaSettings
 from applications.mri.meta.transfer_results import TransferSettings
-from applications.mri.network.architecture import light
+from applications.mri.network.architecture import narrow
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, save_weights
 from applications.mri.simulation.phantoms import SimulationSettings
@@ -177,7 +177,7 @@ def test_a_missing_package_is_one_line_that_names_the_extra(app, package, ended)
 
 
 def test_a_package_that_is_missed_at_work_is_one_line_too(tmp_path, monkeypatch):
-    network = Network(replace(light(2), n_phases=1, filters=2, features=2), 1)
+    network = Network(replace(narrow(2), n_phases=1, filters=2, features=2), 1)
     save_weights(tmp_path / "w", Trained(network, network.controls(), {}))
     kspace = torch.randn(1, 2, 16, 16, dtype=torch.complex64, generator=torch.Generator())
     write_volume(tmp_path / "scan.h5", Volume(kspace))

@@ -189,7 +189,7 @@ def test_a_mistake_is_one_line(folder, tmp_path, options, message):
     options = [str(option).format(folder) for option in options]
     lists = ["--tasks", folder / "tasks.yaml", "--out", tmp_path / "out"]
     if "--meta" not in options:
-        lists += ["--coils", 2]
+        lists += ["--preset", "tiny", "--coils", 2]
     assert message in refused("transfer", *lists, *options)
 
 

@@ -9,10 +9,12 @@ from applications.mri.physics.consistency import (
     bounded,
     calibrate,
     consistent_image,
+    fitted_kernels,
     fully_sampled_centre,
     inconsistency_normal,
     low_resolution_phase,
     times,
+    towards_consistency,
 )
 from applications.mri.physics.operators import fft2c, ifft2c, rss, sample, sample_adjoint
 from applications.mri.sampling import CartesianRandom, PoissonDisc, Radial
@@ -288,3 +290,22 @@ def test_the_low_resolution_phase_removes_nearly_all_of_the_phase_of_smooth_coil
 def test_the_low_resolution_phase_is_one_where_the_image_is_zero(mask):
     kspace = torch.zeros(2, 8, 8, dtype=torch.complex64)
     assert torch.equal(low_resolution_phase(kspace, mask), torch.ones_like(kspace))
+
+
+@pytest.mark.parametrize("shape", [(40, 33), (90, 128)])
+def test_the_map_towards_consistency_is_the_inverse_at_every_pixel(full, shape):
+    kernels = fitted_kernels(full.kspace, everything())
+    found = towards_consistency(kernels, shape, 0.7)
+    # The exact one: K on the fine grid from the kernels, and one inverse a pixel.
+    offsets = torch.arange(KERNEL) - KERNEL // 2
+    waves = [
+        torch.exp(-2j * torch.pi * offsets[:, None] * ((torch.arange(n) - n // 2) / n).double())
+        for n in shape
+    ]
+    matrices = torch.einsum("oiab,ay,bx->yxoi", kernels, *waves)
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype)
+    exact = torch.linalg.inv(eye + 0.7 * inconsistency_normal(matrices))
+    assert float((found - exact).abs().max()) < 1e-3
+    eigenvalues = torch.linalg.eigvalsh(found)
+    assert float(eigenvalues.min()) > -1e-3
+    assert float(eigenvalues.max()) < 1 + 1e-3
