@@ -1,5 +1,6 @@
 """A network adapted to the scan itself, without a reference: a few steps from trained weights."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -14,6 +15,7 @@ from applications.mri.network.reconstruction import Loss
 from applications.mri.network.weights import Trained
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
 from applications.mri.training.self_supervised import SelfSupervision, SplitExample
+from bilevel.errors import DivergenceError
 
 _LOOKED_AT = 3  # slices, before and after
 _RATE = 3e-4
@@ -26,7 +28,7 @@ class Adaptation:
     Attributes:
         trained: network and weights: adapted ones, or those before where these are better.
         before: mean error where samples were held out, of the slices looked at.
-        after: the same of the adapted weights.
+        after: the same of the adapted weights; infinite where the steps diverged.
     """
 
     trained: Trained
@@ -64,7 +66,6 @@ def adapted(
 
     Raises:
         InputError: if there is no step to make, or no slice to make it on.
-        DivergenceError: if the loss or its gradient is not finite.
     """
     if steps < 1 or not slices:
         raise InputError(
@@ -76,14 +77,17 @@ def adapted(
         lambda example: example.problem(network, loss),
         lambda leaves: torch.optim.Adam(leaves, _RATE, betas=(0.9, 0.99)),
     )
-    found = solver.solve(
-        trained.control, steps=steps, batches=_Examples(slices, steps, seed)
-    ).control
-    after = replace(trained, control=found)
     n = min(_LOOKED_AT, len(slices))
     looked_at = [slices[(2 * k + 1) * len(slices) // (2 * n)] for k in range(n)]
-    errors = [fmean(_error(one, *each) for each in looked_at) for one in (trained, after)]
-    return Adaptation(after if errors[1] < errors[0] else trained, *errors)
+    before = fmean(_error(trained, *each) for each in looked_at)
+    try:
+        examples = _Examples(slices, steps, seed)
+        found = solver.solve(trained.control, steps=steps, batches=examples).control
+    except DivergenceError:
+        return Adaptation(trained, before, math.inf)
+    better = replace(trained, control=found)
+    after = fmean(_error(better, *each) for each in looked_at)
+    return Adaptation(better if after < before else trained, before, after)
 
 
 @dataclass(frozen=True, eq=False)

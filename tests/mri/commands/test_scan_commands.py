@@ -17,7 +17,7 @@ from applications.mri.data import SliceDataset, Volume, write_volume
 from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import score
 from applications.mri.formats.fastmri_header import minimal_header
-from applications.mri.network.architecture import light
+from applications.mri.network.architecture import narrow
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, load_weights, save_weights
 from applications.mri.physics.operators import centre_crop
@@ -41,7 +41,7 @@ def full(seed=0):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    network = Network(replace(light(COILS), n_phases=2, filters=3, features=2), 1)
+    network = Network(replace(narrow(COILS), n_phases=2, filters=3, features=2), 1)
     save_weights(path, Trained(network, network.controls(), {}))
     return path
 
