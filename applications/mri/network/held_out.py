@@ -25,7 +25,7 @@ from applications.mri.physics.masks import samples_columns
 from applications.mri.physics.operators import fft2c, ifft2c
 
 SHARE = 0.1  # of the samples outside the centre
-_FEWEST = 3  # columns or positions, where there are three times as many; one alone is chance
+_FEWEST, _OF_SO_MANY = 2, 5  # one place alone is chance
 
 
 def held_out(mask: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def _drawn(places: Tensor, distance: Tensor, seed: int) -> Tensor:
     found = places.nonzero()[:, 0]
     found = found[distance[found].argsort(stable=True)]
     generator = torch.Generator().manual_seed(seed)
-    n = max(math.ceil(SHARE * len(found)), min(_FEWEST, len(found) // _FEWEST))
+    n = max(math.ceil(SHARE * len(found)), min(_FEWEST, len(found) // _OF_SO_MANY))
     bounds = [len(found) * k // n for k in range(n + 1)] if n else [0]
     chosen = [int(torch.randint(a, b, (), generator=generator)) for a, b in pairwise(bounds)]
     drawn = torch.zeros_like(places)

@@ -102,9 +102,9 @@ def test_errors_are_those_of_a_reconstruction_without_the_samples():
 
 
 @pytest.mark.parametrize("sampling", [COLUMNS, POINTS], ids=repr)
-def test_the_untrained_network_is_trusted_and_a_spoiled_one_is_not(sampling):
+def test_the_bundled_network_is_trusted_and_a_spoiled_one_is_not(sampling):
     kspace, mask, one = scan(1, sampling)
-    good = reconstruct(kspace, mask, network())
+    good = reconstruct(kspace, mask)
     assert good.certificate.trustworthy
     assert good.method == NETWORK
     bad = reconstruct(kspace, mask, spoiled(network()))
