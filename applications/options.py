@@ -121,6 +121,8 @@ def _parameter(one: Field, hint: Any, option: Option, panel: str | None) -> Para
         hint, default = option.written.kind, option.written.default
         hint = hint | None if default is None else hint
     flag = f"--{name.replace('_', '-')}"
+    if default is True:
+        flag += f"/--no-{name.replace('_', '-')}"
     about = typer.Option(flag, help=option.text, min=option.least, rich_help_panel=panel)
     annotation = Annotated[hint, about]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

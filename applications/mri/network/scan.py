@@ -113,12 +113,12 @@ def prepared(
     f = f / scale
     centre, measured = f, masks
     if calibration is not None:
-        centre = calibration.to(torch.complex64)
+        centre = calibration.to(torch.complex64) / scale
         measured = (centre != 0).any(dim=1)
     pairs = zip(centre, measured, strict=True)
     if a.gains:
-        kernels = [fitted_kernels(x, m) for x, m in pairs]
-        return _warmed_up(f, masks, kernels, a.warm_up, scale)
+        fits = [(fitted_kernels(x, m), threshold_of_noise(x, m)) for x, m in pairs]
+        return _warmed_up(f, masks, fits, a.warm_up, scale)
     start, normal = f, None
     if a.self_consistency:
         normal = torch.stack([inconsistency_normal(calibrate(x, m)) for x, m in pairs])
@@ -130,12 +130,13 @@ def prepared(
     return Scan(f, masks[:, None], start, normal, phases, scale)
 
 
-def _warmed_up(f: Tensor, masks: Tensor, kernels: list[Tensor], steps: int, scale: Tensor) -> Scan:
+def _warmed_up(
+    f: Tensor, masks: Tensor, fits: list[tuple[Tensor, float]], steps: int, scale: Tensor
+) -> Scan:
     """Steps of l1-SPIRiT for phases that go on with them."""
     last, before, consistent, thresholds = [], [], [], []
-    for x, m, fit in zip(f, masks, kernels, strict=True):
-        threshold = threshold_of_noise(x, m)
-        matrices = towards_consistency(fit, (x.shape[1], x.shape[2]), CONSISTENCY)
+    for x, m, (kernels, threshold) in zip(f, masks, fits, strict=True):
+        matrices = towards_consistency(kernels, (x.shape[1], x.shape[2]), CONSISTENCY)
         u, previous = quick_steps(x, m, matrices, threshold, steps, EVERY)
         last.append(u)
         before.append(previous)

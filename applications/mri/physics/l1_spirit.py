@@ -63,11 +63,11 @@ def l1_spirit(
     if not bool(scale > 0):
         raise InputError("kspace is zero wherever the mask samples; check the mask.")
     f = f / scale
-    shrink = threshold_of_noise(f, mask) if threshold is None else threshold
     centre, measured = f, mask
     if calibration is not None:
-        centre = calibration.to(f)
+        centre = calibration.to(f) / scale
         measured = (centre != 0).any(0)
+    shrink = threshold_of_noise(centre, measured) if threshold is None else threshold
     normal = CONSISTENCY * bounded(inconsistency_normal(calibrate(centre, measured)), _LARGEST)
     return scale * _fista(f, mask, normal, shrink, steps)
 

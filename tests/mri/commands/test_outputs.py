@@ -23,7 +23,7 @@ from applications.mri.bundled.paths import bundled_scan_path
 from applications.mri.data import Volume, VolumeFile, write_volume
 from applications.mri.data.images import image_writer
 from applications.mri.evaluation.figures import draw_image
-from applications.mri.network.architecture import light
+from applications.mri.network.architecture import narrow
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, load_weights, save_weights
 from applications.mri.simulation.simulate import simulate
@@ -45,7 +45,7 @@ def home(tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         kspace = torch.stack([simulate(disc, COILS, generator).kspace for _ in range(2)])
         write_volume(folder / name, Volume(kspace, patient_id=name))
-    network = Network(replace(light(COILS), n_phases=2, filters=3, features=2), 1)
+    network = Network(replace(narrow(COILS), n_phases=2, filters=3, features=2), 1)
     save_weights(folder / "w.safetensors", Trained(network, network.controls(), {}))
     return folder
 

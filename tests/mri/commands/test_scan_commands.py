@@ -20,13 +20,15 @@ from applications.mri.formats.fastmri_header import minimal_header
 from applications.mri.network.architecture import narrow
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, load_weights, save_weights
-from applications.mri.physics.operators import centre_crop
+from applications.mri.physics.l1_spirit import l1_spirit
+from applications.mri.physics.operators import centre_crop, rss
 from applications.mri.sampling import CartesianRandom
 from applications.mri.simulation.simulate import simulate
 
 SIZE, COILS, SLICES = 24, 2, 3
 SAMPLING = CartesianRandom(2.0, 0.3)
 MASK = SAMPLING.mask((SIZE, SIZE), torch.Generator().manual_seed(1))
+CHECKS = {"--json", "--adapt", "--no-check"}
 OPTIONS = ("--acceleration", 2, "--center", 0.3)
 
 
@@ -59,6 +61,8 @@ def expected(weights, kspace, mask=MASK, calibration=None):
 
 def reconstruct(weights, scan, out, *options):
     options = ("--weights", weights, "--out", out, *options)
+    if not CHECKS & set(options):  # untrained weights: the images shall be theirs
+        options += ("--no-check",)
     return squeezed(succeed("reconstruct", "--scan", scan, *options))
 
 
@@ -401,3 +405,50 @@ def test_a_gpu_gives_the_images_of_the_cpu(weights, tmp_path):
         json.loads((tmp_path / f"{d}.json").read_text())["mean"]["ours"] for d in ("cpu", "cuda")
     )
     assert gpu["psnr"] == pytest.approx(cpu["psnr"], abs=1e-2)
+
+
+def verdicts(weights, tmp_path, *options):
+    write_volume(tmp_path / "s.h5", Volume(full() * MASK, mask=MASK))
+    out, record = tmp_path / "i.h5", tmp_path / "v.json"
+    said = squeezed(reconstruct(weights, tmp_path / "s.h5", out, "--json", record, *options))
+    images, attributes = images_of(out)
+    return said, images, attributes, json.loads(record.read_text())["scans"][0]["slices"]
+
+
+def test_slices_that_the_check_does_not_trust_are_named_and_replaced(weights, tmp_path):
+    said, images, attributes, slices = verdicts(weights, tmp_path)
+    bad = [one["slice"] for one in slices if not one["trustworthy"]]
+    assert bad, "the untrained network is worse than l1-SPIRiT on these"
+    assert [one["method"] for one in slices] == list(attributes["methods"])
+    assert list(attributes["trustworthy"]) == [one["trustworthy"] for one in slices]
+    assert list(attributes["held_out_errors"]) == pytest.approx(
+        [one["held_out_error"] for one in slices]
+    )
+    assert "is not trustworthy" in said
+    for k, one in enumerate(slices):
+        kspace = full()[k] * MASK
+        classical = rss(l1_spirit(kspace, MASK))
+        wanted = classical if one["method"] == "l1-spirit" else expected(weights, full()[k])
+        torch.testing.assert_close(images[k], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_images_of_the_network_are_kept_without_fallback_and_without_check(weights, tmp_path):
+    said, images, _, slices = verdicts(weights, tmp_path, "--no-fallback")
+    assert "is not trustworthy" in said
+    assert {one["method"] for one in slices} == {"network"}
+    plain, again, attributes, slices = verdicts(weights, tmp_path, "--no-check")
+    assert "trustworthy" not in plain
+    assert "trustworthy" not in attributes
+    assert "trustworthy" not in slices[0]
+    torch.testing.assert_close(images, again)
+
+
+def test_a_network_is_adapted_to_the_scan_and_what_came_of_it_is_said(weights, tmp_path):
+    with pytest.raises(AssertionError, match="--adapt: at least two sampled positions outside"):
+        verdicts(weights, tmp_path, "--adapt", 2)  # 24 columns: all of it is centre
+    wide = torch.nn.functional.pad(full(), (20, 20, 20, 20))
+    mask = SAMPLING.mask((64, 64), torch.Generator().manual_seed(1))
+    write_volume(tmp_path / "wide.h5", Volume(wide * mask, mask=mask))
+    out = tmp_path / "wide_images.h5"
+    said = reconstruct(weights, tmp_path / "wide.h5", out, "--adapt", 2)
+    assert re.search(r"Adapted to the scan: held-out error \S+ to \S+; (not )?kept\.", said)

@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from applications.errors import InputError
-from applications.mri.physics.operators import fft2c, ifft2c, rss
 from applications.mri.simulation.anatomy import load_anatomies, resize
 from applications.mri.simulation.local_phase import (
     dipole_phase,
-    folded,
     rough_phase,
     smooth_noise,
     tissue_phase,
@@ -108,38 +106,14 @@ def test_smooth_noise_has_its_scale_and_deviation():
         assert similar == pytest.approx(math.exp(-0.25), abs=0.2)  # exp(-d^2 / (4 s^2)) at d = s
 
 
-def test_a_smaller_field_of_view_is_every_other_column_of_kspace():
-    """Half of the view: folding is leaving out every second column."""
-    images = torch.randn(3, 8, 12, dtype=torch.complex128, generator=seeded())
-    expected = fft2c(images)[..., ::2] * 2**0.5
-    found = fft2c(folded(images, 0.5, -1))
-    torch.testing.assert_close(found.abs(), expected.abs())
-
-
-def test_folding_keeps_the_sum_and_the_middle():
-    images = torch.rand(2, 20, 30, generator=seeded())
-    for axis, n in ((-2, 20), (-1, 30)):
-        found = folded(images, 0.3, axis)
-        torch.testing.assert_close(found.sum(), images.sum())
-        kept = found.shape[axis]
-        assert kept == 2 * round(0.7 * n / 2)
-        inner = found.narrow(axis, kept // 2, 1)
-        assert torch.equal(inner, images.narrow(axis, n // 2, 1))
-
-
-def test_a_simulated_scan_has_them_where_asked_for(image):
+def test_a_simulated_scan_has_it_where_asked_for(image):
     plain = simulate(image, 4, seeded(), 0.0)
-    same = simulate(image, 4, seeded(), 0.0, local_phase=0.0, cut=0.0)
+    same = simulate(image, 4, seeded(), 0.0, local_phase=0.0)
     assert torch.equal(plain.kspace, same.kspace)
     local = simulate(image, 4, seeded(), 0.0, local_phase=1.0)
     assert not torch.allclose(local.image.angle(), plain.image.angle(), atol=0.1)
-    wrapped = simulate(image, 4, seeded(), 0.0, cut=0.4)
-    assert wrapped.kspace.shape == (4, SIZE, 58)
-    torch.testing.assert_close(rss(ifft2c(wrapped.kspace)), wrapped.reference)
-    torch.testing.assert_close(wrapped.clean, folded(plain.clean, 0.4, -1))
 
 
-@pytest.mark.parametrize("settings", [{"local_phase": -1.0}, {"cut": 0.6}, {"cut": -0.1}])
-def test_impossible_settings_are_refused(image, settings):
-    with pytest.raises(InputError, match="local_phase must be >= 0 and cut in"):
-        simulate(image, 2, seeded(), **settings)
+def test_a_negative_strength_is_refused(image):
+    with pytest.raises(InputError, match="local_phase must be >= 0"):
+        simulate(image, 2, seeded(), local_phase=-1.0)
