@@ -97,16 +97,9 @@ def print_outcomes(outcomes: Sequence[Outcome], folder: Path) -> None:
         InputError: if there are no images of any.
     """
     table = Table(title="Reconstructed scans")
-    for name in (
-        "scan",
-        "slices",
-        "left out",
-        "acceleration",
-        "trusted",
-        "l1-SPIRiT",
-        "to look at",
-    ):
-        table.add_column(name, justify="left" if name == "scan" else "right")
+    table.add_column("scan", overflow="fold", no_wrap=True)
+    for name in ("slices", "left out", "acceleration", "trusted", "l1-SPIRiT", "to look at"):
+        table.add_column(name, justify="right")
     for one in outcomes:
         table.add_row(escape(one.job.scan.name), *_cells(one.found))
     console.print(table)

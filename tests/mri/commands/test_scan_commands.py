@@ -446,7 +446,8 @@ def test_the_images_of_the_network_are_kept_without_fallback_and_without_check(w
 def test_a_network_is_adapted_to_the_scan_and_what_came_of_it_is_said(weights, tmp_path):
     with pytest.raises(AssertionError, match="--adapt: at least two sampled positions outside"):
         verdicts(weights, tmp_path, "--adapt", 2)  # 24 columns: all of it is centre
-    wide = torch.nn.functional.pad(full(), (20, 20, 20, 20))
+    image = torch.nn.functional.pad(torch.full((30, 34), 0.7), (15, 15, 17, 17))
+    wide = simulate(image, COILS, torch.Generator().manual_seed(0)).kspace[None]
     mask = SAMPLING.mask((64, 64), torch.Generator().manual_seed(1))
     write_volume(tmp_path / "wide.h5", Volume(wide * mask, mask=mask))
     out = tmp_path / "wide_images.h5"
