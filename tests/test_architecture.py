@@ -140,7 +140,7 @@ ROOMS = {
         "figures",
     ],
     "applications.mri.commands": [
-        *("shared", "demo", "reports", "scans", "train", "meta", "app"),
+        *("shared", "demo_figure", "demo", "reports", "scans", "train", "meta", "app"),
     ],
     "applications.mri": ["__main__"],
     "applications.toy": [

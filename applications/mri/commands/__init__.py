@@ -1,4 +1,4 @@
 """The command line `bilevel-mri`.
 
-Read `shared`, `demo`, `scans`, `train`, `meta`, `app`.
+Read `shared`, `demo_figure`, `demo`, `reports`, `scans`, `train`, `meta`, `app`.
 """

@@ -1,6 +1,6 @@
 """Options that several commands have, and how scores are printed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from rich.table import Table
 from applications.command_line import console
 from applications.mri.evaluation.scoring import Evaluation, table_rows
 from applications.mri.network.architecture import ANY, PRESETS, preset_named
+from applications.mri.network.certificate import SliceCertificate
 from applications.mri.network.weights import PRETRAINED, Trained, beginning
 from applications.mri.tasks.task_list import TaskSettings, listed_tasks
 from applications.settings import setting
@@ -89,4 +90,20 @@ def print_scores(evaluation: Evaluation, title: str) -> None:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in table_rows(evaluation):
         table.add_row(*row)
+    console.print(table)
+
+
+def print_checks(certificates: Mapping[str, SliceCertificate]) -> None:
+    """What the check says of slices, on the screen.
+
+    Args:
+        certificates: by the name of the slice.
+    """
+    table = Table(title="The check: samples held out, and predicted")
+    table.add_column("slice")
+    for name in ("error", "of l1-SPIRiT", "verdict"):
+        table.add_column(name, justify="left" if name == "verdict" else "right")
+    for name, one in certificates.items():
+        verdict = "trusted" if one.trustworthy else one.reason
+        table.add_row(name, f"{one.error:.3f}", f"{one.classical:.3f}", verdict)
     console.print(table)
