@@ -47,7 +47,7 @@ def bart_l1_wavelet(kspace: Tensor, mask: Tensor, _maps: Tensor, lamda: float) -
         folder = Path(place)
         measured = (kspace * mask).cpu().numpy()
         _write(folder / "kspace", measured.transpose(1, 2, 0)[None])
-        _run(folder, "ecalib", "-m2", "kspace", "maps")
+        _run(folder, "ecalib", "-m2", "-c0", "kspace", "maps")  # -c0: maps of the air, too
         _run(folder, *f"pics -S -l1 -r {lamda:g} -i 60 kspace maps image".split())
         maps, image = _read(folder / "maps"), _read(folder / "image")
     coil_images = (maps * image).sum(4)[0, ..., 0]  # (rows, columns, coils), both maps added
