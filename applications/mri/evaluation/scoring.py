@@ -144,7 +144,8 @@ def _named(path: Path, method: Method, kspace: Tensor, mask: Tensor) -> Tensor:
 
 
 def table_rows(evaluation: Evaluation) -> Sequence[tuple[str, ...]]:
-    """The means as text: method, PSNR, gain over the first method, SSIM, NMSE, time a slice."""
+    """The means as text: method, PSNR, gain over the first method, PSNR over the object, SSIM, NMSE,
+    time a slice."""
     mean = evaluation.mean
     base = next(iter(mean.values())).psnr
     return [
@@ -152,6 +153,7 @@ def table_rows(evaluation: Evaluation) -> Sequence[tuple[str, ...]]:
             name,
             f"{scores.psnr:.2f}",
             f"{scores.psnr - base:+.2f}",
+            "-" if scores.object_psnr is None else f"{scores.object_psnr:.2f}",
             f"{scores.ssim:.3f}",
             f"{scores.nmse:.4f}",
             f"{evaluation.seconds[name]:.2f}",
