@@ -14,6 +14,7 @@ from applications.mri.data.coil_fits import changes, coil_fits
 from applications.mri.data.images import check_image_path
 from applications.mri.evaluation.figures import draw_image
 from applications.mri.evaluation.methods import (
+    BART,
     classical_methods,
     network_methods,
     sweep_regularisation,
@@ -76,6 +77,8 @@ def evaluate_command(
         if baselines is not None:
             report("tuning the baselines", 0.0)
             swept = sweep_regularisation(SliceDataset(baselines), sampling, seed + 1)
+            if BART not in swept:
+                console.print("BART is not installed: its l1-wavelet with two maps is left out.")
         methods = classical_methods(swept) | network_methods(trained)
         found = evaluate(
             methods, slices, sampling, seed, lambda k, n: report("evaluating", k / n), metrics

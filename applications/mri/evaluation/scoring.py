@@ -144,7 +144,7 @@ def _named(path: Path, method: Method, kspace: Tensor, mask: Tensor) -> Tensor:
 
 
 def table_rows(evaluation: Evaluation) -> Sequence[tuple[str, ...]]:
-    """The means as text: method, PSNR, gain over the first, object PSNR, SSIM, NMSE, time a slice."""
+    """The means as text: method, PSNR, gain, PSNR over the object, SSIM, NMSE, time a slice."""
     mean = evaluation.mean
     base = next(iter(mean.values())).psnr
     return [
