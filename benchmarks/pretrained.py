@@ -1,4 +1,4 @@
-"""The bundled weights on held-out slices, against zero filling and SigPy's classical methods.
+"""The bundled weights on held-out slices, against zero filling and the classical methods.
 
 Run with `python -m benchmarks.pretrained [--size 256] [--threads 1] [--anatomies FILE]`; several
 minutes a sampling. `--anatomies` takes magnitude images of another head, NIfTI or HDF5, as
@@ -51,7 +51,8 @@ UNSEEN: dict[str, Sampling] = {
     "radial, 32 spokes": Radial(32),
 }
 SEED = 2  # of the masks
-BEST = "l1-wavelet"  # of the classical methods
+BEST = "l1-SPIRiT"  # of the classical methods
+COILS = 8
 
 
 def cell(scores: Scores) -> str:
@@ -116,7 +117,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     trained = pretrained()
-    coils = trained.network.architecture.n_coils
+    coils = trained.network.architecture.n_coils or COILS
     print(machine())
     print(
         f"PSNR [dB] / SSIM, convention fastmri, {arguments.size} x {arguments.size}, {coils} coils"

@@ -1,6 +1,6 @@
 """One training step of the MRI network: multiplier sweep against plain autograd.
 
-Run with `python -m benchmarks.training_step [--preset light|paper] [--size 128] [--repeats 7]`.
+Run with `python -m benchmarks.training_step [--preset narrow|paper] [--size 128] [--repeats 7]`.
 """
 
 import argparse
@@ -8,7 +8,7 @@ import argparse
 import torch
 
 import bilevel as bl
-from applications.mri.network.architecture import light, paper
+from applications.mri.network.architecture import narrow, paper
 from applications.mri.network.reconstruction import Loss, Network
 from applications.mri.physics.operators import ifft2c
 from applications.mri.sampling import CartesianRandom
@@ -20,7 +20,7 @@ from benchmarks.measure import machine, median_ratio, paired_times, peak_live_by
 def main() -> None:
     """Print time, live bytes and the difference of the gradients."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=("light", "paper"), default="light")
+    parser.add_argument("--preset", choices=("narrow", "paper"), default="narrow")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -31,7 +31,7 @@ def main() -> None:
     image = resize(load_anatomies()["brain_t1_axial"][5], arguments.size).clamp(0, 1)
     one = simulate(image, 8, generator)
     mask = CartesianRandom(4.0, 0.08).mask((arguments.size, arguments.size), generator)
-    network = Network({"light": light, "paper": paper}[arguments.preset](8))
+    network = Network({"narrow": narrow, "paper": paper}[arguments.preset](8))
     control = network.controls()
     scan = network.prepare(one.kspace[None], mask)
     problem, start = network.training_problem(

@@ -19,6 +19,7 @@ from applications.mri.data.images import SUFFIXES, check_image_path
 from applications.mri.evaluation.figures import draw_image
 from applications.mri.evaluation.kept import KeptImages, names_of
 from applications.mri.evaluation.methods import (
+    BART,
     classical_methods,
     network_methods,
     sweep_regularisation,
@@ -103,6 +104,8 @@ def evaluate_command(
         if tuned_on is not None:
             report("tuning the baselines", 0.0)
             swept = sweep_regularisation(examined(tuned_on).slices, sampling, seed + 1)
+            if BART not in swept:
+                console.print("BART is not installed: its l1-wavelet with two maps is left out.")
         methods = classical_methods(swept) | network_methods(trained, device)
         found = evaluate(
             methods,

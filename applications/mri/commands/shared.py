@@ -86,7 +86,7 @@ def print_scores(evaluation: Evaluation, title: str) -> None:
         title: of the table.
     """
     table = Table(title=title, caption=f"Metrics: {evaluation.convention}")
-    for name in ("method", "PSNR [dB]", "gain [dB]", "SSIM", "NMSE", "s / slice"):
+    for name in ("method", "PSNR [dB]", "gain [dB]", "object [dB]", "SSIM", "NMSE", "s / slice"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in table_rows(evaluation):
         table.add_row(*row)

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from applications.errors import InputError
+from applications.mri.physics.consistency import fully_sampled_centre
 from applications.mri.physics.masks import check_mask
 
 _AXES = 16
+_CENTRE, _KERNEL = 24, 6  # positions, BART's defaults, where the centre is as large
 
 
 def bart_installed() -> bool:
@@ -43,11 +45,13 @@ def bart_l1_wavelet(kspace: Tensor, mask: Tensor, _maps: Tensor, lamda: float) -
     check_mask(mask, (kspace.shape[1], kspace.shape[2]))
     if not bart_installed():
         raise InputError("bart was needed, it is not installed; on Debian, apt-get install bart.")
+    top, bottom, left, right = fully_sampled_centre(mask)
+    side = min(_CENTRE, bottom - top, right - left)
     with tempfile.TemporaryDirectory(prefix="bart-") as place:
         folder = Path(place)
         measured = (kspace * mask).cpu().numpy()
         _write(folder / "kspace", measured.transpose(1, 2, 0)[None])
-        _run(folder, "ecalib", "-m2", "kspace", "maps")
+        _run(folder, "ecalib", "-m2", "-c0", "kspace", "maps")  # -c0: maps of the air, too
         _run(folder, *f"pics -S -l1 -r {lamda:g} -i 60 kspace maps image".split())
         maps, image = _read(folder / "maps"), _read(folder / "image")
     coil_images = (maps * image).sum(4)[0, ..., 0]  # (rows, columns, coils), both maps added

@@ -173,7 +173,7 @@ def _named(one: Slice, method: Method, kspace: Tensor, mask: Tensor) -> Tensor:
 
 
 def table_rows(evaluation: Evaluation) -> Sequence[tuple[str, ...]]:
-    """The means as text: method, PSNR, gain over the first method, SSIM, NMSE, time a slice."""
+    """The means as text: method, PSNR, gain, PSNR over the object, SSIM, NMSE, time a slice."""
     mean = evaluation.mean
     base = next(iter(mean.values())).psnr
     return [
@@ -181,6 +181,7 @@ def table_rows(evaluation: Evaluation) -> Sequence[tuple[str, ...]]:
             name,
             f"{scores.psnr:.2f}",
             f"{scores.psnr - base:+.2f}",
+            "-" if scores.object_psnr is None else f"{scores.object_psnr:.2f}",
             f"{scores.ssim:.3f}",
             f"{scores.nmse:.4f}",
             f"{evaluation.seconds[name]:.2f}",

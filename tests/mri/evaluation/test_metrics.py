@@ -165,3 +165,17 @@ def test_an_empty_slice_has_no_score_by_slices_and_is_named():
 def test_what_cannot_be_scored_is_refused(change, message):
     with pytest.raises(InputError, match=message):
         score(*change(*pair()))
+
+
+def test_the_score_over_the_object_leaves_air_out():
+    u = np.full((1, 16, 16), 0.02)
+    u[:, 4:12, 4:12] = 1.0
+    v = u.copy()
+    v[:, 4:12, 4:12] += 0.1
+    v[:, :4] += 0.5
+    found = score(u, v)
+    assert found.object_psnr == pytest.approx(20)
+    assert found.psnr == pytest.approx(-10 * np.log10((64 * 0.01 + 64 * 0.25) / 256))
+    both = mean_scores([found, score(u, u + 0.01)])
+    assert both.object_psnr == pytest.approx(30)
+    assert mean_scores([found, Scores(30.0, 0.8, 0.02)]).object_psnr is None
