@@ -51,7 +51,9 @@ def bart_l1_wavelet(kspace: Tensor, mask: Tensor, _maps: Tensor, lamda: float) -
         folder = Path(place)
         measured = (kspace * mask).cpu().numpy()
         _write(folder / "kspace", measured.transpose(1, 2, 0)[None])
-        _run(folder, "ecalib", "-m2", "-c0", "kspace", "maps")  # -c0: maps of the air, too
+        # The region that BART finds is even, and around the middle of the matrix.
+        size = f"-r {side} -k {max(1, min(side - 2, _KERNEL))}"
+        _run(folder, *f"ecalib -m2 -c0 {size} kspace maps".split())  # -c0: maps of the air, too
         _run(folder, *f"pics -S -l1 -r {lamda:g} -i 60 kspace maps image".split())
         maps, image = _read(folder / "maps"), _read(folder / "image")
     coil_images = (maps * image).sum(4)[0, ..., 0]  # (rows, columns, coils), both maps added
