@@ -51,7 +51,7 @@ class Shown:
         found = self.certificate(trained)
         verdict = "trusted" if found.trustworthy else "not trusted, l1-SPIRiT is given"
         errors = f"held-out error {found.error:.2f}, of l1-SPIRiT {found.classical:.2f}"
-        return Panel(f"{self.name}{about}: {verdict} ({errors})", images, self.reference)
+        return Panel(f"{self.name}{about}\n{verdict}\n{errors}", images, self.reference)
 
     def certificate(self, trained: Trained) -> SliceCertificate:
         """What the check says of a network's image."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ class Panel:
     """One slice as several methods show it.
 
     Attributes:
-        title: what it is.
+        title: what it is, in lines; stands below the reference.
         images: magnitude images by method.
         reference: magnitude image, or None where no reference exists.
     """
@@ -108,7 +109,9 @@ def _show_panel(panel: Panel, images: Any, errors: Any) -> None:
     if reference is None:
         reference = list(panel.images.values())[-1]
     peak = _peak(reference)
-    _show(images[0], reference, f"{panel.title}\nreference", peak)
+    _show(images[0], reference, "reference", peak)
+    title = "\n".join(part for line in panel.title.splitlines() for part in wrap(line, 30))
+    errors[0].text(0.0, 0.95, title, fontsize=8, va="top", transform=errors[0].transAxes)
     for column, (name, image) in enumerate(panel.images.items(), start=1):
         _show(images[column], image, f"{name}\n{_psnr(reference, image)}", peak)
         error = _ERROR_GAIN * (image - reference).abs()
