@@ -78,7 +78,7 @@ def _fista(f: Tensor, mask: Tensor, normal: Tensor, threshold: float, steps: int
     shape = (f.shape[-2], f.shape[-1])
     u = before = zero_filled = ifft2c(f)
     for step, momentum in enumerate(momenta(steps)):
-        ahead = u + momentum * (u - before)
+        ahead = torch.lerp(before, u, 1 + momentum)
         gradient = sample_normal(ahead, mask) - zero_filled + times(normal, ahead)
         wavelets = Wavelets(shape, shift=spread(shape, step))
         before = u
@@ -129,9 +129,9 @@ def quick_steps(
     shape = (f.shape[-2], f.shape[-1])
     u = before = zero_filled = ifft2c(f)
     for step, momentum in enumerate(momenta(steps), start=1):
-        ahead = u + momentum * (u - before)
+        ahead = torch.lerp(before, u, 1 + momentum)
         before = u
-        u = times(consistent, ahead - sample_normal(ahead, mask) + zero_filled)
+        u = times(consistent, ahead.sub_(sample_normal(ahead, mask)).add_(zero_filled))
         if step % every == 0:
             wavelets = Wavelets(shape, shift=spread(shape, step // every))
             u = soft_threshold_jointly(u, wavelets, every * threshold)

@@ -108,7 +108,7 @@ def squeezed(text):
 
 
 def numbers(scores):
-    return {name: getattr(scores, name) for name in ("psnr", "ssim", "nmse")}
+    return {name: getattr(scores, name) for name in ("psnr", "ssim", "nmse", "object_psnr")}
 
 
 def everything_in(folder):

@@ -9,7 +9,7 @@ from training_cases import BASE, COILS, SIZE, network, same, seeded, simulated, 
 import bilevel as bl
 from applications.errors import InputError
 from applications.mri.data import SliceDataset, Volume, write_volume
-from applications.mri.network.architecture import narrow, paper
+from applications.mri.network.architecture import light, narrow, paper
 from applications.mri.network.reconstruction import Loss, Network
 from applications.mri.physics.operators import fft2c, ifft2c, rss
 from applications.mri.sampling import CartesianRandom, PoissonDisc
@@ -115,7 +115,7 @@ def test_positions_held_out_do_not_reach_the_network_and_are_all_that_the_loss_s
 
 def test_training_lowers_the_error_against_a_truth_it_never_saw(tmp_path):
     slices, full, mask = undersampled(tmp_path)
-    net = Network(replace(narrow(COILS), n_phases=2, filters=8, features=4), seed=1)
+    net = Network(replace(light(), n_phases=3, gains=8, warm_up=6), seed=1)
     truth = rss(ifft2c(full))
 
     def error(control):
@@ -125,7 +125,7 @@ def test_training_lowers_the_error_against_a_truth_it_never_saw(tmp_path):
     settings = replace(BASE, steps=45, learning_rate=1e-2, warmup=5, self_supervision=SPLIT)
     found = trained(slices, settings, net)
     zero_filled = float((rss(ifft2c(full * mask)) - truth).norm() / truth.norm())
-    assert error(found.control) < 0.95 * min(error(net.controls()), zero_filled)
+    assert error(found.control) < 0.7 * min(error(net.controls()), zero_filled)
 
 
 def test_the_mask_of_a_file_without_one_is_where_it_is_not_zero(tmp_path):
