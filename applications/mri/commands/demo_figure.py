@@ -21,7 +21,6 @@ from applications.mri.sampling import Sampling
 from bilevel import tree
 
 _SHOWN = ("brain_t1_axial", "head_wrapped_t1_coronal")  # within the view, and folding over
-_SPOILED = 0.3  # standard deviation of the noise on weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +78,13 @@ def shown(slices: SliceDataset, sampling: Sampling, seed: int) -> list[Shown]:
     return found
 
 
-def spoiled(trained: Trained, seed: int) -> Trained:
+def spoiled(trained: Trained, seed: int, scale: float = 0.3) -> Trained:
     """The network with noise on every weight: one that a check has to catch.
 
     Args:
         trained: network and weights.
         seed: of the noise.
+        scale: standard deviation of the noise.
 
     Returns:
         The same network with other weights.
@@ -94,7 +94,7 @@ def spoiled(trained: Trained, seed: int) -> Trained:
     def noisy(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        return x + _SPOILED * torch.randn(x.shape, generator=generator).to(x)
+        return x + scale * torch.randn(x.shape, generator=generator).to(x)
 
     return replace(trained, control=tree.map_leaves(noisy, trained.control))
 
