@@ -18,7 +18,6 @@ from applications.mri.network.weights import Trained
 from applications.mri.physics.masks import acceleration_of
 from applications.mri.physics.operators import ifft2c, rss
 from applications.mri.sampling import Sampling
-from bilevel import tree
 
 _SHOWN = ("brain_t1_axial", "head_wrapped_t1_coronal")  # within the view, and folding over
 
@@ -91,12 +90,15 @@ def spoiled(trained: Trained, seed: int, scale: float = 0.3) -> Trained:
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def noisy(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        return x + scale * torch.randn(x.shape, generator=generator).to(x)
+    def noisy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: x + scale * torch.randn(x.shape, generator=generator).to(x)
+            for name, x in weights.items()
+        }
 
-    return replace(trained, control=tree.map_leaves(noisy, trained.control))
+    control = trained.control
+    steps, initial = [noisy(one) for one in control.steps], control.initial
+    return replace(trained, control=bl.PerStep(steps, initial and noisy(initial)))
 
 
 def swept_multipliers(trained: Trained, file: VolumeFile, index: int, mask: Tensor) -> list[Tensor]:

@@ -16,6 +16,7 @@ from applications.mri.commands.shared import print_scores
 from applications.mri.data import FORMATS, SliceDataset, examined, open_scan, scans_in
 from applications.mri.data.coil_fits import changes, coil_fits
 from applications.mri.data.images import SUFFIXES, check_image_path
+from applications.mri.evaluation.baselines import Sweep
 from applications.mri.evaluation.figures import draw_image
 from applications.mri.evaluation.kept import KeptImages, names_of
 from applications.mri.evaluation.methods import (
@@ -29,7 +30,7 @@ from applications.mri.evaluation.scanning import Checks, Making, reconstruct_sca
 from applications.mri.evaluation.scoring import evaluate
 from applications.mri.formats.fastmri import SUFFIXES as HDF5
 from applications.mri.network.weights import PRETRAINED, weights_named
-from applications.mri.sampling import FromFile, Masking
+from applications.mri.sampling import FromFile, Masking, Sampling
 from applications.mri.simulation.phantoms import SimulationSettings, simulate_folder
 from applications.mri.training.precision import check_device
 from applications.outputs import Output, check_outputs, claimed, results
@@ -100,12 +101,7 @@ def evaluate_command(
             say(line)
         for change in changes(coil_fits(looked.slices.files, trained.network.architecture.n_coils)):
             console.print(change)
-        swept = {}
-        if tuned_on is not None:
-            report("tuning the baselines", 0.0)
-            swept = sweep_regularisation(examined(tuned_on).slices, sampling, seed + 1)
-            if BART not in swept:
-                console.print("BART is not installed: its l1-wavelet with two maps is left out.")
+        swept = {} if tuned_on is None else _tuned(tuned_on, sampling, seed + 1, report)
         methods = classical_methods(swept) | network_methods(trained, device)
         found = evaluate(
             methods,
@@ -123,6 +119,14 @@ def evaluate_command(
     console.print(f"Results  {out}")
     if images is not None:
         console.print(f"Images   {images}")
+
+
+def _tuned(slices: SliceDataset, sampling: Sampling, seed: int, report: Report) -> dict[str, Sweep]:
+    report("tuning the baselines", 0.0)
+    swept = sweep_regularisation(examined(slices).slices, sampling, seed)
+    if BART not in swept:
+        console.print("BART is not installed: its l1-wavelet with two maps is left out.")
+    return swept
 
 
 def reconstruct_command(

@@ -18,7 +18,7 @@ from command_lines import call, refused, succeed
 from scan_files import as_bart, header, lines_of, write_cfl, write_ismrmrd
 
 from applications.mri.bundled.paths import bundled_scan_path
-from applications.mri.commands.demo import swept_multipliers
+from applications.mri.commands.demo_figure import swept_multipliers
 from applications.mri.data import SliceDataset, Volume, VolumeFile, implied_mask, write_volume
 from applications.mri.evaluation.methods import (
     L1_SPIRIT,
@@ -515,6 +515,9 @@ def test_the_demo_leaves_figure_and_results_and_weights_of_its_own(tmp_path, mon
     twice = CartesianRandom(2.0, 0.16)
     for name, scores in evaluate(network_methods(trained), phantom, twice, 2 + 2).mean.items():
         assert results["measured"]["mean"][name]["psnr"] == pytest.approx(scores.psnr, rel=1e-3)
+    checks = results["checks"]
+    assert list(checks) == [file.path.stem for file in test.files]
+    assert all(one["held_out_samples"] > 0 for one in checks.values())
     mask = sampling.mask((64, 64), torch.Generator().manual_seed(4))
     multipliers = swept_multipliers(trained, test.files[0], 0, mask)
     assert [m.shape for m in multipliers] == [(64, 64)] * 9

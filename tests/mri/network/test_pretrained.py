@@ -10,7 +10,7 @@ from applications.mri.bundled.paths import bundled, bundled_scan_path
 from applications.mri.data import Volume, VolumeFile, implied_mask, write_volume
 from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import score
-from applications.mri.evaluation.scanning import reconstructed
+from applications.mri.evaluation.scanning import Making, reconstructed
 from applications.mri.network.architecture import light
 from applications.mri.network.weights import pretrained
 from applications.mri.physics.operators import fft2c, ifft2c, rss
@@ -76,7 +76,9 @@ def reconstruct(kspace):
 def test_the_measured_scan_keeps_its_data():
     scan = VolumeFile(bundled_scan_path()).read_slice(0)
     mask = CartesianRandom(2.0, 0.16).mask(tuple(scan.kspace.shape[1:]), seeded(0))
-    found = reconstructed(pretrained(), scan, mask)
+    found = reconstructed(Making(pretrained()), scan, mask)
+    assert found.certificate.trustworthy
+    assert found.method == "network"
     measured = scan.kspace[:, mask]
     defect = fft2c(found.coil_images[0])[:2][:, mask] - measured
     assert defect.norm() < 0.15 * measured.norm()
@@ -88,7 +90,7 @@ def test_noise_does_not_make_the_phases_diverge_and_is_told(tmp_path):
     mask = PoissonDisc(8, 16).mask((SIZE, SIZE), seeded(1))
     write_volume(tmp_path / "scan.h5", Volume((noise * mask)[None], mask=mask))
     text = succeed("reconstruct", "--scan", tmp_path / "scan.h5", "--out", tmp_path / "image.h5")
-    assert "Look at slice 0 before use" in text
+    assert "Slice 0 is not trustworthy" in text
     with h5py.File(tmp_path / "image.h5") as file:
         assert float(file["reconstruction"][()].max()) < 2 * float(rss(ifft2c(noise * mask)).max())
 
