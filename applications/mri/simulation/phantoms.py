@@ -63,7 +63,7 @@ class SimulationSettings:
     local_phase: float = setting(0.0, "Phase of tissue, vessels, fields; 1 as in life.", least=0)
     reference: str = setting("clean", "Of the images: clean, or measured, with their noise.")
     names: tuple[str, ...] | None = None
-    wrap: float | None = None
+    wrap: float | None = setting(None, "Share of the columns in view; the rest folds over.")
 
     def __post_init__(self) -> None:
         """Check the reference."""
