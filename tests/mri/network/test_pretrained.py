@@ -12,6 +12,7 @@ from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import score
 from applications.mri.network.architecture import light
 from applications.mri.network.weights import pretrained
+from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.operators import fft2c, ifft2c, rss
 from applications.mri.sampling import CartesianRandom, PoissonDisc
 from applications.mri.simulation.anatomy import load_anatomies, resize, split
@@ -53,7 +54,7 @@ def test_they_are_small_and_tell_how_they_were_made():
     ],
     ids=repr,
 )
-def test_a_held_out_slice_gains_much_over_what_they_start_from(anatomy, sampling):
+def test_a_held_out_slice_gains_over_the_start_and_the_classical_method(anatomy, sampling):
     images = load_anatomies()[anatomy]
     held_out = images[split(len(images)).test[0]]
     full = simulate(resize(held_out, SIZE), 8, seeded(1))
@@ -61,8 +62,10 @@ def test_a_held_out_slice_gains_much_over_what_they_start_from(anatomy, sampling
     methods = network_methods(pretrained())
     with torch.no_grad():
         found = {name: method(full.kspace * mask, mask) for name, method in methods.items()}
-    psnr = {name: score(full.reference[None], image[None]).psnr for name, image in found.items()}
-    assert psnr["ours"] > psnr["start"] + 0.3
+    found["l1-SPIRiT"] = rss(l1_spirit(full.kspace * mask, mask))
+    # Over the object: the reference is exactly black in air, which no measured one is.
+    psnr = {n: score(full.reference[None], x[None]).object_psnr for n, x in found.items()}
+    assert psnr["ours"] > max(psnr["start"], psnr["l1-SPIRiT"]) + 0.1
 
 
 def reconstruct(kspace):
@@ -80,12 +83,11 @@ def test_the_real_scan_keeps_its_data():
     assert defect.norm() < 0.1 * measured.norm()
 
 
-def test_noise_does_not_make_the_phases_diverge_and_is_told(tmp_path):
+def test_noise_does_not_make_the_phases_diverge(tmp_path):
     noise = torch.randn(8, SIZE, SIZE, dtype=torch.complex64, generator=seeded(0))
     mask = PoissonDisc(8, 16).mask((SIZE, SIZE), seeded(1))
     write_volume(tmp_path / "scan.h5", Volume((noise * mask)[None], mask=mask))
-    text = succeed("reconstruct", "--scan", tmp_path / "scan.h5", "--out", tmp_path / "image.h5")
-    assert "Look at slice 0 before use" in text
+    succeed("reconstruct", "--scan", tmp_path / "scan.h5", "--out", tmp_path / "image.h5")
     with h5py.File(tmp_path / "image.h5") as file:
         assert float(file["reconstruction"][()].max()) < 2 * float(rss(ifft2c(noise * mask)).max())
 
