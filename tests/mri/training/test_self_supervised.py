@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_cases import BASE, COILS, SIZE, network, same, seeded, simulated, trained
+from training_cases import BASE, SIZE, network, same, seeded, simulated, trained
 
 import bilevel as bl
 from applications.errors import InputError
