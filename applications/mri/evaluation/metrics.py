@@ -129,7 +129,7 @@ def mean_scores(scores: Iterable[Scores]) -> Scores:
         fmean(s.psnr for s in scores),
         fmean(s.ssim for s in scores),
         fmean(s.nmse for s in scores),
-        conventions.pop(),
+        scores[0].convention,
         None if None in inside else fmean(one for one in inside if one is not None),
     )
 

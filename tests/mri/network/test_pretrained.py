@@ -14,7 +14,7 @@ from applications.mri.evaluation.scanning import Making, reconstructed
 from applications.mri.network.architecture import light
 from applications.mri.network.weights import pretrained
 from applications.mri.physics.l1_spirit import l1_spirit
-from applications.mri.physics.operators import fft2c, ifft2c, rss
+from applications.mri.physics.operators import fft2c, rss
 from applications.mri.sampling import CartesianRandom, PoissonDisc
 from applications.mri.simulation.anatomy import load_anatomies, resize, split
 from applications.mri.simulation.simulate import simulate
