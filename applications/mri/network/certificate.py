@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-WORSE = 1.07  # times the error of l1-SPIRiT, above which a network is not trusted
+WORSE = 1.05  # times the error of l1-SPIRiT, above which a network is not trusted
 HOPELESS = 1.0  # error of an image of zeros
 
 
