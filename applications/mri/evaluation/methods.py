@@ -27,7 +27,7 @@ from applications.mri.sampling import Sampling
 
 Method = Callable[[Tensor, Tensor], Tensor]  # (kspace, mask) -> magnitude image, all unbatched
 _Value = TypeVar("_Value")
-L1_SPIRIT, BART = "l1-SPIRiT", "BART l1-wavelet, two maps"
+L1_SPIRIT, BART = "l1-SPIRiT", "BART"  # l1-wavelet with two maps
 _REGULARISED = {
     "CG-SENSE": sense,
     "l1-wavelet": l1_wavelet,
