@@ -37,7 +37,7 @@ from bilevel.control import (
 )
 from bilevel.dynamics import Compiled, ControlProblem, Dynamics, Map, PerStep, Phases, functional
 from bilevel.errors import BilevelError, ConvergenceWarning
-from bilevel.inner import BilevelProblem
+from bilevel.inner import BilevelProblem, Minibatches
 from bilevel.methods import MLM, Implicit, OneStep, Unrolled
 from bilevel.settings import ByStep
 from bilevel.solver import BilevelSolver
@@ -58,7 +58,7 @@ __version__ = "0.1.0"
 __all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelProblem"]
 __all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
 __all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "Implicit", "InMemory", "Looped"]
-__all__ += ["Map", "NewtonCG", "OnDisk", "OnHost", "OneStep", "PerStep", "Phases", "Softmax"]
-__all__ += ["Sparsemax", "TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint"]
+__all__ += ["Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep", "PerStep", "Phases"]
+__all__ += ["Softmax", "Sparsemax", "TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint"]
 __all__ += ["check_hypergradient", "functional", "hvp", "kkt", "lagrangian", "plan", "rollout"]
 __all__ += ["total_cost", "weighted_problem"]

@@ -1,5 +1,6 @@
 """Numbers that a rule or a penalty is told: constant, learned, or changing with the step."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,16 @@ from bilevel.errors import ArgumentError, StructureError
 from bilevel.tree import Tree
 
 
+class Stepwise(ABC):
+    """What is another at each inner step t = 1, 2, ..., and the same whenever t is asked for."""
+
+    @abstractmethod
+    def at(self, t: int) -> Any:
+        """What step t gets."""
+
+
 @dataclass(frozen=True)
-class ByStep:
+class ByStep(Stepwise):
     """A setting that changes with the inner step: a batch, a learning rate.
 
     Attributes:
@@ -38,6 +47,9 @@ class ByStep:
                 f"{type(self.value).__name__}; a constant is given as it is."
             )
 
+    def at(self, t: int) -> Any:  # noqa: D102
+        return _asked(self.value, t, t)
+
 
 # A number, a tensor, or a function of the control (so that it can be learned) that returns a scalar
 # tensor or a tree like the params; or a `ByStep` of any of them.
@@ -45,8 +57,8 @@ Setting = float | Tensor | Callable[[Tree], Any] | ByStep
 
 
 def at_step(setting: Any, t: int) -> Any:
-    """What `setting` is at inner step `t`: itself, unless it is a `ByStep`."""
-    return _asked(setting.value, t, t) if isinstance(setting, ByStep) else setting
+    """What `setting` is at inner step `t`: itself, unless it is `Stepwise`."""
+    return setting.at(t) if isinstance(setting, Stepwise) else setting
 
 
 def setting_at(setting: Setting, control: Tree, t: int) -> Any:

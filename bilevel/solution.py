@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel.certificates.certificate import Certificate
 from bilevel.drawing import new_figure
+from bilevel.dynamics.modules import load_into
 from bilevel.linear.operator import LinearResult
 from bilevel.methods.base import Truncation, Warm
 from bilevel.records import Record
@@ -85,6 +86,17 @@ class Solution(Record):
     steps: int
     converged: bool
     reason: str
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copy the inner solution, params of `functional(model)`, into the model.
+
+        Args:
+            model: whose parameters they are; frozen ones and buffers stay.
+
+        Raises:
+            StructureError: if names, shapes or dtypes differ; then nothing is copied.
+        """
+        load_into(model, self.params, "params")
 
     def plot(self) -> Any:
         """Outer objective, norm of the hypergradient and its estimated error over the updates.

@@ -18,6 +18,7 @@ from bilevel.checks import check_choice, check_kind, check_range, check_whole
 from bilevel.dynamics.per_step import BILEVEL_WORDS, Look, PerStep
 from bilevel.dynamics.steps import walk
 from bilevel.errors import ArgumentError, BilevelError, DivergenceError, LostGradientError
+from bilevel.inner.batches import refuse_loader
 from bilevel.inner.problem import BilevelProblem
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Warm
 from bilevel.methods.mlm import MLM
@@ -102,7 +103,8 @@ class BilevelSolver:
         Args:
             params: where the inner iteration starts.
             control: the outer variable, alpha.
-            inner_batch: third argument of the inner objective; constant, or a `ByStep`.
+            inner_batch: third argument of the inner objective; constant, a `ByStep` or
+                `Minibatches`.
             outer_batch: third argument of the outer objective.
             linear_batch: third argument of the inner objective where its solution is judged, and
                 where `Implicit` linearises it: all data or a large batch. None is `inner_batch`;
@@ -348,6 +350,8 @@ class BilevelSolver:
                 raise ArgumentError(
                     f"{name} must hold a floating-point or complex tensor, got {value!r}."
                 )
+        for name, batch in (("inner_batch", inner_batch), ("linear_batch", linear_batch)):
+            refuse_loader(batch, name)
         if inner_tolerance is not None:
             check_range(inner_tolerance, "inner_tolerance", above=0)
         if isinstance(control, PerStep):

@@ -36,7 +36,7 @@ ROOMS = {
     "bilevel.control": ["lagrangian", "adjoint", "tangent", "rollout", "newton_cg", "solver"],
     "bilevel.prox": ["operators"],
     "bilevel.optim": ["rules", "descent", "adaptive"],
-    "bilevel.inner": ["problem", "iteration"],
+    "bilevel.inner": ["problem", "iteration", "batches"],
     "bilevel.methods": ["base", "unrolled", "mlm", "implicit", "one_step"],
     "bilevel.certificates": [
         *("certificate", "against_steps", "curvature", "correction", "judgement"),

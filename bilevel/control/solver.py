@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -14,6 +15,7 @@ from bilevel.checks import check_arguments, check_choice, check_whole
 from bilevel.control.adjoint import Adjoint, adjoint
 from bilevel.control.lagrangian import KKT, kkt
 from bilevel.control.newton_cg import NewtonCG, NewtonRun
+from bilevel.dynamics.modules import load_into
 from bilevel.dynamics.per_step import CONTROL_WORDS, Look
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.dynamics.steps import first_infinite
@@ -57,6 +59,18 @@ class ControlSolution(Record):
     reason: str
     adjoint: Adjoint | None
     kkt: KKT | None
+
+    def load_into(self, model: nn.Module) -> None:
+        """Copy the control, params of `functional(model)`, into the model.
+
+        Args:
+            model: whose parameters they are; frozen ones and buffers stay.
+
+        Raises:
+            StructureError: if names, shapes or dtypes differ; then nothing is copied. A `PerStep`
+                goes back into its modules by `Phases.load`.
+        """
+        load_into(model, self.control, "control")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """`torch.nn.Module`s as dynamics and as plain functions of their parameters."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +17,48 @@ from bilevel.tree import Tree
 Params = dict[str, Tensor]
 
 
-def functional(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
+@dataclass(frozen=True, eq=False)
+class ModuleFunction:
+    """A module as a plain function; see `functional`.
+
+    Attributes:
+        model: the module; it is not modified.
+        constants: names of what a call takes from the module as it is: frozen parameters.
+        cloned: names of the buffers, which every call gets as copies, so that it leaves the
+            module's own as they are: a BatchNorm layer normalises by them or by the batch, as its
+            mode says, and never updates them.
+    """
+
+    model: nn.Module
+    constants: tuple[str, ...] = ()
+    cloned: tuple[str, ...] = ()
+
+    def __call__(self, params: Params, *inputs: Any, **options: Any) -> Any:
+        """What the module gives with these parameters, of its inputs by place and by name."""
+        return _call(self.model, params, *inputs, **options)
+
+    def __repr__(self) -> str:
+        """The module, and what is constant."""
+        listed = [
+            f"{name} {', '.join(names)}"
+            for name, names in (("constant:", self.constants), ("buffers, cloned:", self.cloned))
+            if names
+        ]
+        return f"ModuleFunction({type(self.model).__name__}{''.join(f'; {one}' for one in listed)})"
+
+
+def functional(model: nn.Module) -> tuple[Params, ModuleFunction]:
     """`model` as a plain function of its parameters.
 
     Frozen parameters (`requires_grad` False) and buffers are constants; buffers are cloned for each
-    call, so that a BatchNorm layer cannot change them in silence.
+    call, so that a BatchNorm layer cannot change them in silence. The function prints which.
 
     Args:
         model: any module; it is not modified.
 
     Returns:
         `(params, call)`: the trainable parameters by name, detached copies, and
-        `call(params, *inputs)`.
+        `call(params, *inputs, **options)`.
 
     Raises:
         UnsupportedError: if it, or a part of it, is wrapped to train over several processes.
@@ -37,13 +67,14 @@ def functional(model: nn.Module) -> tuple[Params, Callable[..., Any]]:
         >>> params, call = functional(nn.Linear(2, 1, bias=False))
         >>> call({"weight": torch.ones(1, 2)}, torch.tensor([3.0, 4.0]))
         tensor([7.])
+        >>> functional(nn.BatchNorm1d(3, affine=False))[1]
+        ModuleFunction(BatchNorm1d; buffers, cloned: running_mean, running_var, num_batches_tracked)
     """
     _refuse_wrapped(model)
-
-    def call(params: Params, *inputs: Any) -> Any:
-        return _call(model, params, *inputs)
-
-    return _trainable(model), call
+    constants = tuple(n for n, p in model.named_parameters() if not p.requires_grad)
+    return _trainable(model), ModuleFunction(
+        model, constants, tuple(n for n, _ in model.named_buffers())
+    )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -69,9 +100,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
             )
 
 
-def _call(model: nn.Module, params: Params, *inputs: Any) -> Any:
+def _call(model: nn.Module, params: Params, *inputs: Any, **options: Any) -> Any:
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    return torch.func.functional_call(model, {**buffers, **params}, inputs)
+    return torch.func.functional_call(model, {**buffers, **params}, inputs, options)
 
 
 def _trainable(model: nn.Module) -> Params:
@@ -157,7 +188,28 @@ class Phases(Dynamics):
         if self.initial is not None:
             pairs.append((self.initial, control.initial))
         for module, values in pairs:
-            with torch.no_grad():
-                for name, parameter in module.named_parameters():
-                    if name in values:
-                        parameter.copy_(values[name])
+            _copied_into(module, values)
+
+
+def load_into(model: nn.Module, values: Tree, name: str) -> None:
+    """Copy parameters, as `functional` gave them, into a module.
+
+    Args:
+        model: with parameters of the same names, shapes and dtypes; frozen ones and buffers stay.
+        values: by name.
+        name: what they are, for an error.
+
+    Raises:
+        StructureError: if names, shapes or dtypes differ; then nothing is copied.
+    """
+    tree.check_like(
+        values, _trainable(model), name, "load_into takes the trainable parameters of the model"
+    )
+    _copied_into(model, values)
+
+
+def _copied_into(model: nn.Module, values: Params) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in values:
+                parameter.copy_(values[name])

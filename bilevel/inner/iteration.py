@@ -19,7 +19,7 @@ class InnerIteration(Dynamics):
     Attributes:
         problem: the objectives.
         optimizer: the rule.
-        batch: constant, or a `ByStep`.
+        batch: constant, or `Stepwise`.
         offset: inner steps made before, where the iteration goes on from a state.
         goes_on: whether the observation is a state of the optimiser instead of params to start at.
     """

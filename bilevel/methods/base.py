@@ -20,7 +20,7 @@ from bilevel.inner.iteration import InnerIteration
 from bilevel.inner.problem import BilevelProblem
 from bilevel.linear.operator import LinearResult
 from bilevel.optim.rules import InnerOptimizer
-from bilevel.settings import ByStep, at_step
+from bilevel.settings import Stepwise, at_step
 from bilevel.sweeps.randomness import RandomState, devices_of, preserved
 from bilevel.tree import Tree
 
@@ -79,7 +79,7 @@ class Instance:
         inner_steps: number of inner steps; the largest number if there is a tolerance.
         params: where the inner iteration starts, detached.
         control: the outer variable, detached.
-        inner_batch: what the inner objective gets; constant or a `ByStep`.
+        inner_batch: what the inner objective gets; constant, or `Stepwise`.
         outer_batch: what the outer objective gets.
         linear_batch: what the inner objective gets where its solution is judged and linearised;
             None is the inner batch, of steps by the batch that of the last step.
@@ -152,7 +152,7 @@ class Instance:
     @property
     def by_batches(self) -> bool:
         """Whether the steps saw batches, and nothing else is given to judge their end by."""
-        return isinstance(self.inner_batch, ByStep) and self.linear_batch is None
+        return isinstance(self.inner_batch, Stepwise) and self.linear_batch is None
 
     @cached_property
     def judging_batch(self) -> Any:

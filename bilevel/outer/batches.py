@@ -1,15 +1,20 @@
 """Batches of an outer loop, begun again when they end."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import count
 from typing import Any
 
 from torch import Tensor
 
 from bilevel.errors import ArgumentError
+from bilevel.settings import Stepwise
 
 
-def cycled(batches: Iterable[Any], name: str = "batches") -> Iterator[Any]:
+def cycled(batches: Iterable[Any] | Stepwise, name: str = "batches") -> Iterator[Any]:
     """The batches again and again; an error if a round is empty."""
+    if isinstance(batches, Stepwise):  # it knows its epochs, each in an order of its own
+        yield from map(batches.at, count(1))
+        return
     given = 0
     while True:
         empty = True
@@ -47,7 +52,7 @@ def paired(batches: Any) -> Iterable[tuple[Any, Any]]:
             "outer_batch) or a pair of two batches each: pass a list of pairs, or a pair of lists."
         )
     for name, part in zip(("inner", "outer"), batches, strict=True):
-        if isinstance(part, Tensor | Mapping | str) or not isinstance(part, Iterable):
+        if isinstance(part, Tensor | Mapping | str) or not isinstance(part, Iterable | Stepwise):
             raise ArgumentError(
                 f"batches as a pair must be two loaders (inner_loader, outer_loader), got "
                 f"{type(part).__name__} for the {name} one; a single pair of batches for all "

@@ -301,3 +301,53 @@ def test_a_real_distributed_module_is_refused(tmp_path):
             bl.functional(wrapped)
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Scaled(nn.Module):
+    """Takes an option by name; part of it is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 1).requires_grad_(requires_grad=False)
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x, *, scale=1.0):
+        return scale * self.b(self.norm(self.a(x)))
+
+
+def test_a_function_takes_options_by_name_and_prints_what_is_constant():
+    model = Scaled()
+    params, call = bl.functional(model)
+    x = torch.randn(5, 2)
+    torch.testing.assert_close(call(params, x, scale=3.0), 3 * call(params, x))
+    assert call.constants == ("b.weight", "b.bias")
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    assert call.cloned == tuple(f"norm.{name}" for name in buffers)
+    assert "buffers, cloned: norm.running_mean" in repr(call)
+    assert model.norm.num_batches_tracked == 0
+
+
+def test_a_solution_goes_back_into_the_model():
+    model = Scaled()
+    params, call = bl.functional(model)
+    x, y = torch.randn(20, 2), torch.randn(20, 1)
+    problem = bl.BilevelProblem(
+        lambda w, a, b: (
+            ((call(w, x) - y) ** 2).mean() + a.exp() * sum(p.square().sum() for p in w.values())
+        ),
+        lambda w, a, b: ((call(w, x) - y) ** 2).mean(),
+    )
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 5, certificate=None)
+    found = solver.solve(params, torch.tensor(-3.0), steps=2)
+    frozen = model.b.weight.clone()
+    found.load_into(model)
+    torch.testing.assert_close(model(x), call(found.params, x))
+    assert torch.equal(model.b.weight, frozen)
+    with pytest.raises(StructureError, match="load_into takes the trainable parameters"):
+        found.load_into(nn.Linear(2, 2))
+    step = bl.Map(lambda u, c, t: call(c, u).expand(-1, 2))
+    control = bl.ControlSolver(bl.ControlProblem(step, lambda u, c: u.square().sum(), 2)).solve(
+        params, x, steps=2
+    )
+    control.load_into(model)
+    torch.testing.assert_close(model(x), call(control.control, x))
