@@ -25,6 +25,7 @@ from applications.mri.physics.masks import samples_columns
 from applications.mri.physics.operators import fft2c, ifft2c
 
 SHARE = 0.1  # of the samples outside the centre
+_CENTRE = 24  # positions that suffice to calibrate
 _FEWEST, _OF_SO_MANY = 2, 5  # one place alone is chance
 
 
@@ -36,11 +37,11 @@ def held_out(mask: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
         seed: of the choice.
 
     Returns:
-        Two masks. In the second is nothing of the fully sampled centre; whole columns where the
-        mask samples whole columns; and as many near the centre, for their number there, as far
-        from it.
+        Two masks. In the second is nothing of the fully sampled centre, of a large one nothing of
+        its 24 x 24 positions in the middle; whole columns where the mask samples whole columns;
+        and as many near the centre, for their number there, as far from it.
     """
-    top, bottom, left, right = fully_sampled_centre(mask)
+    top, bottom, left, right = calibration_kept(mask)
     outside = mask.clone()
     outside[top:bottom, left:right] = False
     rows, columns = (torch.arange(n, device=mask.device) - n // 2 for n in mask.shape)
@@ -51,6 +52,24 @@ def held_out(mask: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
         distance = (rows[:, None] / len(rows)) ** 2 + (columns / len(columns)) ** 2
         held = _drawn(outside.flatten(), distance.flatten(), seed).reshape(mask.shape)
     return mask & ~held, held
+
+
+def calibration_kept(mask: Tensor) -> tuple[int, int, int, int]:
+    """What is never held out, since coils are calibrated by it.
+
+    Args:
+        mask: boolean, shape ``(rows, columns)``.
+
+    Returns:
+        Top, bottom, left and right: the fully sampled centre, or the middle of a large one.
+    """
+    top, bottom, left, right = fully_sampled_centre(mask)
+    rows, columns = (n // 2 for n in mask.shape)
+    half = _CENTRE // 2
+    # Whole columns are held out whole, so that all rows of those in the middle stay.
+    if not samples_columns(mask):
+        top, bottom = max(top, rows - half), min(bottom, rows + half)
+    return top, bottom, max(left, columns - half), min(right, columns + half)
 
 
 def _drawn(places: Tensor, distance: Tensor, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from applications.mri import reconstruct
 from applications.mri.network.architecture import light, narrow
 from applications.mri.network.certificate import HOPELESS, WORSE, SliceCertificate
-from applications.mri.network.held_out import certified, held_out
+from applications.mri.network.held_out import calibration_kept, certified, held_out
 from applications.mri.network.reconstruction import L1_SPIRIT, NETWORK, Network
 from applications.mri.network.weights import Trained
 from applications.mri.physics.consistency import fully_sampled_centre
@@ -60,7 +60,7 @@ def spoiled(trained, scale=1.0):
 def test_a_tenth_outside_the_centre_is_held_out(sampling, shape):
     mask = sampling.mask(shape, seeded())
     kept, held = held_out(mask)
-    top, bottom, left, right = fully_sampled_centre(mask)
+    top, bottom, left, right = calibration_kept(mask)
     assert torch.equal(kept | held, mask)
     assert not bool((kept & held).any())
     assert not bool(held[top:bottom, left:right].any())
@@ -73,6 +73,22 @@ def test_a_tenth_outside_the_centre_is_held_out(sampling, shape):
         share = held.sum() / outside.sum()
     assert 0.09 < float(share) < 0.25  # of a few columns one is more than a tenth
     assert torch.equal(held, held_out(mask)[1])
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_of_a_large_centre_the_middle_stays_and_a_full_scan_is_checked_too(columns):
+    mask = torch.ones(80, 70, dtype=torch.bool)
+    if not columns:
+        mask[0, 3] = False
+    _, held = held_out(mask)
+    middle = held[28:52, 23:47]
+    assert not bool(middle.any())
+    assert 0.04 < float(held.float().mean()) < 0.12
+    _, _, one = scan()
+    full = torch.ones(SIZE, SIZE, dtype=torch.bool)
+    found = reconstruct(one.kspace, full)
+    assert found.certificate.n_held_out > 0
+    assert found.certificate.trustworthy
 
 
 def test_places_near_the_centre_are_among_those_held_out():
