@@ -42,9 +42,10 @@ def reconstruct(
     Example:
         >>> import torch
         >>> from applications.mri.physics.operators import fft2c
-        >>> disc = (torch.cartesian_prod(*2 * [torch.arange(64) - 32]).norm(dim=1) < 20).float()
+        >>> places = torch.arange(64.0) - 32
+        >>> disc = ((places[:, None] ** 2 + places**2) < 400).float()
         >>> coils = torch.stack([torch.linspace(0, 1, 64), torch.linspace(1, 0, 64)])[:, None]
-        >>> kspace = fft2c((coils * disc.reshape(64, 64)).to(torch.complex64))
+        >>> kspace = fft2c((coils * disc).to(torch.complex64))
         >>> mask = torch.zeros(64, 64, dtype=torch.bool)
         >>> mask[:, ::2] = mask[:, 24:40] = True
         >>> found = reconstruct(kspace, mask)

@@ -15,7 +15,9 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from applications.errors import InputError
@@ -102,11 +104,10 @@ class Wavelets:
         sides = zip(self.shape, self.shift, strict=True)
         multiple = 2**depth
         axes = [
-            _axis(n, depth, shift % (-(-n // multiple) * multiple), self.name, like.dtype)
-            for n, shift in sides
+            _axis(n, depth, shift % (-(-n // multiple) * multiple), self.name) for n, shift in sides
         ]
         return [
-            (down.to(like.device), across.to(like.device))
+            (torch.from_numpy(down).to(like), torch.from_numpy(across).to(like))
             for down, across in zip(*axes, strict=True)
         ]
 
@@ -130,21 +131,23 @@ def spread(shape: tuple[int, int], number: int, levels: int = 4) -> tuple[int, i
     return down % shape[0], across % shape[1]
 
 
+# Arrays, not tensors: one made under `inference_mode` or while a program is exported would be of no
+# use to anything else.
 @lru_cache(maxsize=256)
-def _axis(n: int, depth: int, shift: int, name: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _axis(n: int, depth: int, shift: int, name: str) -> tuple[NDArray[np.float64], ...]:
     """The matrices of all levels along an axis of n pixels, the first shifted and cut to n."""
     padded = -(-n // 2**depth) * 2**depth
-    first = _level(padded, name).roll(shift, dims=1)[:, :n]
+    first = np.roll(_level(padded, name), shift, axis=1)[:, :n]
     rest = [_level(padded >> level, name) for level in range(1, depth)]
-    return tuple(matrix.to(dtype).contiguous() for matrix in (first, *rest))
+    return tuple(np.ascontiguousarray(matrix) for matrix in (first, *rest))
 
 
-def _level(n: int, name: str) -> Tensor:
+def _level(n: int, name: str) -> NDArray[np.float64]:
     """The orthogonal matrix of one periodic level: low pass above, high pass below."""
-    matrix = torch.zeros(n, n, dtype=torch.float64)
-    start = 2 * torch.arange(n // 2)
+    matrix = np.zeros((n, n))
+    start = 2 * np.arange(n // 2)
     for half, taps in enumerate(_filters(name)):
-        rows = half * (n // 2) + torch.arange(n // 2)
+        rows = half * (n // 2) + np.arange(n // 2)
         for k, tap in enumerate(taps):
             matrix[rows, (start + k) % n] += tap
     return matrix

@@ -29,16 +29,16 @@ def test_the_module_gives_the_images_of_the_network_and_is_exported(name):
         network.controls(),
     )
     trained = Trained(network, control, {})
-    kspace = torch.randn(2, 3, 32, 24, dtype=torch.complex64, generator=generator)
-    mask = torch.zeros(32, 24, dtype=torch.bool)
-    mask[:, ::2] = mask[:, 8:16] = True
+    kspace = torch.randn(2, 3, 36, 28, dtype=torch.complex64, generator=generator)
+    mask = torch.zeros(36, 28, dtype=torch.bool)
+    mask[:, ::2] = mask[:, 10:18] = True
     scan = network.prepare(kspace, mask)
     module = ReconstructionModule(trained)
     inputs = module.inputs(scan)
     with torch.no_grad():
+        program = torch.export.export(module, inputs).module()  # nothing of it is left behind
         found = module(*inputs)
         torch.testing.assert_close(found, network.reconstruct(scan, control).image)
-        program = torch.export.export(module, inputs).module()
         torch.testing.assert_close(program(*inputs), found)
     # Its weights are copies.
     for parameter in module.parameters():

@@ -91,3 +91,13 @@ def test_impossible_wavelets_are_refused(settings, message):
 def test_other_wavelets_are_refused(name, message):
     with pytest.raises(InputError, match=message):
         Wavelets((16, 16), name=name).forward(torch.zeros(16, 16))
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad])
+def test_what_is_cached_serves_gradients_whoever_asked_first(around):
+    shape = (37, 41)  # of no other test
+    with around():
+        Wavelets(shape).forward(torch.ones(2, *shape))
+    image = torch.ones(2, *shape, requires_grad=True)
+    sum(band.square().sum() for band in Wavelets(shape).forward(image)).backward()
+    torch.testing.assert_close(image.grad, 2 * image.detach(), rtol=1e-4, atol=1e-4)
