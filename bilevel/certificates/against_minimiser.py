@@ -55,7 +55,7 @@ SADDLE = (
 )
 RANDOM = (
     "the inner objective draws at random, so that no evaluation of it tells its minimiser; draw "
-    " outside and pass what was drawn as the batch, or take certificate=AgainstSteps()"
+    "outside and pass what was drawn as the batch, or take certificate=AgainstSteps()"
 )
 KINK = (
     "a component stands on a kink of the penalty, where the hypergradient jumps and has only "

@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from applications.errors import InputError
 from applications.mri.network.held_out import certified
 from applications.mri.network.reconstruction import Reconstruction, classical_reconstruction
 from applications.mri.network.weights import Trained, pretrained
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
+from applications.mri.physics.l1_spirit import check_slice
 
 
 def reconstruct(
@@ -52,11 +52,7 @@ def reconstruct(
         >>> found.image.shape, found.method, found.certificate.trustworthy
         (torch.Size([1, 64, 64]), 'network', True)
     """
-    if kspace.ndim != 3 or not kspace.is_complex():
-        raise InputError(
-            f"kspace must be complex of shape (coils, rows, columns), got {kspace.dtype} "
-            f"{tuple(kspace.shape)}; pass one slice."
-        )
+    check_slice(kspace)
     if mask is None:
         mask = (kspace != 0).any(0)
     trained = trained or pretrained()

@@ -175,12 +175,24 @@ def threshold_of_noise(kspace: Tensor, mask: Tensor) -> float:
     return min(max(_SPARSITY * noise_level(kspace, mask) ** 2, _LEAST), _MOST)
 
 
-def _check(kspace: Tensor, mask: Tensor, threshold: float | None, steps: int) -> None:
+def check_slice(kspace: Tensor) -> None:
+    """Refuses what is not the k-space of one slice.
+
+    Args:
+        kspace: any tensor.
+
+    Raises:
+        InputError: if it is not complex of shape ``(coils, rows, columns)``.
+    """
     if kspace.ndim != 3 or not kspace.is_complex():
         raise InputError(
             f"kspace must be complex of shape (coils, rows, columns), got {kspace.dtype} "
             f"{tuple(kspace.shape)}; pass one slice."
         )
+
+
+def _check(kspace: Tensor, mask: Tensor, threshold: float | None, steps: int) -> None:
+    check_slice(kspace)
     check_mask(mask, (kspace.shape[1], kspace.shape[2]))
     if not bool(torch.isfinite(kspace).all()):
         raise InputError("kspace must be finite; leave out the slice, or export it again.")
