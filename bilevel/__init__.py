@@ -38,7 +38,7 @@ from bilevel.control import (
 from bilevel.dynamics import Compiled, ControlProblem, Dynamics, Map, PerStep, Phases, functional
 from bilevel.errors import BilevelError, ConvergenceWarning
 from bilevel.inner import BilevelProblem, Minibatches
-from bilevel.methods import MLM, Implicit, OneStep, Unrolled
+from bilevel.methods import MLM, FirstOrder, Implicit, OneStep, Penalty, Unrolled
 from bilevel.settings import ByStep
 from bilevel.solver import BilevelSolver
 from bilevel.sweeps import Budget, Checkpointing, InMemory, OnDisk, OnHost, plan
@@ -57,8 +57,8 @@ __version__ = "0.1.0"
 
 __all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelProblem"]
 __all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
-__all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "Implicit", "InMemory", "Looped"]
-__all__ += ["Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep", "PerStep", "Phases"]
-__all__ += ["Softmax", "Sparsemax", "TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint"]
-__all__ += ["check_hypergradient", "functional", "hvp", "kkt", "lagrangian", "plan", "rollout"]
-__all__ += ["total_cost", "weighted_problem"]
+__all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "FirstOrder", "Implicit", "InMemory"]
+__all__ += ["Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep", "Penalty"]
+__all__ += ["PerStep", "Phases", "Softmax", "Sparsemax", "TaskWeights", "Unrolled", "Vmapped"]
+__all__ += ["adapt", "adjoint", "check_hypergradient", "functional", "hvp", "kkt", "lagrangian"]
+__all__ += ["plan", "rollout", "total_cost", "weighted_problem"]

@@ -29,7 +29,7 @@ from typing import final
 
 from bilevel import tree
 from bilevel.certificates.certificate import Certificate, Certifier
-from bilevel.certificates.correction import FAR, Point, correct, flaw_of, solve
+from bilevel.certificates.correction import FAR, Point, correct, eps_of, flaw_of, solve
 from bilevel.certificates.curvature import (
     DIRECTIONS,
     MOST_DIRECTIONS,
@@ -39,10 +39,11 @@ from bilevel.certificates.curvature import (
     rayleigh,
 )
 from bilevel.certificates.judgement import Judged, judge
+from bilevel.certificates.orders import compared, curvature_of
 from bilevel.checks import check_range, check_whole
 from bilevel.dynamics.closures import buffers_kept
 from bilevel.errors import ArgumentError, DivergenceError, UnsupportedError
-from bilevel.methods.base import Found, Instance
+from bilevel.methods.base import Comparison, Found, Instance
 from bilevel.methods.mlm import relative
 from bilevel.sweeps.randomness import devices_of, preserved
 
@@ -149,6 +150,11 @@ class AgainstMinimiser(Certifier):
                 "constants= bound the error where the residual is the gradient of the inner "
                 f"objective, got {type(instance.optimizer).__name__}: leave them out."
             )
+        if self.constants is not None and found.compare is not None:
+            raise ArgumentError(
+                "constants= bound an error by the residual of a linear system, which Penalty does "
+                "not have: leave them out, or take Implicit()."
+            )
         known = Certificate(MINIMISER, math.inf, trustworthy=False, batch=_batch(instance))
         if found.linear is not None:
             known = replace(known, linear_residual=found.linear.residual)
@@ -162,7 +168,11 @@ class AgainstMinimiser(Certifier):
         kept = buffers_kept(instance.problem.inner, instance.problem.outer)
         with preserved(devices_of(given)) as start, kept:
             try:
-                judged = self._correct(instance, found, known)
+                judged = (
+                    self._correct(instance, found, known)
+                    if found.compare is None
+                    else self._compare(instance, found, found.compare(), known)
+                )
             except (DivergenceError, UnsupportedError) as error:
                 judged = replace(known, reason=str(error))
             drawn = not start.stands()
@@ -179,7 +189,7 @@ class AgainstMinimiser(Certifier):
         if moved.flaw and self.constants is None:
             return replace(known, reason=moved.flaw)
         there, start = moved.point, found.linear.solution if found.linear else None
-        curvature = probe(there.operator, there.residual.value, directions, _seed(here, found))
+        curvature = probe(there.operator, there.residual.value, directions, _seed(here.size, found))
         known = replace(
             known,
             curvature=curvature.smallest,
@@ -221,6 +231,21 @@ class AgainstMinimiser(Certifier):
             correction=judged.corrected if math.isfinite(judged.estimate) else None,
             reason=reason,
         )
+
+    def _compare(
+        self, instance: Instance, found: Found, comparison: Comparison, known: Certificate
+    ) -> Certificate:
+        params = instance.dynamics.readout(found.warm.state)
+        judging = replace(instance.dynamics, batch=instance.judging_batch)
+        size = tree.norm(judging.residual(params, instance.control, 1))
+        known = replace(known, inner_residual=size, linear_residual=comparison.residual)
+        curvature = curvature_of(instance, params, _seed(size, found))
+        known = replace(known, curvature=curvature.smallest, directions=curvature.directions)
+        if curvature.negative(eps_of(params)):
+            return replace(known, reason=SADDLE)
+        if instance.on_kink(params):
+            return replace(known, reason=KINK)
+        return compared(instance, found, comparison, known, self.trust)
 
     def _budgets(self, instance: Instance, found: Found) -> tuple[int, int]:
         """Products of the probe, and of the linear systems."""
@@ -272,9 +297,9 @@ def _is_saddle(here: Point, there: Point, curvature: Curvature) -> bool:
     return curvature.smallest <= 0.5 * rayleigh(here.operator, curvature.vector)
 
 
-def _seed(here: Point, found: Found) -> int:
+def _seed(size: float, found: Found) -> int:
     """Another start for each certificate, the same for the same point."""
-    numbers = struct.pack("ddq", here.size, float(found.value), found.warm.steps)
+    numbers = struct.pack("ddq", size, float(found.value), found.warm.steps)
     return zlib.crc32(numbers)
 
 

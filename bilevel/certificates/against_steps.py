@@ -36,10 +36,11 @@ class AgainstSteps(Certifier):
         """See `Certifier`."""
         left, reason = found.truncation, ""
         error = 0.0 if left is None else math.inf if left.error is None else left.error
-        if found.linear is not None:
+        if found.linear is not None or found.compare is not None:
             error = math.inf
+            method = "implicit differentiation" if found.linear else "the penalty path"
             reason = (
-                "implicit differentiation gives the derivative of the minimiser, not of the steps "
+                f"{method} gives the derivative of the minimiser, not of the steps "
                 "made; take MLM() or Unrolled(), or certificate=AgainstMinimiser()"
             )
         elif left is not None and left.error is None:

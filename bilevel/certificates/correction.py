@@ -55,8 +55,7 @@ class Point:
     @cached_property
     def eps(self) -> float:
         """Rounding of the coarsest dtype of the params."""
-        kinds = {x.dtype for x in tree.leaves_of(self.params) if tree.is_variable(x)}
-        return max((torch.finfo(kind).eps for kind in kinds), default=0.0)
+        return eps_of(self.params)
 
     @property
     def rounding(self) -> float:
@@ -218,6 +217,12 @@ def flaw_of(solved: LinearResult, name: str) -> str:
             "raise max_products, or improve the conditioning of the inner objective"
         )
     return ""
+
+
+def eps_of(params: Tree) -> float:
+    """Rounding of the coarsest dtype."""
+    kinds = {x.dtype for x in tree.leaves_of(params) if tree.is_variable(x)}
+    return max((torch.finfo(kind).eps for kind in kinds), default=0.0)
 
 
 def ratio(a: float, b: float) -> float:

@@ -10,6 +10,7 @@ from bilevel import tree
 from bilevel.certificates.correction import Correction, Point, distance, ratio, smallest
 from bilevel.certificates.curvature import Curvature
 from bilevel.linear.operator import LinearResult
+from bilevel.methods.base import Instance
 from bilevel.tree import Tree
 
 NEGLIGIBLE = 1e-6  # of the whole hypergradient: a leaf whose true derivative is zero
@@ -96,7 +97,7 @@ def judge(
 
     difference, whole = tree.subtract(h, corrected), tree.norm(corrected)
     by_part, small = {}, set()
-    for name, part in _parts(here):
+    for name, part in parts(here.instance):
         error, own, e1 = tree.norm(part(difference)), tree.norm(part(corrected)), missed(part)
         by_part[name] = ratio(error + e1, own - e1) if error + e1 else 0.0
         if own + error + e1 <= NEGLIGIBLE * whole:
@@ -134,9 +135,9 @@ def _whole(vector: Tree) -> Tree:
     return vector
 
 
-def _parts(here: Point) -> Iterator[tuple[str, Part]]:
+def parts(instance: Instance) -> Iterator[tuple[str, Part]]:
     """The leaves of the control, and the columns of those that have one each."""
-    control, columns = here.instance.control, here.instance.problem.columns
+    control, columns = instance.control, instance.problem.columns
     leaves = tree.leaves_of(control)
     for i, (name, leaf) in enumerate(zip(tree.leaf_names(control, "control"), leaves, strict=True)):
         if not tree.is_variable(leaf):

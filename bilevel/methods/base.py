@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -277,6 +277,23 @@ class Truncation:
 
 
 @dataclass(frozen=True, eq=False)
+class Comparison:
+    """What a method knows of its error without second derivatives.
+
+    Attributes:
+        better: a hypergradient of the next order.
+        unsettled: what further inner steps would still change, as the last ones tell.
+        residual: relative residual of the worst inner problem.
+        reason: why the comparison says nothing; empty if it does.
+    """
+
+    better: Tree
+    unsettled: Tree
+    residual: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Found:
     """What a method answers; everything detached.
 
@@ -300,6 +317,7 @@ class Found:
     linearisation: Linearisation | None = None
     truncation: Truncation | None = None
     flaw: str = ""
+    compare: Callable[[], Comparison] | None = None
 
 
 class HypergradientMethod(ABC):

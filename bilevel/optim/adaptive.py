@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.errors import UnsupportedError
-from bilevel.optim.rules import InnerOptimizer, Ranges, decayed
+from bilevel.optim.rules import InnerOptimizer, Ranges, decay_term, decayed
 from bilevel.settings import Setting, setting_at
 from bilevel.tree import Tree
 
@@ -100,6 +100,10 @@ class Adam(_ByMoments):
     def residual(self, params: Tree, gradient: Tree, control: Tree, t: int) -> Tree:
         """The gradient of the inner objective with its decay."""
         return decayed(params, gradient, setting_at(self.weight_decay, control, t))
+
+    def term(self, params: Tree, control: Tree, t: int) -> Tensor | float:
+        """The decay, half of it times the squares of the params."""
+        return decay_term(params, setting_at(self.weight_decay, control, t))
 
 
 @final

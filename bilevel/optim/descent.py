@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, final
 
+from torch import Tensor
+
 from bilevel import tree
 from bilevel.checks import check_kind
 from bilevel.errors import ArgumentError
-from bilevel.optim.rules import InnerOptimizer, Ranges, decayed
+from bilevel.optim.rules import InnerOptimizer, Ranges, decay_term, decayed
 from bilevel.prox.operators import Prox
 from bilevel.settings import Setting, for_each, setting_at
 from bilevel.tree import Tree
@@ -105,6 +107,10 @@ class SGD(InnerOptimizer):
         """The gradient of the inner objective with its decay."""
         return decayed(params, gradient, setting_at(self.weight_decay, control, t))
 
+    def term(self, params: Tree, control: Tree, t: int) -> Tensor | float:
+        """The decay, half of it times the squares of the params."""
+        return decay_term(params, setting_at(self.weight_decay, control, t))
+
 
 def _is_zero(setting: Setting) -> bool:
     return isinstance(setting, float | int) and setting == 0
@@ -154,3 +160,7 @@ class ProximalGradient(InnerOptimizer):
     def residual(self, params: Tree, gradient: Tree, control: Tree, t: int) -> Tree:
         """The params minus what one step makes of them."""
         return tree.subtract(params, self.update(params, gradient, control, t))
+
+    def term(self, params: Tree, control: Tree, t: int) -> Tensor | float:  # noqa: ARG002
+        """The penalty p."""
+        return self.prox.term(params, control)

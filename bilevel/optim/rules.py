@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
+from torch import Tensor
+
 from bilevel import tree
 from bilevel.settings import ByStep, Setting, check_setting, for_each, setting_at
 from bilevel.tree import Tree
@@ -77,6 +79,14 @@ class InnerOptimizer(ABC):
         """Whether `update` has no derivative at the params; smooth rules have one everywhere."""
         return False
 
+    def term(self, params: Tree, control: Tree, t: int) -> Tensor | float:  # noqa: ARG002
+        """What the rule itself adds to the inner objective, a decay say; by default nothing."""
+        return 0.0
+
+    def placed(self, state: Tree, params: Tree) -> Tree:
+        """A state with other params; by default one that is made of them, or named in it so."""
+        return params if self.params(state) is state else state._replace(params=params)
+
     @property
     def residual_is_gradient(self) -> bool:
         """Whether the control enters `residual` through the inner objective alone."""
@@ -107,3 +117,12 @@ def decayed(params: Tree, gradient: Tree, decay: Any) -> Tree:
     return tree.map_leaves(
         lambda p, g, d: g if g is None or d is None else g + d * p, params, gradient, each
     )
+
+
+def decay_term(params: Tree, decay: Any) -> Tensor | float:
+    """Half the decay times the squares of the params: what `decayed` is the gradient of."""
+    if isinstance(decay, float | int) and not decay:
+        return 0.0
+    each = for_each(decay, params, "weight_decay")
+    pairs = zip(tree.leaves_of(params), tree.leaves_of(each), strict=True)
+    return sum((d * (p * p.conj()).real).sum() for p, d in pairs if d is not None) / 2

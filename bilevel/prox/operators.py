@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.checks import refuse_setting
-from bilevel.errors import ArgumentError, StructureError
+from bilevel.errors import ArgumentError, StructureError, UnsupportedError
 from bilevel.settings import Setting, check_setting, for_each
 from bilevel.tree import Tree
 
@@ -39,6 +39,21 @@ class Prox(ABC):
     @abstractmethod
     def value(self, params: Tree, control: Tree) -> Tensor:
         """p(params), a real scalar; the full inner objective is that of the problem plus this."""
+
+    def term(self, params: Tree, control: Tree) -> Tensor | float:
+        """p(params) as a function whose gradient in the control counts; of a set, nothing.
+
+        Args:
+            params: in the set, if p is the indicator of one.
+            control: what a learned weight is read from.
+
+        Returns:
+            `value`; 0 for a set that does not move with the control.
+
+        Raises:
+            UnsupportedError: if it does: that part of the gradient is not in p.
+        """
+        return self.value(params, control)
 
     def on_kink(
         self,
@@ -265,6 +280,9 @@ class Box(Prox):
         moved = [(x != y).any() for x, y in pairs if tree.is_variable(x)]
         return torch.where(torch.stack(moved).any(), math.inf, 0.0) if moved else torch.zeros(())
 
+    def term(self, params: Tree, control: Tree) -> Tensor | float:  # noqa: ARG002, D102
+        return nothing_of_a_set(self, self.lower, self.upper)
+
     def check(self, params: Tree, control: Tree) -> None:  # noqa: D102
         bounds = [
             tree.leaves_of(_like(bound, params, control, name))
@@ -276,6 +294,17 @@ class Box(Prox):
         if len(bounds) == 2:
             for a, b in zip(*bounds, strict=True):
                 _check_order(a, b)
+
+
+def nothing_of_a_set(prox: Prox, *settings: Any) -> float:
+    """What a set adds to an objective, where it is defined by these settings."""
+    if any(callable(setting) for setting in settings):
+        raise UnsupportedError(
+            f"the set of {type(prox).__name__} moves with the control, and its indicator has no "
+            "gradient to tell: take Implicit(GMRES()), MLM() or Unrolled(), which differentiate "
+            "the projection."
+        )
+    return 0.0
 
 
 def _check_order(lower: Any, upper: Any) -> None:
