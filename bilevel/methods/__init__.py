@@ -1,10 +1,10 @@
 """The ways of finding the multipliers of an inner iteration, and so its hypergradient.
 
-Read `base`, what a method is asked and answers; then `unrolled`, `mlm`, `implicit`, `one_step`, `penalty`,
-`first_order`.
+Read `base`, what a method is asked and answers; then `unrolled`, `mlm`, `implicit`, `one_step`; and
+those without second derivatives, `penalty` and `first_order`.
 """
 
-from bilevel.methods.base import Found, HypergradientMethod, Instance, Truncation, Warm
+from bilevel.methods.base import Comparison, Found, HypergradientMethod, Instance, Truncation, Warm
 from bilevel.methods.first_order import FirstOrder
 from bilevel.methods.implicit import Implicit
 from bilevel.methods.mlm import MLM, Bounds
@@ -12,14 +12,5 @@ from bilevel.methods.one_step import OneStep
 from bilevel.methods.penalty import Penalty
 from bilevel.methods.unrolled import Unrolled
 
-__all__ = [
-    "MLM",
-    "Bounds",
-    "FirstOrder",
-    "Found",
-    "HypergradientMethod",
-    "Implicit",
-    "Instance",
-    "OneStep",
-]
-__all__ += ["Penalty", "Truncation", "Unrolled", "Warm"]
+__all__ = ["MLM", "Bounds", "Comparison", "FirstOrder", "Found", "HypergradientMethod", "Implicit"]
+__all__ += ["Instance", "OneStep", "Penalty", "Truncation", "Unrolled", "Warm"]

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, final
 
 import torch
@@ -308,14 +309,12 @@ class _Followed:
 
     def extrapolated(self, path: _Path) -> Tree:
         """The hypergradient."""
-        return _extrapolated([h for h in _each(path, self.points, self.strengths)], self.strengths)
+        return _extrapolated(_each(path, self.points, self.strengths), self.strengths)
 
     def compared(self, path: _Path) -> Comparison:
         """One problem more, and all of them at the look before."""
         stronger = 2 * self.strengths[-1]
-        state: Tree = None
-        for _, state in zip(range(self.made + 1), path.states(1 / stronger), strict=False):
-            pass
+        state = next(islice(path.states(1 / stronger), self.made, None))
         strengths = [*self.strengths, stronger]
         points = [*self.points, path.instance.dynamics.readout(state)]
         now = _each(path, points, strengths)
@@ -364,7 +363,7 @@ def _combined(vectors: list[Tree], weights: list[float]) -> Tree:
 
 
 def _penalised(instance: Instance, weight: float) -> Objective:
-    """f + weight F; F draws what it drew."""
+    """The sum f + weight F, where F draws what it drew."""
 
     def objective(params: Tree, control: Tree, batch: Any) -> Tensor:
         value = instance.problem.inner(params, control, batch)

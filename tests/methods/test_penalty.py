@@ -1,5 +1,7 @@
 """The penalty path: hypergradients by first derivatives, and what it knows of their error."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bilevel_cases import CASES, logistic, ridge, scalar
@@ -10,6 +12,12 @@ import bilevel as bl
 from bilevel import errors, tree
 
 F64 = torch.float64
+EVERY = [
+    case
+    if "300" not in repr(case) and case.steps < 300
+    else pytest.param(case, marks=pytest.mark.slow)
+    for case in CASES
+]
 
 
 def solver_of(case, method=None, steps=None, **settings):
@@ -23,7 +31,7 @@ def relative(found, exact):
     return tree.norm(tree.subtract(*filled)) / tree.norm(exact)
 
 
-@pytest.mark.parametrize("case", CASES, ids=repr)
+@pytest.mark.parametrize("case", EVERY, ids=repr)
 def test_it_is_exact_with_no_product_with_second_derivatives(case):
     found = solver_of(case).hypergradient(case.params, case.control)
     assert relative(found.gradient, case.exact) < 1e-8
@@ -34,9 +42,9 @@ def test_it_is_exact_with_no_product_with_second_derivatives(case):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("case", [ridge(20), logistic(), scalar()], ids=repr)
+@pytest.mark.parametrize("case", [ridge(20), replace(logistic(), steps=100)], ids=repr)
 def test_the_estimate_is_the_error_over_a_grid_of_strengths(case, order):
-    for strength in (8.0, 32.0, 128.0, 512.0):
+    for strength in (8.0, 64.0, 512.0):
         solver = solver_of(case, bl.Penalty(strength, order), certificate=bl.AgainstMinimiser(1.0))
         found = solver.hypergradient(case.params, case.control)
         error = relative(found.gradient, case.exact)
@@ -48,7 +56,7 @@ def test_the_error_falls_with_the_power_of_the_strength_that_the_order_says():
     case = logistic()
     for order in (1, 2, 3):
         each = [
-            solver_of(case, bl.Penalty(s, order), certificate=None)
+            solver_of(case, steps=100, method=bl.Penalty(s, order), certificate=None)
             .hypergradient(case.params, case.control)
             .gradient
             for s in (32.0, 64.0)
@@ -178,7 +186,7 @@ def test_a_warm_start_goes_on_from_the_multiplier():
     "rule",
     [
         bl.optim.SGD(0.3, momentum=0.5, weight_decay=lambda c: c["decay"].exp()),
-        bl.optim.Adam(0.02, weight_decay=lambda c: c["decay"].exp()),
+        bl.optim.Adam(0.05, weight_decay=lambda c: c["decay"].exp()),
         bl.optim.ProximalGradient(0.3, bl.prox.L2(lambda c: c["decay"].exp())),
     ],
     ids=["SGD", "Adam", "L2"],
@@ -195,7 +203,7 @@ def test_what_the_rule_adds_to_the_objective_is_differentiated(rule):
     w = torch.linalg.solve(H, X.T @ (y + 0.3) / 12)
     q = torch.linalg.solve(H, w - 1)
     exact = {"decay": -d * (w @ q), "shift": (X.T @ torch.ones(12, dtype=F64) / 12) @ q}
-    solver = bl.BilevelSolver(problem, rule, 800, bl.Penalty())
+    solver = bl.BilevelSolver(problem, rule, 300, bl.Penalty())
     found = solver.hypergradient(torch.zeros(3, dtype=F64), control)
     assert relative(found.gradient, exact) < 1e-4
     assert found.certificate.trustworthy
@@ -210,7 +218,7 @@ def test_a_sparse_solution_has_the_hypergradient_of_its_support():
     rule = bl.optim.ProximalGradient(0.3, bl.prox.L1(lambda a: a.exp()))
     given = torch.zeros(8, dtype=F64), torch.tensor(-2.5, dtype=F64)
     methods = bl.Penalty(), bl.Implicit(bl.linear.GMRES())
-    each = [bl.BilevelSolver(problem, rule, 600, m).hypergradient(*given) for m in methods]
+    each = [bl.BilevelSolver(problem, rule, 250, m).hypergradient(*given) for m in methods]
     assert 0 < int((each[0].params == 0).sum()) < 8
     assert relative(each[0].gradient, each[1].gradient) < 1e-7
 
@@ -262,12 +270,12 @@ def test_batches_of_the_steps_need_one_to_judge_by():
     )
     rule = bl.optim.SGD(bl.ByStep(lambda t: 1.0 / (1 + t / 20)))
     batches = bl.Minibatches((X, y), 20)
-    solver = bl.BilevelSolver(problem, rule, 400, bl.Penalty(64.0))
+    solver = bl.BilevelSolver(problem, rule, 100, bl.Penalty(64.0))
     with pytest.warns(bl.ConvergenceWarning, match="pass linear_batch="):
         solver.hypergradient(case.params, case.control, batches)
     whole = bl.BilevelSolver(problem, bl.optim.SGD(1.0), 400, bl.Implicit())
     exact = whole.hypergradient(case.params, case.control, (X, y)).gradient
-    quiet = bl.BilevelSolver(problem, rule, 400, bl.Penalty(64.0), on_failure="ignore")
+    quiet = bl.BilevelSolver(problem, rule, 200, bl.Penalty(64.0), on_failure="ignore")
     found = quiet.hypergradient(case.params, case.control, batches, linear_batch=(X, y))
     assert relative(found.gradient, exact) < 0.1
 
@@ -286,8 +294,8 @@ def test_it_is_judged_against_the_minimiser_alone():
 def test_a_descent_by_it_ends_where_that_by_implicit_does():
     case = ridge(2)
     ends = [
-        solver_of(case, method, 60)
-        .solve(case.params, case.control, lambda p: torch.optim.SGD(p, 1.0), steps=40)
+        solver_of(case, method, 30, certificate=None)
+        .solve(case.params, case.control, lambda p: torch.optim.SGD(p, 1.0), steps=8)
         .control
         for method in (bl.Penalty(), bl.Implicit())
     ]
