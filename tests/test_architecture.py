@@ -34,8 +34,8 @@ ROOMS = {
     ],
     "bilevel.outer": ["watching", "batches", "leaves", "descent"],
     "bilevel.control": ["lagrangian", "adjoint", "tangent", "rollout", "newton_cg", "solver"],
-    "bilevel.prox": ["operators"],
-    "bilevel.optim": ["rules", "descent", "adaptive"],
+    "bilevel.prox": ["operators", "sets", "groups"],
+    "bilevel.optim": ["rules", "descent", "proximal", "adaptive", "around", "torch_rules"],
     "bilevel.inner": ["problem", "iteration", "batches"],
     "bilevel.methods": [
         "base",

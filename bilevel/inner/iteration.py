@@ -47,10 +47,19 @@ class InnerIteration(Dynamics):
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         try:
-            gradient = self.gradient(self.optimizer.params(state), control, t, check=t == 1)
+            gradient = self.gradient(self.optimizer.point(state), control, t, check=t == 1)
+            if self.optimizer.searches:
+                state = self._searched(state, gradient, control, t)
         except DivergenceError as error:
             raise DivergenceError(f"inner step {t}: {error}") from error
         return self.optimizer.update(state, gradient, control, self.offset + t)
+
+    def _searched(self, state: Tree, gradient: Tree, control: Tree, t: int) -> Tree:
+        inner, batch = self.problem.inner, at_step(self.batch, self.offset + t)
+        fixed = tree.detach(control)
+        return self.optimizer.searched(
+            state, gradient, control, self.offset + t, lambda params: inner(params, fixed, batch)
+        )
 
     def readout(self, state: Tree) -> Tree:  # noqa: D102
         return self.optimizer.params(state)

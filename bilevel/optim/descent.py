@@ -1,15 +1,13 @@
-"""Gradient descent, with momentum or with a proximal operator."""
+"""Gradient descent, on its own or with momentum."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_kind
 from bilevel.errors import ArgumentError
 from bilevel.optim.rules import InnerOptimizer, Ranges, decay_term, decayed
-from bilevel.prox.operators import Prox
 from bilevel.settings import Setting, for_each, setting_at
 from bilevel.tree import Tree
 
@@ -114,53 +112,3 @@ class SGD(InnerOptimizer):
 
 def _is_zero(setting: Setting) -> bool:
     return isinstance(setting, float | int) and setting == 0
-
-
-@final
-@dataclass(frozen=True)
-class ProximalGradient(InnerOptimizer):
-    r"""Forward-backward steps.
-
-    .. math:: \theta^{(t)} = \mathrm{prox}_{\eta p}(\theta^{(t-1)} - \eta \nabla_\theta f)
-
-    The minimised function is f + p: the inner objective f is smooth, the penalty p may not be.
-    `Implicit` then solves with the derivative of the fixed point equation, which is not symmetric:
-    it needs GMRES or NormalCG.
-
-    Attributes:
-        lr: eta > 0.
-        prox: of p: `L1`, `L2`, `Box`, whose weights may be functions of the control.
-
-    Raises:
-        ArgumentError: if a setting is not what it should be.
-    """
-
-    symmetric: ClassVar[bool] = False
-    lr: Setting
-    prox: Prox
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_kind(self.prox, Prox, "prox", "L1(...), L2(...) or Box(...)")
-
-    def update(self, state: Tree, gradient: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
-        lr: Any = setting_at(self.lr, control, t)
-        return self.prox(tree.moved(state, gradient, lr), lr, control)
-
-    def check(self, params: Tree, control: Tree, t: int) -> None:  # noqa: D102
-        super().check(params, control, t)
-        self.prox.check(params, control)
-
-    def on_kink(self, params: Tree, gradient: Tree, control: Tree, t: int) -> bool:  # noqa: D102
-        lr: Any = setting_at(self.lr, control, t)
-        # On which side of a kink the solution lies is known no better than the residual is small.
-        slack = self.residual(params, gradient, control, t)
-        return self.prox.on_kink(tree.moved(params, gradient, lr), lr, control, slack)
-
-    def residual(self, params: Tree, gradient: Tree, control: Tree, t: int) -> Tree:
-        """The params minus what one step makes of them."""
-        return tree.subtract(params, self.update(params, gradient, control, t))
-
-    def term(self, params: Tree, control: Tree, t: int) -> Tensor | float:  # noqa: ARG002
-        """The penalty p."""
-        return self.prox.term(params, control)

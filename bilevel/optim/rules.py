@@ -1,7 +1,7 @@
 """What a rule of the inner iteration is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -41,6 +41,37 @@ class InnerOptimizer(ABC):
 
     def params(self, state: Tree) -> Tree:
         """The params in a state; by default all of it."""
+        return state
+
+    def point(self, state: Tree) -> Tree:
+        """Where a step takes the gradient; by default at the params."""
+        return self.params(state)
+
+    @property
+    def searches(self) -> bool:
+        """Whether `searched` is to be asked before each step."""
+        return False
+
+    def searched(
+        self,
+        state: Tree,
+        gradient: Tree,  # noqa: ARG002
+        control: Tree,  # noqa: ARG002
+        t: int,  # noqa: ARG002
+        value: Callable[[Tree], Tensor],  # noqa: ARG002
+    ) -> Tree:
+        """The state with the step size that a line search finds; by default as it is.
+
+        Args:
+            state: before the step.
+            gradient: as `update` gets it.
+            control: the outer variable.
+            t: the step.
+            value: of the inner objective.
+
+        Returns:
+            The state that `update` goes on from.
+        """
         return state
 
     @abstractmethod

@@ -88,18 +88,20 @@ class Prox(ABC):
         """
 
 
-def _like(setting: Any, params: Tree, control: Tree, name: str) -> Tree:
+def like(setting: Any, params: Tree, control: Tree, name: str) -> Tree:
     """A setting for each leaf of the params."""
     return for_each(setting(control) if callable(setting) else setting, params, name)
 
 
-def _times(weight: Tree, step_size: Any, params: Tree) -> Tree:
+def times(weight: Tree, step_size: Any, params: Tree) -> Tree:
+    """The weights times the step size, leaf by leaf."""
     sizes = for_each(step_size, params, "step_size")
     return tree.map_leaves(lambda w, s: None if w is None else w * s, weight, sizes)
 
 
-def _check_weights(weight: Any, params: Tree, control: Tree) -> None:
-    check_setting(_like(weight, params, control, "weight"), "weight", least=0)
+def check_weights(weight: Any, params: Tree, control: Tree) -> None:
+    """Refuse weights that are negative where they are used."""
+    check_setting(like(weight, params, control, "weight"), "weight", least=0)
 
 
 @final
@@ -124,39 +126,40 @@ class L1(Prox):
         check_setting(self.weight, "weight", least=0)
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
-        thresholds = _times(_like(self.weight, params, control, "weight"), step_size, params)
+        thresholds = times(like(self.weight, params, control, "weight"), step_size, params)
         return tree.map_leaves(_shrink, params, thresholds)
 
     def value(self, params: Tree, control: Tree) -> Tensor:  # noqa: D102
-        weight = _like(self.weight, params, control, "weight")
-        return _sum(lambda x, w: (w * _magnitude(x)[0]).sum(), params, weight)
+        weight = like(self.weight, params, control, "weight")
+        return summed(lambda x, w: (w * _magnitude(x)[0]).sum(), params, weight)
 
     def on_kink(  # noqa: D102
         self, params: Tree, step_size: Any, control: Tree, slack: Tree
     ) -> bool:
-        thresholds = _times(_like(self.weight, params, control, "weight"), step_size, params)
+        thresholds = times(like(self.weight, params, control, "weight"), step_size, params)
         # A threshold of zero leaves the operator the identity, which is smooth.
-        return _any_tie(
-            lambda x, t, s: _tied(_magnitude(x)[0], t, s) & (torch.as_tensor(t) > 0),
+        return any_tie(
+            lambda x, t, s: tied(_magnitude(x)[0], t, s) & (torch.as_tensor(t) > 0),
             params,
             thresholds,
             slack,
         )
 
     def check(self, params: Tree, control: Tree) -> None:  # noqa: D102
-        _check_weights(self.weight, params, control)
+        check_weights(self.weight, params, control)
 
 
-def _tied(x: Tensor, bound: Any, slack: Tensor) -> Tensor:
+def tied(x: Tensor, bound: Any, slack: Tensor) -> Tensor:
     """Where `x` is at a bound, to rounding or to the slack."""
     bound = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
     rounding = 8 * torch.finfo(x.dtype).eps * torch.maximum(x.abs(), bound.abs())
     return (x - bound).abs() <= torch.maximum(rounding, slack.abs())
 
 
-def _any_tie(
+def any_tie(
     tie: Callable[[Tensor, Any, Tensor], Tensor], params: Tree, bounds: Tree, slack: Tree
 ) -> bool:
+    """Whether some component is at its bound."""
     each = zip(*map(tree.leaves_of, (params, bounds, slack)), strict=True)
     return any(bool(tie(x, b, s).any()) for x, b, s in each if b is not None)
 
@@ -181,7 +184,8 @@ def _shrink(x: Any, threshold: Any) -> Any:
     return x * torch.where(size >= threshold, factor, 0)
 
 
-def _sum(term: Callable[[Tensor, Any], Tensor], params: Tree, weight: Tree) -> Tensor:
+def summed(term: Callable[[Tensor, Any], Tensor], params: Tree, weight: Tree) -> Tensor:
+    """The sum over the leaves."""
     pairs = zip(tree.leaves_of(params), tree.leaves_of(weight), strict=True)
     terms = [term(x, w) for x, w in pairs if w is not None]
     return sum(terms[1:], terms[0]) if terms else torch.zeros(())
@@ -209,15 +213,15 @@ class L2(Prox):
         check_setting(self.weight, "weight", least=0)
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
-        scale = _times(_like(self.weight, params, control, "weight"), step_size, params)
+        scale = times(like(self.weight, params, control, "weight"), step_size, params)
         return tree.map_leaves(lambda x, s: x if s is None else x / (1 + s), params, scale)
 
     def value(self, params: Tree, control: Tree) -> Tensor:  # noqa: D102
-        weight = _like(self.weight, params, control, "weight")
-        return _sum(lambda x, w: (w * (x * x.conj()).real).sum() / 2, params, weight)
+        weight = like(self.weight, params, control, "weight")
+        return summed(lambda x, w: (w * (x * x.conj()).real).sum() / 2, params, weight)
 
     def check(self, params: Tree, control: Tree) -> None:  # noqa: D102
-        _check_weights(self.weight, params, control)
+        check_weights(self.weight, params, control)
 
 
 @final
@@ -254,7 +258,7 @@ class Box(Prox):
         for name, above in (("lower", False), ("upper", True)):
             bound = getattr(self, name)
             if bound is not None:
-                each = _like(bound, params, control, name)
+                each = like(bound, params, control, name)
                 params = tree.map_leaves(
                     lambda x, b, above=above: _bounded(x, b, above=above), params, each
                 )
@@ -269,7 +273,7 @@ class Box(Prox):
     ) -> bool:
         bounds = [(getattr(self, name), name) for name in ("lower", "upper")]
         return any(
-            _any_tie(_tied, params, _like(bound, params, control, name), slack)
+            any_tie(tied, params, like(bound, params, control, name), slack)
             for bound, name in bounds
             if bound is not None
         )
@@ -285,7 +289,7 @@ class Box(Prox):
 
     def check(self, params: Tree, control: Tree) -> None:  # noqa: D102
         bounds = [
-            tree.leaves_of(_like(bound, params, control, name))
+            tree.leaves_of(like(bound, params, control, name))
             for name in ("lower", "upper")
             if (bound := getattr(self, name)) is not None
         ]

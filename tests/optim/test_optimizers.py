@@ -226,7 +226,7 @@ def test_adam_with_a_dead_feature_has_a_finite_hypergradient():
         (lambda: bl.optim.SGD(0.1, nesterov=True), "nesterov=True needs a momentum > 0"),
         (lambda: bl.optim.SGD(0.1, 0.9, 0.1, nesterov=True), "and dampening=0, got"),
         (lambda: bl.optim.SGD("0.1"), "lr must be a number, a tensor or a function"),
-        (lambda: bl.optim.ProximalGradient(0.1, "l1"), "prox must be L1"),
+        (lambda: bl.optim.ProximalGradient(0.1, "l1"), "prox must be an operator such as L1"),
         (lambda: bl.ByStep(3), "takes a function of the step"),
     ],
 )
