@@ -60,6 +60,9 @@ TEN_STEPS = [
     ),
     bl.optim.ProximalGradient(0.05, bl.prox.L2(lambda c: c.exp()[0])),
     bl.optim.ProximalGradient(lambda c: 0.05 * c.exp()[1], bl.prox.L1(0.1)),
+    bl.optim.ProximalGradient(0.05, bl.prox.L1(lambda c: 0.1 * c.exp()[0]), accelerated=True),
+    bl.optim.Clipped(bl.optim.SGD(0.1, lambda c: torch.sigmoid(c[0])), max_norm=0.3),
+    bl.optim.Clipped(bl.optim.Adam(0.05), clip_value=0.2),
 ]
 
 
@@ -69,7 +72,7 @@ def iterate(problem, optimizer, params, control, steps, batch=None, offset=0):
     for t in range(1, steps + 1):
         point = bl.tree.map_leaves(
             lambda x: x.detach().requires_grad_() if bl.tree.is_variable(x) else x,
-            optimizer.params(state),
+            optimizer.point(state),
         )
         leaves = [x for x in bl.tree.leaves_of(point) if bl.tree.is_variable(x)]
         each = iter(torch.autograd.grad(problem.inner(point, control, batch), leaves))
