@@ -80,6 +80,15 @@ def check_arguments(function: Callable[..., Any], name: str, *arguments: str) ->
         ) from None
 
 
+def takes(function: Callable[..., Any], *arguments: str) -> bool:
+    """Whether a function is known to take these positional arguments."""
+    try:
+        signature(function).bind(*arguments)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def check_choice(value: Any, choices: Sequence[str], name: str) -> None:
     """Refuse anything but one of a few words."""
     if value not in choices:

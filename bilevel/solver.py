@@ -1,7 +1,7 @@
 """Hypergradients, and descent along them: Algorithms 1 and 3."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,24 +11,27 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import autodiff, tree
+from bilevel.accumulated import mean_of
 from bilevel.certificates.against_minimiser import AgainstMinimiser
 from bilevel.certificates.against_steps import AgainstSteps
 from bilevel.certificates.certificate import Certificate, Certifier
-from bilevel.checks import check_choice, check_kind, check_range, check_whole
+from bilevel.checks import check_arguments, check_choice, check_kind, check_range, check_whole
 from bilevel.dynamics.per_step import BILEVEL_WORDS, Look, PerStep
 from bilevel.dynamics.steps import walk
 from bilevel.errors import ArgumentError, BilevelError, DivergenceError, LostGradientError
 from bilevel.inner.batches import refuse_loader
-from bilevel.inner.problem import BilevelProblem
+from bilevel.inner.problem import BilevelProblem, Objective
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Warm
 from bilevel.methods.mlm import MLM
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
 from bilevel.optim.rules import InnerOptimizer
-from bilevel.outer.batches import paired
+from bilevel.outer.batches import grouped, paired
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory
 from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
 from bilevel.solution import Hypergradient, Solution
+from bilevel.tasks.problem import Evaluation, Vmapped
+from bilevel.tasks.stacked import copies, side_by_side, stacked
 from bilevel.tree import Tree
 
 FROM_WARM = "the inner steps made from a warm start, which are no fixed function of the control"
@@ -44,7 +47,8 @@ class BilevelSolver:
         problem: the two objectives.
         optimizer: makes the inner steps.
         inner_steps: their number.
-        method: how hypergradients are found: `MLM`, `Unrolled`, `Implicit`, `OneStep`.
+        method: how hypergradients are found: `MLM`, `Unrolled`, `Implicit`, `OneStep`, `Penalty`,
+            `FirstOrder`.
         certificate: how they are judged, and against what: `AgainstMinimiser`, the hypergradient
             of (3) at the exact inner minimiser, or `AgainstSteps`, that of the k-step solution
             itself; None switches that off.
@@ -136,6 +140,64 @@ class BilevelSolver:
             report(found.complaint, self.on_failure)
         return found
 
+    def hypergradients(
+        self,
+        params: Tree,
+        control: Tree,
+        outers: Sequence[Objective],
+        inner_batch: Any = None,
+        outer_batch: Any = None,
+        linear_batch: Any = None,
+        warm: Warm | None = None,
+        inner_tolerance: float | None = None,
+    ) -> tuple[Hypergradient, ...]:
+        """Hypergradients of several outer objectives of one inner iteration, made once.
+
+        `MLM` tapes each block once and pulls the multipliers of all objectives back together,
+        `Unrolled` its graph; other methods begin at the same inner solution.
+
+        Args:
+            params: as in `hypergradient`, like the arguments that are not described here.
+            control: the outer variable.
+            outers: M functions `(params, control, batch) -> real scalar`, in the place of the
+                `outer` of the problem.
+            inner_batch: of the inner objective.
+            outer_batch: of the outer ones.
+            linear_batch: of the inner objective where it is judged.
+            warm: to go on from.
+            inner_tolerance: to end the inner iteration by.
+
+        Returns:
+            One record an objective, in their order, each with a certificate of its own. A leaf of
+            the control that one of them does not reach has gradient zero there; one that none
+            reaches is refused.
+
+        Raises:
+            ArgumentError: if `outers` is empty or holds no functions; and as in `hypergradient`.
+        """
+        if callable(outers) or not isinstance(outers, Sequence) or not outers:
+            raise ArgumentError(
+                "outers must be a list of at least one function (params, control, batch), got "
+                f"{outers!r}."
+            )
+        for i, outer in enumerate(outers):
+            check_kind(outer, Callable, f"outers[{i}]", "a function (params, control, batch)")
+            check_arguments(outer, f"outers[{i}]", "params", "control", "batch")
+        given = inner_batch, outer_batch, linear_batch, warm, inner_tolerance
+        first = self._counted(self._instance(params, control, *given))
+        instances = [first.beside(outer) for outer in outers]
+        look = Look(BILEVEL_WORDS, control)
+        look.waits = True
+        with look.on():
+            answers = self._asked(lambda: self.method.find_each(instances), first)
+            look.settled()
+            pairs = zip(instances, answers, strict=True)
+            found = tuple(self._judged(instance, answer) for instance, answer in pairs)
+        for i, one in enumerate(found):
+            if one.complaint is not None:
+                report(f"outers[{i}]: {one.complaint}", self.on_failure)
+        return found
+
     def value(
         self,
         params: Tree,
@@ -157,7 +219,7 @@ class BilevelSolver:
             Real scalar, detached; `hypergradient(...).value`.
         """
         instance = self._instance(params, control, inner_batch, outer_batch, warm=warm)
-        return instance.outer(self.optimizer.params(instance.iterated.state), instance.control)
+        return instance.value()
 
     def advance(
         self, params: Tree, control: Tree, inner_batch: Any = None, warm: Warm | None = None
@@ -183,6 +245,8 @@ class BilevelSolver:
         steps: int = 200,
         batches: Iterable[tuple[Any, Any]] | tuple[Iterable[Any], Iterable[Any]] | None = None,
         warm_start: bool | None = None,
+        accumulate: int = 1,
+        evaluate: Evaluation | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         project: Callable[[Tree], Tree] | None = None,
         linear_batch: Any = None,
@@ -207,8 +271,16 @@ class BilevelSolver:
                 begun again when it ends. None gives both objectives None.
             warm_start: go on from the inner state, the step count and the linear solution of the
                 update before; False starts every inner iteration at `params`. None is True, but
-                False with `AgainstSteps`, and with an `inner_tolerance` where the method
-                differentiates the steps: those are steps from `params`.
+                False with `AgainstSteps`, with several batches an update, and with an
+                `inner_tolerance` where the method differentiates the steps: those are steps from
+                `params`.
+            accumulate: batches an update, tasks with an inner iteration each, which goes by the
+                mean of their values and hypergradients and is judged by the worst of them. A leaf
+                of the control that some of them do not read has gradient zero there. Of inner
+                solutions and warm starts those of the last are kept.
+            evaluate: how the tasks of one update are evaluated: `Looped()`, one after another, or
+                `Vmapped()`, all of them in one inner iteration under `torch.func.vmap`, for batches
+                of one shape; params then come back with a first axis of tasks. None is `Looped()`.
             scheduler: makes a learning-rate scheduler, stepped once an update; a
                 `ReduceLROnPlateau` gets the outer objective.
             project: maps the control into its feasible set after each update.
@@ -234,32 +306,36 @@ class BilevelSolver:
         check_factory(optimizer)
         pairs = None if batches is None else paired(batches)
         loop = Loop(steps, pairs, scheduler, project, tolerance, callback, progress)
+        tasks = self._tasks(params, linear_batch, accumulate, evaluate, batches is not None)
+        if accumulate > 1 and pairs is not None:
+            loop = replace(loop, batches=grouped(pairs, accumulate))
         if warm_start is None:
+            warm_start = accumulate == 1
             counted = inner_tolerance is not None and self._differentiates_steps
-            warm_start = not (counted or isinstance(self.certificate, AgainstSteps))
+            warm_start &= not (counted or isinstance(self.certificate, AgainstSteps))
         descent = Descent(control, loop)
         history = _History(descent, self.on_failure, getattr(self.certificate, "trust", 0.0))
 
+        look = Look(BILEVEL_WORDS, control)
+
         def at(alpha: Tree, batch: Any, step: int) -> tuple[float, Hypergradient]:
             warm = history.warm if warm_start else None
-            inner, outer = (None, None) if batch is None else batch
-            instance = self._instance(
-                params, alpha, inner, outer, linear_batch, warm, inner_tolerance
-            )
+            look.waits = accumulate > 1
             try:
-                found = self._find(instance)
+                found = tasks.found(alpha, batch, warm, inner_tolerance)
             except DivergenceError as error:
                 raise DivergenceError(f"iteration {step}: {error}") from error
+            look.settled()
             history.judge(found, step)
             return float(found.value), found
 
-        evaluate = Look(BILEVEL_WORDS, control).evaluated(at)
+        evaluation = look.evaluated(at)
         with carrying(lambda error: history.solution(params, told(error))):
-            descent.run(evaluate, optimizer, history.accept, history.trusted)
+            descent.run(evaluation, optimizer, history.accept, history.trusted)
             if descent.converged:
                 history.keep(history.last)
             elif batches is None:
-                evaluate(descent.control, None, len(descent.costs))
+                evaluation(descent.control, None, len(descent.costs))
             solution = history.solution(params)
             if history.complaints:
                 report(history.summary(), self.on_failure)
@@ -271,11 +347,43 @@ class BilevelSolver:
     def _differentiates_steps(self) -> bool:
         return isinstance(self.method, MLM | Unrolled | OneStep)
 
+    def _tasks(
+        self,
+        params: Tree,
+        linear_batch: Any,
+        accumulate: int,
+        evaluate: Evaluation | None,
+        batched: bool,
+    ) -> "_Tasks":
+        """How the tasks of an update are evaluated."""
+        check_whole(accumulate, "accumulate", 1)
+        check_kind(evaluate, Evaluation | None, "evaluate", "Vmapped() or Looped()")
+        if accumulate > 1 and not batched:
+            raise ArgumentError(
+                f"accumulate={accumulate} needs batches, one a task: pass batches=[(inner_batch, "
+                "outer_batch), ...], or leave it at 1."
+            )
+        if accumulate == 1 or not isinstance(evaluate, Vmapped):
+            return _Tasks(self, params, linear_batch, accumulate)
+        problem = side_by_side(self.problem, self.optimizer, accumulate, evaluate)
+        batch = None if linear_batch is None else stacked([linear_batch] * accumulate)
+        params = copies(tree.detach(params), accumulate)
+        return _Tasks(replace(self, problem=problem), params, batch, accumulate, together=True)
+
     def _find(self, instance: Instance) -> Hypergradient:
-        if instance.inner_tolerance is not None and self._differentiates_steps:
-            steps = _steps_that_carry(instance, instance.inner_tolerance)
-            instance = replace(instance, inner_steps=steps, inner_tolerance=None)
-        found = self._found(instance)
+        instance = self._counted(instance)
+        found = self._asked(lambda: [self.method.find(instance)], instance)[0]
+        return self._judged(instance, found)
+
+    def _counted(self, instance: Instance) -> Instance:
+        """With the number of steps that a tolerance asks for, where they are differentiated."""
+        if instance.inner_tolerance is None or not self._differentiates_steps:
+            return instance
+        steps = _steps_that_carry(instance, instance.inner_tolerance)
+        return replace(instance, inner_steps=steps, inner_tolerance=None)
+
+    def _judged(self, instance: Instance, found: Found) -> Hypergradient:
+        """The record, with a certificate."""
         norm = tree.norm(found.gradient)
         if not (math.isfinite(float(found.value)) and math.isfinite(norm)):
             raise DivergenceError(
@@ -298,10 +406,10 @@ class BilevelSolver:
             found.flaw,
         )
 
-    def _found(self, instance: Instance) -> Found:
+    def _asked(self, find: Callable[[], list[Found]], instance: Instance) -> list[Found]:
         """What the method answers; errors say what a reader of this file would know."""
         try:
-            found = self.method.find(instance)
+            answers = find()
         except LostGradientError as error:
             last = (
                 isinstance(self.method, OneStep) or getattr(self.method, "last", None) is not None
@@ -323,15 +431,16 @@ class BilevelSolver:
                 f"control {control}: are they in this order?"
             )
             raise
-        outer = found.outer
-        slopes = [] if outer is None else tree.leaves_of((outer.in_params, outer.in_control))
-        if slopes and not any(map(tree.is_variable, slopes)):
-            raise LostGradientError(
-                "the outer objective depends neither on the params nor on the control in a way "
-                "that can be differentiated: an argmax, a comparison or a detach() cuts it off; "
-                "take a loss that is smooth, such as a cross-entropy for an accuracy."
-            )
-        return found
+        for found in answers:
+            outer = found.outer
+            slopes = [] if outer is None else tree.leaves_of((outer.in_params, outer.in_control))
+            if slopes and not any(map(tree.is_variable, slopes)):
+                raise LostGradientError(
+                    "the outer objective depends neither on the params nor on the control in a way "
+                    "that can be differentiated: an argmax, a comparison or a detach() cuts it "
+                    "off; take a loss that is smooth, such as a cross-entropy for an accuracy."
+                )
+        return answers
 
     def _instance(
         self,
@@ -354,6 +463,11 @@ class BilevelSolver:
             refuse_loader(batch, name)
         if inner_tolerance is not None:
             check_range(inner_tolerance, "inner_tolerance", above=0)
+        if self.problem.outer_each is not None and not self.method.sees_steps:
+            raise ArgumentError(
+                f"outer_each counts every inner step, which {type(self.method).__name__} as it is "
+                "set does not differentiate: take MLM() or Unrolled()."
+            )
         if isinstance(control, PerStep):
             raise ArgumentError(
                 "the control of a bilevel problem is shared by all inner steps, got a PerStep: "
@@ -389,6 +503,30 @@ def _steps_that_carry(instance: Instance, tolerance: float) -> int:
         if first > tolerance >= size and size <= CARRIED * first:
             break
     return made
+
+
+@dataclass(frozen=True)
+class _Tasks:
+    """The tasks of one update: one, some in turn, or some side by side."""
+
+    solver: BilevelSolver
+    params: Tree
+    linear_batch: Any
+    accumulate: int
+    together: bool = False
+
+    def found(
+        self, control: Tree, batch: Any, warm: Warm | None, tolerance: float | None
+    ) -> Hypergradient:
+        """The hypergradient of an update."""
+        pairs = [batch or (None, None)] if self.accumulate == 1 else batch
+        if self.together:
+            pairs = [(stacked([inner for inner, _ in pairs]), stacked([x for _, x in pairs]))]
+        solver, given = self.solver, (self.linear_batch, warm, tolerance)
+        instances = (
+            solver._instance(self.params, control, inner, outer, *given) for inner, outer in pairs
+        )
+        return mean_of([solver._find(instance) for instance in instances])
 
 
 class _History:

@@ -33,7 +33,9 @@ ROOMS = {
         *("block", "determinism", "trajectory", "memory"),
     ],
     "bilevel.outer": ["watching", "batches", "leaves", "descent"],
-    "bilevel.control": ["lagrangian", "adjoint", "tangent", "rollout", "newton_cg", "solver"],
+    "bilevel.control": [
+        *("lagrangian", "adjoint", "many", "tangent", "rollout", "newton_cg", "solver"),
+    ],
     "bilevel.prox": ["operators", "sets", "groups"],
     "bilevel.optim": ["rules", "descent", "proximal", "adaptive", "around", "torch_rules"],
     "bilevel.inner": ["problem", "iteration", "batches"],
@@ -51,8 +53,8 @@ ROOMS = {
         "orders",
         "against_minimiser",
     ],
-    "bilevel.tasks": ["normalisers", "weights", "problem", "adaptation"],
-    "bilevel, above its rooms": ["solution", "solver", "testing"],
+    "bilevel.tasks": ["normalisers", "weights", "problem", "adaptation", "stacked"],
+    "bilevel, above its rooms": ["solution", "accumulated", "solver", "testing"],
     "applications": [
         "errors",
         "files",
@@ -347,6 +349,7 @@ def differentiating(path: Path) -> set[str]:
 ALLOWED = {
     "bilevel.dynamics.modules": {"torch.func.functional_call"},
     "bilevel.tasks.problem": {"torch.func.vmap"},
+    "bilevel.tasks.stacked": {"torch.func.vmap"},
 }
 
 

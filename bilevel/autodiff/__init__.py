@@ -5,7 +5,7 @@ it is a graph of its own, connected to nothing the caller holds. Read `graphs`, 
 `linearisation`, `reversible`.
 """
 
-from bilevel.autodiff.gradients import gradient, pull, pushforward, value_and_gradient
+from bilevel.autodiff.gradients import gradient, pull, pull_each, pushforward, value_and_gradient
 from bilevel.autodiff.graphs import (
     Cast,
     autocast_as,
@@ -33,6 +33,6 @@ __all__ = [
     "no_transforms",
     "paused",
 ]
-__all__ += ["autocast_as", "autocasts", "forget_casts", "pull", "pushforward", "recording"]
-__all__ += ["refuse_hidden", "refuse_inside", "reversible", "told_apart"]
+__all__ += ["autocast_as", "autocasts", "forget_casts", "pull", "pull_each", "pushforward"]
+__all__ += ["recording", "refuse_hidden", "refuse_inside", "reversible", "told_apart"]
 __all__ += ["value_and_gradient", "variables"]

@@ -1,5 +1,6 @@
 """Values and gradients of functions of trees, pullbacks and pushforwards."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -83,6 +84,54 @@ def pull(outputs: Tree, cotangent: Tree, inputs: Tree, *, keep: bool = False) ->
         if v is not None and y.requires_grad
     ]
     return grad([y for y, _ in pairs], inputs, [v for _, v in pairs], create_graph=keep)
+
+
+def pull_each(outputs: Tree, cotangents: Tree, inputs: Tree) -> Tree:
+    """`pull` of many cotangents, stacked on a first axis, as the results are; keeps the graph.
+
+    Args:
+        outputs: computed from `inputs` with grad enabled.
+        cotangents: like `outputs`, each leaf with a first axis more; None where all are zero.
+        inputs: as in `pull`.
+
+    Returns:
+        Vectors of the space of `inputs`, stacked; None where `outputs` do not depend on the leaf.
+    """
+    pairs = [
+        (y, v)
+        for y, v in zip(tree.leaves_of(outputs), tree.leaves_of(cotangents), strict=True)
+        if v is not None and y.requires_grad
+    ]
+    leaves, structure = tree.flatten(inputs)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+    found: list[Tensor | None] = [None] * len(leaves)
+    if pairs and places:
+        wanted = [leaves[i] for i in places]
+        with autocast_as([]) if autocasts() else nullcontext():
+            gradients = _together([y for y, _ in pairs], wanted, [v for _, v in pairs])
+        for i, gradient in zip(places, gradients, strict=True):
+            found[i] = gradient
+    return tree.unflatten(structure, found)
+
+
+def _together(ys: list[Tensor], wanted: list[Tensor], vs: list[Tensor]) -> list[Tensor | None]:
+    """One backward pass for all cotangents, or one for each where a kernel refuses that."""
+    given: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kernels that are looped over inside
+            return [*torch.autograd.grad(ys, wanted, vs, is_grads_batched=True, **given)]
+    except RuntimeError:
+        rows = [
+            torch.autograd.grad(ys, wanted, list(row), **given)
+            for row in zip(*(v.unbind(0) for v in vs), strict=True)
+        ]
+        each = zip(*rows, strict=True)
+        return [None if x[0] is None else _stacked(x) for x in each]
+
+
+def _stacked(rows: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack([x if x.layout == torch.strided else x.to_dense() for x in rows])
 
 
 def value_and_gradient(

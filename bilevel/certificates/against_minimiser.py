@@ -58,6 +58,10 @@ RANDOM = (
     "the inner objective draws at random, so that no evaluation of it tells its minimiser; draw "
     "outside and pass what was drawn as the batch, or take certificate=AgainstSteps()"
 )
+ON_THE_WAY = (
+    "outer_each counts the inner steps, of which no minimiser tells; take "
+    "certificate=AgainstSteps(), which judges the steps made"
+)
 KINK = (
     "a component stands on a kink of the penalty, where the hypergradient jumps and has only "
     "one-sided values; move the control a little"
@@ -158,6 +162,8 @@ class AgainstMinimiser(Certifier):
         known = Certificate(MINIMISER, math.inf, trustworthy=False, batch=_batch(instance))
         if found.linear is not None:
             known = replace(known, linear_residual=found.linear.residual)
+        if instance.problem.outer_each is not None:
+            return replace(known, reason=ON_THE_WAY)
         if instance.by_batches:
             reason = (
                 "the steps saw other batches than the one that the inner residual is of, and "

@@ -104,13 +104,30 @@ class Look:
     """What a solve has seen read of its control, and how it speaks of what nothing read.
 
     One sweep need not read everything: a block that stochastic depth leaves out has gradient zero.
-    What no sweep has read yet is refused, since most often it is a mistake.
+    What no sweep has read yet is refused, since most often it is a mistake: at once, or, where the
+    look `waits` for a round of batches or tasks, when it is `settled`.
     """
 
     def __init__(self, words: str, control: Tree = None) -> None:
         """Start with nothing read of `control`; `words` ends "control['a'] reaches no ..."."""
         self.words, self.read, self.lost = words, set[int](), False
         self.structure = tree.flatten(control)[1]
+        self.waits, self._missed = False, dict[int, str]()
+
+    def miss(self, place: int, message: str) -> None:
+        """Refuse a leaf that nothing has read; or note it, to be refused if nothing ever does."""
+        if not self.waits:
+            self.lost = True
+            raise LostGradientError(message)
+        self._missed[place] = message
+
+    def settled(self) -> None:
+        """The first full look is over: refuse what nothing has read."""
+        self.waits = False
+        for place, message in self._missed.items():
+            if place not in self.read:
+                self.lost = True
+                raise LostGradientError(message)
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -187,12 +204,12 @@ class GradientSum:
             if not tree.is_variable(leaf) or total is not None:
                 continue
             if i not in look.read:
-                look.lost = True
                 name = tree.leaf_names(self._control, "control")[i]
-                raise LostGradientError(
+                look.miss(
+                    i,
                     f"{name} reaches no {look.words}, so that its gradient would be a silent "
                     "zero: use it, or leave it out of the control; a detach(), an argmax or a "
-                    "comparison on the way cuts it off."
+                    "comparison on the way cuts it off.",
                 )
             self._sums[i] = tree.zeros_like(leaf)
         return self.sums()

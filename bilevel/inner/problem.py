@@ -6,12 +6,13 @@ r"""The bilevel problem (3): an outer objective at the solution of an inner one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bilevel.checks import check_arguments, check_whole
+from bilevel.checks import check_arguments, check_kind, check_whole, takes
 from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
 
@@ -31,6 +32,10 @@ class BilevelProblem:
         columns: number M of independent problems whose params lie stacked on a leading axis of
             length M, f and F being sums over them; None for one problem. `weighted_problem` sets
             it for a matrix of weights. Linear systems are then solved column by column at once.
+        outer_each: r, what the outer objective is increased by at every inner step, a function
+            `(params, control, batch)`, or with the number t = 1, ..., k of the step as a fourth
+            argument, of the params before step t and of the outer batch; None for nothing. `MLM()`
+            and `Unrolled()` see it.
 
     Raises:
         ArgumentError: if a field is not what it should be.
@@ -49,6 +54,8 @@ class BilevelProblem:
     outer: Objective
     start: Start | None = None
     columns: int | None = None
+    outer_each: Callable[..., Tensor] | None = None
+    _takes_step: bool = field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
         for name in ("inner", "outer", "start"):
@@ -62,3 +69,18 @@ class BilevelProblem:
                 batch = () if name == "start" else ("batch",)
                 check_arguments(value, name, "params", "control", *batch)
         check_whole(self.columns, "columns", 1, optional=True)
+        if self.outer_each is not None:
+            check_kind(
+                self.outer_each, Callable, "outer_each", "a function (params, control, batch)"
+            )
+            takes_step = takes(self.outer_each, "params", "control", "batch", "t")
+            object.__setattr__(self, "_takes_step", takes_step)
+            if not takes_step:
+                check_arguments(self.outer_each, "outer_each", "params", "control", "batch")
+
+    def running(self, params: Tree, control: Tree, batch: Any, t: int) -> Any:
+        """The value of `outer_each` at inner step t."""
+        if self.outer_each is None:
+            return torch.zeros(())
+        step = (t,) if self._takes_step else ()
+        return self.outer_each(params, control, batch, *step)

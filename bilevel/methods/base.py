@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,11 +13,11 @@ from torch import Tensor
 from bilevel import autodiff, tree
 from bilevel.autodiff import Linearisation
 from bilevel.checks import check_scalar
-from bilevel.dynamics.problem import ControlProblem
+from bilevel.dynamics.problem import ControlProblem, precise
 from bilevel.dynamics.steps import first_infinite, walk
 from bilevel.errors import DivergenceError
 from bilevel.inner.iteration import InnerIteration
-from bilevel.inner.problem import BilevelProblem
+from bilevel.inner.problem import BilevelProblem, Objective
 from bilevel.linear.operator import LinearResult
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.settings import Stepwise, at_step
@@ -87,6 +87,7 @@ class Instance:
             takes the linear solution alone.
         inner_tolerance: stop the inner iteration where the norm of its residual is at most this.
         draws: of the outer objective.
+        known: the end of the inner iteration, where it has been made.
 
     Raises:
         StructureError: if the warm start does not fit the params.
@@ -103,6 +104,7 @@ class Instance:
     warm: Warm | None = None
     inner_tolerance: float | None = None
     draws: Draws = field(default_factory=Draws)
+    known: Warm | None = None
 
     def __post_init__(self) -> None:
         if self._begun is not None:
@@ -164,6 +166,8 @@ class Instance:
     @cached_property
     def iterated(self) -> Warm:
         """The end of the inner iteration, without its graph."""
+        if self.known is not None:
+            return self.known
         return self.iterate(self.inner_steps, self.inner_tolerance)
 
     def iterate(self, steps: int, tolerance: float | None = None) -> Warm:
@@ -204,7 +208,13 @@ class Instance:
             inner_steps=self.last_step - warm.steps,
             warm=warm,
             inner_tolerance=None,
+            known=None,
         )
+
+    def beside(self, outer: Objective) -> "Instance":
+        """The same inner iteration with another outer objective."""
+        problem = replace(self.problem, outer=outer)
+        return replace(self, problem=problem, draws=Draws())
 
     def on_kink(self, params: Tree) -> bool:
         """Whether the rule is not differentiable at some params, as near as they are known."""
@@ -214,7 +224,26 @@ class Instance:
 
     def control_problem(self) -> ControlProblem:
         """The inner iteration and the outer objective as a control problem (1)."""
-        return ControlProblem(self.dynamics, self.outer, self.horizon)
+        running = None if self.problem.outer_each is None else self.running
+        return ControlProblem(self.dynamics, self.outer, self.horizon, running)
+
+    def running(self, params: Tree, control: Tree, t: int) -> Tensor:
+        """What the outer objective is increased by at inner step t."""
+        value = self.problem.running(params, control, self.outer_batch, t)
+        return check_scalar(value, "outer_each")
+
+    def value(self) -> Tensor:
+        """The outer objective at the end of the inner iteration, with what comes on the way."""
+        if self.problem.outer_each is None:
+            return self.outer(self.dynamics.readout(self.iterated.state), self.control)
+        total, state = 0.0, None
+        states = walk(self.dynamics, self.observation, self.control, self.horizon)
+        for made, state in enumerate(states):
+            if made < self.horizon:
+                params = self.dynamics.readout(state)
+                total = total + precise(self.running(params, self.control, made + 1).detach())
+        self.check_finite(state)
+        return total + self.outer(self.dynamics.readout(state), self.control)
 
     def outer(self, params: Tree, control: Tree) -> Tensor:
         """The outer objective with its batch, checked."""
@@ -337,3 +366,21 @@ class HypergradientMethod(ABC):
             LostGradientError: if nothing reads a part of the control.
             ArgumentError: if the method does not apply to the instance.
         """
+
+    def find_each(self, instances: Sequence[Instance]) -> list[Found]:
+        """Those of several outer objectives of one inner iteration, which is made once.
+
+        Args:
+            instances: alike but for their outer objectives.
+
+        Returns:
+            One answer each.
+        """
+        first, *others = instances
+        made = replace(first, known=first.iterated)
+        return [self.find(made), *(self.find(replace(x, known=made.known)) for x in others)]
+
+    @property
+    def sees_steps(self) -> bool:
+        """Whether it differentiates every inner step, and so what is counted on the way."""
+        return False

@@ -12,12 +12,15 @@ Multipliers alone give no bound: their observed ratios understate rho.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 from bilevel import tree
 from bilevel.checks import check_range, check_whole
 from bilevel.control.adjoint import Adjoint, Swept, adjoint
+from bilevel.control.many import adjoints
+from bilevel.dynamics.per_step import GradientSum
 from bilevel.errors import ArgumentError
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Truncation
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
@@ -110,14 +113,47 @@ class MLM(HypergradientMethod):
         found = self._adjoint(instance, rule)
         return self._found(instance, found, rule.truncation if rule else None)
 
+    def find_each(self, instances: Sequence[Instance]) -> list[Found]:
+        """See `HypergradientMethod`; the multipliers of all are swept together."""
+        if self.tolerance is not None:
+            return super().find_each(instances)
+        first, early = instances[0], 0
+        if self.last is not None and self.last < first.horizon:
+            early = first.horizon - self.last
+            begun = first.iterate(early)
+            instances = [instance.after(begun) for instance in instances]
+        problem = instances[0].control_problem()
+        each = adjoints(
+            problem,
+            [instance.outer for instance in instances],
+            instances[0].observation,
+            first.control,
+            checkpointing=self.checkpointing,
+        )
+        answers = []
+        for instance, found in zip(instances, each, strict=True):
+            gradient = GradientSum(first.control)
+            gradient.add(first.control, found.gradient)
+            found = replace(found, gradient=gradient.total())
+            truncation = self._truncation(instance, found, early) if early else None
+            answers.append(self._found(instance, found, truncation))
+        return answers
+
+    @property
+    def sees_steps(self) -> bool:  # noqa: D102
+        return self.last is None and self.tolerance is None
+
     def _last(self, instance: Instance, last: int) -> Found:
         early = instance.horizon - last
         found = self._adjoint(instance.after(instance.iterate(early)))
+        return self._found(instance, found, self._truncation(instance, found, early))
+
+    def _truncation(self, instance: Instance, found: Adjoint, early: int) -> Truncation:
         error = None
         if self.bounds is not None and instance.problem.start is None:
             multiplier = tree.norm(found.observation_gradient)  # -lambda_j
             error = relative(self.bounds.left_out(multiplier, early), tree.norm(found.gradient))
-        return self._found(instance, found, Truncation(early, error))
+        return Truncation(early, error)
 
     def _adjoint(self, instance: Instance, rule: "_Rule | None" = None) -> Adjoint:
         return adjoint(

@@ -1,5 +1,6 @@
 """Multipliers by the last inner step alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -18,3 +19,6 @@ class OneStep(HypergradientMethod):
 
     def find(self, instance: Instance) -> Found:  # noqa: D102
         return MLM(last=1).find(instance)
+
+    def find_each(self, instances: Sequence[Instance]) -> list[Found]:  # noqa: D102
+        return MLM(last=1).find_each(instances)

@@ -90,6 +90,10 @@ class Clipped(InnerOptimizer):
         return self.rule.update(state, self._clipped(gradient), control, t)
 
     @property
+    def separable(self) -> bool:  # noqa: D102
+        return self.max_norm is None and self.rule.separable
+
+    @property
     def searches(self) -> bool:  # noqa: D102
         return self.rule.searches
 
@@ -207,6 +211,10 @@ class ByLeaf(InnerOptimizer):
     def on_kink(self, params: Tree, gradient: Tree, control: Tree, t: int) -> bool:  # noqa: D102
         each = zip(self._all, self._parts(params), self._parts(gradient), strict=True)
         return any(rule.on_kink(p, g, control, t) for rule, p, g in each)
+
+    @property
+    def separable(self) -> bool:  # noqa: D102
+        return all(rule.separable for rule in self._all)
 
     @property
     def residual_is_gradient(self) -> bool:  # noqa: D102

@@ -78,6 +78,10 @@ class ProximalGradient(InnerOptimizer):
         return not (self.accelerated or self.line_search)
 
     @property
+    def separable(self) -> bool:  # noqa: D102
+        return self._plain and self.prox.separable
+
+    @property
     def searches(self) -> bool:  # noqa: D102
         return self.line_search
 

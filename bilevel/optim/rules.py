@@ -48,6 +48,11 @@ class InnerOptimizer(ABC):
         return self.params(state)
 
     @property
+    def separable(self) -> bool:
+        """Whether a step moves what lies along the first axis of leaves each on its own."""
+        return True
+
+    @property
     def searches(self) -> bool:
         """Whether `searched` is to be asked before each step."""
         return False

@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.errors import ArgumentError, StructureError
 from bilevel.prox.operators import L1, L2, Prox, check_weights, like, summed, tied, times
-from bilevel.prox.sets import Axes, axes_of, check_axes, length_of, one_step
+from bilevel.prox.sets import Axes, axes_of, check_axes, from_the_end, length_of, one_step
 from bilevel.settings import Setting, check_setting
 from bilevel.tree import Tree
 
@@ -40,6 +40,10 @@ class ElasticNet(Prox):
     def __post_init__(self) -> None:
         for name in ("l1", "l2"):
             check_setting(getattr(self, name), name, least=0)
+
+    @property
+    def separable(self) -> bool:  # noqa: D102
+        return True
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
         sparse = L1(self.l1)(params, step_size, control)
@@ -86,6 +90,10 @@ class GroupL1(Prox):
     def __post_init__(self) -> None:
         check_setting(self.weight, "weight", least=0)
         check_axes(self.dim)
+
+    @property
+    def separable(self) -> bool:  # noqa: D102
+        return from_the_end(self.dim)
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
         one_step(step_size, self)
@@ -181,6 +189,10 @@ class Product(Prox):
                 f"{tree.flatten(trees[0])[1]}, got {structure}."
             ) from error
         return operators, structure, below
+
+    @property
+    def separable(self) -> bool:  # noqa: D102
+        return all(p is None or p.separable for p in tree.leaves_of(self.parts))
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
         operators, structure, (own, sizes) = self._each(params, like_params(step_size, params))

@@ -75,6 +75,11 @@ class Prox(ABC):
         """
         return False
 
+    @property
+    def separable(self) -> bool:
+        """Whether what lies along the first axis of leaves is moved each on its own."""
+        return False
+
     def check(self, params: Tree, control: Tree) -> None:  # noqa: B027
         """Refuse settings that a function of the control left out of range; by default none.
 
@@ -124,6 +129,10 @@ class L1(Prox):
 
     def __post_init__(self) -> None:
         check_setting(self.weight, "weight", least=0)
+
+    @property
+    def separable(self) -> bool:  # noqa: D102
+        return True
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
         thresholds = times(like(self.weight, params, control, "weight"), step_size, params)
@@ -212,6 +221,10 @@ class L2(Prox):
     def __post_init__(self) -> None:
         check_setting(self.weight, "weight", least=0)
 
+    @property
+    def separable(self) -> bool:  # noqa: D102
+        return True
+
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
         scale = times(like(self.weight, params, control, "weight"), step_size, params)
         return tree.map_leaves(lambda x, s: x if s is None else x / (1 + s), params, scale)
@@ -252,6 +265,10 @@ class Box(Prox):
                 check_setting(getattr(self, name), name)
         if not (callable(self.lower) or callable(self.upper)):
             _check_order(self.lower, self.upper)
+
+    @property
+    def separable(self) -> bool:  # noqa: D102
+        return True
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: ARG002
         """See `Prox`."""

@@ -60,6 +60,11 @@ def check_axes(dim: Any) -> None:
             check_whole(axis, "dim", -64)
 
 
+def from_the_end(dim: Axes) -> bool:
+    """Whether axes are counted from the last one, so that one more in front changes nothing."""
+    return dim is not None and all(a < 0 for a in (dim if isinstance(dim, tuple) else (dim,)))
+
+
 def axes_of(x: Tensor, dim: Axes, prox: Prox) -> tuple[int, ...]:
     """The axes of a leaf that are meant; an error if it has them not, or nothing along them."""
     axes = tuple(range(x.ndim)) if dim is None else dim if isinstance(dim, tuple) else (dim,)
@@ -80,6 +85,10 @@ class NonNegative(Prox):
         >>> NonNegative()(torch.tensor([-0.5, 0.3]), 0.1, None)
         tensor([0.0000, 0.3000])
     """
+
+    @property
+    def separable(self) -> bool:  # noqa: D102
+        return True
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
         tree.map_leaves(lambda x: real_only(x, self) if tree.is_variable(x) else None, params)
@@ -125,6 +134,10 @@ class Simplex(Prox):
         if isinstance(self.dim, tuple):
             raise ArgumentError(f"dim must be one axis, or None, got {self.dim}.")
         check_axes(self.dim)
+
+    @property
+    def separable(self) -> bool:  # noqa: D102
+        return from_the_end(self.dim)
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
         one_step(step_size, self)
@@ -229,6 +242,10 @@ class Affine(Prox):
             if isinstance(self.b, Tensor):
                 self._check_feasible(self.A, self.b)
 
+    @property
+    def separable(self) -> bool:  # noqa: D102
+        return True
+
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
         one_step(step_size, self)
         A, b = self._given(control)
@@ -325,6 +342,10 @@ class Ball(Prox):
         check_setting(self.radius, "radius", above=0)
         check_setting(self.center, "center")
         check_axes(self.dim)
+
+    @property
+    def separable(self) -> bool:  # noqa: D102
+        return from_the_end(self.dim)
 
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:  # noqa: D102
         one_step(step_size, self)

@@ -1,6 +1,6 @@
 """Learned weights of training tasks, the bilevel problem (3), and adaptation to one task.
 
-Read `normalisers`, `weights`, `problem`, `adaptation`.
+Read `normalisers`, `weights`, `problem`, `adaptation`; `stacked` has tasks side by side.
 """
 
 from bilevel.tasks.adaptation import adapt
