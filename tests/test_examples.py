@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -43,3 +44,20 @@ def test_a_meta_learned_start_helps_on_tasks_never_seen():
         assert control.tolist() == pytest.approx([2.0, -1.0], abs=0.35)
     for kind in ("MAML", "iMAML"):
         assert scores[f"{kind}, learned start"] < 0.5 * scores[f"{kind}, start at zero"]
+
+
+def test_learned_beliefs_make_a_better_portfolio():
+    found = run("learning/portfolio.py")
+    assert found["one"].certificate.trustworthy
+    assert -found["found"].values[-1] > -found["found"].values[0]
+    assert found["score"](found["found"].control) > found["even"]
+
+
+def test_labels_are_cleaned_through_a_loss_without_second_derivatives():
+    found = run("learning/cleaning_without_second_derivatives.py")
+    learned, wrong = found["learned"], found["wrong"]
+    assert float(learned[wrong].mean()) < 0.7 * float(learned[~wrong].mean())
+    assert float(found["difference"]) < 1e-3
+    for order in (1, 2):
+        ratios = torch.tensor(found["estimates"][order]) / torch.tensor(found["errors"][order])
+        assert bool((ratios > 1 / 3).all())
