@@ -55,7 +55,7 @@ def ridge(draw: partial) -> Case:
         lambda w, a, batch: ((X @ w - y) ** 2).mean() / 2 + (a.exp() * w**2).sum() / 2,
         lambda w, a, batch: ((V @ w - z) ** 2).mean() / 2,
     )
-    return Case("ridge", problem, bl.optim.SGD(0.3), 300, 0 * draw(100), draw(100) - 1)
+    return Case("ridge", problem, bl.optim.SGD(0.15), 300, 0 * draw(100), draw(100) - 1)
 
 
 def logistic(draw: partial) -> Case:

@@ -119,8 +119,8 @@ print("certificate:", chosen.certificate)
 # %%
 # Learning the weights
 # --------------------
-solver = bl.BilevelSolver(problem, rule, 60, bl.Penalty(256.0))
-found = solver.solve(params, weights, lambda leaves: torch.optim.Adam(leaves, 0.3), steps=25)
+solver = bl.BilevelSolver(problem, rule, 120, bl.Penalty(256.0))
+found = solver.solve(params, weights, lambda leaves: torch.optim.Adam(leaves, 0.5), steps=15)
 learned = found.control.sigmoid()
 print(
     f"mean weight of wrong labels {learned[wrong].mean():.2f}, of the others "
