@@ -39,7 +39,7 @@ ROOMS = {
     "bilevel.inner": ["problem", "iteration", "batches"],
     "bilevel.methods": ["base", "unrolled", "mlm", "implicit", "one_step"],
     "bilevel.certificates": [
-        *("certificate", "against_steps", "curvature", "correction", "judgement"),
+        *("certificate", "against_steps", "curvature", "matrix", "correction", "judgement"),
         "against_minimiser",
     ],
     "bilevel.tasks": ["normalisers", "weights", "problem", "adaptation"],

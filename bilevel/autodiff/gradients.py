@@ -30,6 +30,7 @@ def grad(
     *,
     create_graph: bool = False,
     retain_graph: bool | None = None,
+    batched: bool = False,
 ) -> Tree:
     """`torch.autograd.grad` on a tree: select what requires grad, differentiate, put back.
 
@@ -39,6 +40,7 @@ def grad(
         cotangents: one an output; None for a scalar.
         create_graph: attach the result, so that it can be differentiated once more.
         retain_graph: keep the graph; None is `create_graph`.
+        batched: whether the cotangents have a leading axis, which the gradients then have too.
 
     Returns:
         The tree of gradients; None where a leaf requires no grad, or no output depends on it.
@@ -57,6 +59,7 @@ def grad(
                 retain_graph=retain_graph,
                 create_graph=create_graph,
                 allow_unused=True,
+                is_grads_batched=batched,
             )
         for i, gradient in zip(places, gradients, strict=True):
             # As those of an embedding with sparse=True: sums and norms are of dense vectors.
