@@ -21,6 +21,11 @@ _inside = threading.local()
 @contextmanager
 def recording() -> Iterator[None]:
     """Grad mode on, whatever the caller's mode: a sweep differentiates by itself."""
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedError(
+            "gradients were asked for inside torch.inference_mode(), where nothing is recorded: "
+            "call it outside, or take torch.no_grad(), inside which they are right."
+        )
     outside = getattr(_inside, "sweep", False)
     _inside.sweep = True
     try:
@@ -151,6 +156,19 @@ def once_differentiable(name: str, function: str) -> UnsupportedError:
     )
 
 
+def compiled(name: str) -> UnsupportedError:
+    """The error for a second derivative that torch.compile does not make."""
+    return UnsupportedError(
+        f"{name} needs a second derivative of a function of torch.compile, which makes first ones "
+        "alone: give it uncompiled, or take a method that differentiates once; a step of a "
+        "dynamics may be compiled by bilevel.Compiled."
+    )
+
+
+# How torch names the nodes of a compiled function, and of its gradient.
+_COMPILED, _COMPILED_TWICE = "CompiledFunctionBackward", "CompiledFunctionBackwardBackward"
+
+
 def _refuse_once(node: Node, name: str) -> None:
     function = getattr(type(node), "_forward_cls", None)
     code = getattr(getattr(function, "backward", None), "__code__", None)
@@ -178,7 +196,10 @@ def _graph_leaves(
         node = pending.pop()
         if twice:
             _refuse_once(node, twice)
-        if node.name().endswith("Error"):  # what the mark leaves where a graph is asked for
+        kind = node.name()
+        if kind == _COMPILED_TWICE or (twice and kind == _COMPILED):
+            raise compiled(twice or "this graph")
+        if kind.endswith("Error"):  # what the mark leaves where a graph is asked for
             raise once_differentiable("this graph", "a function")
         edges = node.next_functions
         if not edges:
