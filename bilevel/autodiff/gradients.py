@@ -22,6 +22,8 @@ from bilevel.checks import check_scalar
 from bilevel.errors import LostGradientError
 from bilevel.tree import Tree
 
+_AS_IT_IS = nullcontext()
+
 
 def grad(
     outputs: Sequence[Tensor],
@@ -51,7 +53,7 @@ def grad(
     if outputs and places:
         wanted = [leaves[i] for i in places]
         # A backward runs in the dtypes of its forward: autocast would cast once more.
-        with autocast_as([]) if autocasts() else nullcontext():
+        with autocast_as([]) if autocasts() else _AS_IT_IS:
             gradients = torch.autograd.grad(
                 outputs,
                 wanted,
