@@ -32,7 +32,10 @@ ROOMS = {
         *("storage", "host", "disk", "schedule", "checkpointing", "randomness"),
         *("block", "determinism", "trajectory", "memory"),
     ],
-    "bilevel.outer": ["watching", "batches", "leaves", "descent"],
+    "bilevel.outer": [
+        *("watching", "generators", "batches", "leaves", "encoding", "checkpoints", "signals"),
+        *("keeping", "running", "descent"),
+    ],
     "bilevel.control": ["lagrangian", "adjoint", "tangent", "rollout", "newton_cg", "solver"],
     "bilevel.prox": ["operators"],
     "bilevel.optim": ["rules", "descent", "adaptive"],
@@ -43,7 +46,7 @@ ROOMS = {
         "against_minimiser",
     ],
     "bilevel.tasks": ["normalisers", "weights", "problem", "adaptation"],
-    "bilevel, above its rooms": ["solution", "solver", "testing"],
+    "bilevel, above its rooms": ["solution", "kept_solution", "solver", "testing"],
     "applications": [
         "errors",
         "files",
