@@ -273,9 +273,10 @@ class BilevelSolver:
         evaluate = look.evaluated(at)
         around = None
         if keep is not None or on_divergence != "raise":
-            told = {"warm_start": warm_start, "inner_tolerance": inner_tolerance}
+            settings = {"warm_start": warm_start, "inner_tolerance": inner_tolerance}
             history.kept = KeptSolution(self.optimizer, params, control)
-            around = self._around({"history": history, "look": look}, params, linear_batch, told)
+            parts = {"history": history, "look": look}
+            around = self._around(parts, params, linear_batch, settings)
         with carrying(lambda error: history.solution(params, told(error))):
             descent.run(evaluate, optimizer, history.accept, history.trusted, around)
             if descent.converged:
@@ -290,11 +291,11 @@ class BilevelSolver:
         return solution
 
     def _around(
-        self, parts: Mapping[str, Any], params: Tree, linear_batch: Any, told: Mapping[str, Any]
+        self, parts: Mapping[str, Any], params: Tree, linear_batch: Any, more: Mapping[str, Any]
     ) -> Around:
         """What a descent that is kept has to know of this solver."""
         kinds = [tree.kind(x) for x in tree.leaves_of(params)]
-        conditions = {"solver": self, "params": kinds, **told}
+        conditions = {"solver": self, "params": kinds, **more}
         return Around(parts, conditions, RECORDS, (self, linear_batch))
 
     def _starts_warm(

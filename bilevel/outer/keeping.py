@@ -19,7 +19,8 @@ from bilevel.outer.signals import Interrupts
 logger = logging.getLogger("bilevel")
 # What must be finite: variables, moments, inner states, linear solutions. A best value so far may
 # begin at infinity.
-_FINITE = ("descent.control", "optimizer", "parts")
+_INNER = "parts.history"
+_FINITE = ("descent.control", "optimizer", f"{_INNER}.last.warm", f"{_INNER}.warm")
 
 
 @runtime_checkable
