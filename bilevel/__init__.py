@@ -60,6 +60,16 @@ __all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelPr
 __all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
 __all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "Implicit", "InMemory", "Keep"]
 __all__ += ["Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep", "PerStep"]
-__all__ += ["Phases", "Restore", "Softmax", "Sparsemax", "TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint"]
+__all__ += [
+    "Phases",
+    "Restore",
+    "Softmax",
+    "Sparsemax",
+    "TaskWeights",
+    "Unrolled",
+    "Vmapped",
+    "adapt",
+    "adjoint",
+]
 __all__ += ["check_hypergradient", "functional", "hvp", "kkt", "lagrangian", "plan", "rollout"]
 __all__ += ["total_cost", "weighted_problem"]

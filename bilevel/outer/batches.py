@@ -1,5 +1,6 @@
 """Batches of an outer loop, begun again when they end, and begun at any place."""
 
+import ctypes
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,10 +43,10 @@ class Stream(Feed):
 
     def __init__(self, batches: Iterable[Any] | Stepwise, name: str = "batches") -> None:
         """Begin at the first."""
-        self._batches, self._name = batches, name
-        self._source = getattr(batches, "source", batches)
+        self._batches: Any = batches
+        self._name, self._source = name, getattr(batches, "source", batches)
         self._taken = self._in_round = 0
-        self._round: Iterator[Any] | None = None
+        self._round: Iterator[Any] | None = None  # the one that goes on
         self._own: Generators | None = None  # of the batches; None where nobody watches
         self._begun: tuple[Standing, dict[str, Any]] | None = None  # when the round began
         self._before: Standing | None = None  # before the last batch
@@ -128,11 +129,11 @@ class Stream(Feed):
         default = Standing.of(state["round"]["default"])
         default.restore()
         self._begun, self._before = (default, state["round"]["own"]), Standing.of(state["before"])
-        self._round = iter(self._batches)
+        self._round = stream = iter(self._batches)
         for k in range(1, self._in_round + 1):
             if k == self._in_round:
                 self._before.restore()
-            self._last = next(self._round, _NOTHING)
+            self._last = next(stream, _NOTHING)
         if self._last is _NOTHING or fingerprint(self._last) != state["last"]:
             raise ArgumentError(
                 f"{self._name} cannot be begun again at batch {self._in_round} of their round: "
@@ -256,7 +257,7 @@ def fingerprint(batch: Any) -> str:
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.numel():
             plain = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous()
             found.update(str((plain.dtype, tuple(plain.shape))).encode())
-            found.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))
+            found.update((ctypes.c_char * plain.nbytes).from_address(plain.data_ptr()))
         elif isinstance(leaf, int | float | complex | str | bytes):
             found.update(repr(leaf).encode())
         else:

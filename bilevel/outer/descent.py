@@ -230,9 +230,7 @@ class Descent:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Stand there again."""
         with autodiff.paused():
-            for reached, x, value in zip(
-                self._reached, self.leaves, state["control"], strict=True
-            ):
+            for reached, x, value in zip(self._reached, self.leaves, state["control"], strict=True):
                 reached.copy_(value)
                 x.copy_(value)
         self.costs, self.gradient_norms = [*state["costs"]], [*state["gradient_norms"]]

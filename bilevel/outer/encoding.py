@@ -189,6 +189,12 @@ class Trees:
     def restored(self, kept: Mapping[str, Any]) -> Tree:
         """The tree that `kept` took apart.
 
+        Args:
+            kept: what it returned.
+
+        Returns:
+            The tree.
+
         Raises:
             StructureError: if it has more or fewer leaves than the one of its name.
         """
@@ -231,10 +237,14 @@ def rows(kind: type, kept: Mapping[str, Any]) -> list[Any]:
 def first_not_finite(tensors: Mapping[str, Tensor], places: tuple[str, ...]) -> str | None:
     """The name of a tensor, below one of the places, with an infinite or NaN entry."""
     for name, value in tensors.items():
-        if name.startswith(places) and value.is_floating_point():
-            # The sum is finite where all entries are, but for overflow: a cheap first look.
-            if not math.isfinite(float(value.sum())) and not bool(value.isfinite().all()):
-                return name
+        # The sum is finite where all entries are, but for overflow: a cheap first look.
+        if (
+            name.startswith(places)
+            and value.is_floating_point()
+            and not math.isfinite(float(value.sum()))
+            and not bool(value.isfinite().all())
+        ):
+            return name
     return None
 
 
@@ -253,7 +263,8 @@ def described(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): described(v) for k, v in value.items()}
     # What is not frozen is no setting: it may count, or remember.
-    if is_dataclass(value) and value.__dataclass_params__.frozen and not isinstance(value, type):
+    parameters: Any = getattr(value, "__dataclass_params__", None)
+    if is_dataclass(value) and parameters.frozen and not isinstance(value, type):
         shown = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
         return {"": type(value).__name__, **{n: described(v) for n, v in shown.items()}}
     return _callable(value) if callable(value) else type(value).__name__

@@ -120,7 +120,9 @@ class Generators:
         elif isinstance(value, list | tuple):
             self._each(enumerate(value[:_ENTRIES]), place, depth)
         elif isinstance(value, partial):
-            self._each((("func", value.func), ("args", value.args), *value.keywords.items()), place, depth)
+            self._each(
+                (("func", value.func), ("args", value.args), *value.keywords.items()), place, depth
+            )
         elif isinstance(value, MethodType):
             self._each((("self", value.__self__), ("func", value.__func__)), place, depth)
         elif isinstance(value, FunctionType):

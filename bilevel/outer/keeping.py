@@ -95,7 +95,8 @@ class Restore:
     """Goes back after a divergence: to the last good state, with a smaller step. It is logged.
 
     The last good state is the last that was kept, or would have been: one every 50 updates where
-    nothing is kept. Control, moments and history go back; batches and generators go on.
+    nothing is kept. If that does not lead beyond the divergence, it is the one before. Control,
+    moments and history go back; batches and generators go on.
 
     Attributes:
         factor: by which the learning rates are multiplied each time, those of a scheduler too.
@@ -146,26 +147,41 @@ class Kept:
         # Made by `opened`.
         self._keep, self._folder, self._records = keep, folder, records
         self._interrupts, self._conditions = interrupts, conditions
-        self._good: tuple[int, Any, dict[str, Tensor]] | None = None
         self._written: int | None = None
-        self._remembers = keep is not None
+        # Good states where nothing is written, the newest last; None where nobody goes back.
+        self._good: list[tuple[int, Any, dict[str, Tensor]]] | None = None
         self.state: Any = None
 
     def remember(self, state: Callable[[], Mapping[str, Any]]) -> None:
-        """Know a good state from the beginning on, also where nothing is written."""
-        self._remembers = True
-        self._good = 0, *self._encoded(0, state())
+        """Know a good state from the beginning on."""
+        if self._folder is None:
+            self._good = []
+        if self.state is None:
+            self.save(0, state)
 
     @property
     def active(self) -> bool:
         """Whether states are asked for."""
-        return self._remembers
+        return self._folder is not None or self._good is not None
 
-    def good(self) -> tuple[int, Any]:
-        """The last good state, and after which update it was."""
-        assert self._good is not None  # `remember` was called
-        update, plain, tensors = self._good
-        return update, decoded(plain, tensors, self._records)
+    def good(self, before: int | None) -> tuple[int, Any]:
+        """The last good state, or the last before an update, and after which update it was."""
+        if self._folder is None:
+            assert self._good  # `remember` was called
+            older = [one for one in self._good if before is None or one[0] < before]
+            self._good = older or self._good[:1]
+            update, plain, tensors = self._good[-1]
+        else:
+            there = self._folder.checkpoints()
+            older = [one for one in there if before is None or one.update < before]
+            chosen = (older or there[-1:])[0]
+            content, tensors = self._folder.read(chosen)
+            self._folder.drop_after(chosen.update)
+            update, plain = chosen.update, content["state"]
+        return update, self._decoded(plain, tensors)
+
+    def _decoded(self, plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {name: decoded(value, tensors, self._records) for name, value in plain.items()}
 
     def after(self, update: int, state: Callable[[], Mapping[str, Any]]) -> None:
         """Told of an update; keeps it if it is its turn, or a signal waits, which is then raised.
@@ -180,7 +196,7 @@ class Kept:
             KeyboardInterrupt: after Ctrl-C.
             SystemExit: after SIGTERM.
         """
-        if not self._remembers:
+        if not self.active:
             return
         waits = self._interrupts.came is not None
         every = 50 if self._keep is None else self._keep.every
@@ -197,11 +213,13 @@ class Kept:
     def save(self, update: int, state: Callable[[], Mapping[str, Any]]) -> None:
         """Keeps a state now."""
         plain, tensors = self._encoded(update, state())
-        self._good = update, plain, tensors
         if self._folder is not None:
             content = {"conditions": self._conditions, "state": plain}
             self._folder.write(update, content, tensors)
             self._written = update
+        elif self._good is not None:
+            older = [one for one in self._good if one[0] < update]
+            self._good = [*older[-2:], (update, plain, tensors)]
 
     def _encoded(self, update: int, state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         also = None if self._keep is None else self._keep.also
@@ -237,8 +255,7 @@ class Kept:
         content, tensors = folder.read(chosen)
         _compare(content["conditions"], self._conditions, chosen.path)
         folder.drop_after(chosen.update)
-        self.state = {n: decoded(v, tensors, self._records) for n, v in content["state"].items()}
-        self._good = chosen.update, content["state"], tensors
+        self.state = self._decoded(content["state"], tensors)
         self._written = chosen.update
         self.load_also(self.state)
 
@@ -302,7 +319,7 @@ def opened(
         StorageError: if the folder cannot be used, or a checkpoint is damaged.
     """
     check_kind(keep, Keep | None, "keep", "a Keep(folder)")
-    if not (isinstance(resume, bool) or is_whole(resume, 1)):
+    if not (isinstance(resume, bool) or is_whole(resume)):
         raise ArgumentError(f"resume must be True, False or a number of updates, got {resume!r}.")
     if keep is None:
         if resume is not False:

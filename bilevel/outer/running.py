@@ -36,7 +36,9 @@ class Around:
 class Schedule:
     """A learning-rate scheduler, or none."""
 
-    def __init__(self, make: Callable[[Optimizer], LRScheduler] | None, optimizer: Optimizer):
+    def __init__(
+        self, make: Callable[[Optimizer], LRScheduler] | None, optimizer: Optimizer
+    ) -> None:
         """Make it."""
         self._schedule: Any = None if make is None else make(optimizer)
         if make is not None and not callable(getattr(self._schedule, "step", None)):
@@ -118,7 +120,7 @@ class Running:
                 self._feed.load_state_dict(kept.state["batches"])
             self._generators.load_state_dict(kept.state["generators"]["own"])
             Standing.of(kept.state["generators"]["default"]).restore()
-        elif self._restore is not None:
+        if self._restore is not None:
             kept.remember(self.state)
         if kept.active and self._feed is not None:
             self._feed.watch()
@@ -154,7 +156,9 @@ class Running:
         if len(done) >= restore.times:
             error.add_note(f"It went back {len(done)} times before, with smaller steps each time.")
             raise error
-        good, state = kept.good()
+        # A state that led no further than to where it ended before was not good enough.
+        again = bool(done) and update <= max(came for came, _ in done)
+        good, state = kept.good(done[-1][1] if again else None)
         kept.load_also(state)
         self._load(state)
         # A state that was kept after earlier returns has their smaller steps in it already.
@@ -163,6 +167,7 @@ class Running:
         for group in self._optimizer.param_groups:
             group.update({n: group[n] * restore.factor**times for n in _RATES if n in group})
         self._schedule.scale(restore.factor**times)
+        kept.save(good, self.state)
         logger.warning(
             "%s Back to update %d, with learning rates times %g.",
             *(str(error), good, restore.factor**times),
