@@ -187,26 +187,31 @@ class ControlSolver:
         descent = Descent(control, loop)
         plans, look = Plans(self.checkpointing), Look(CONTROL_WORDS, control)
         evaluate = partial(self._evaluate, plans, observation, accumulate)
-        make, random = self.optimizer, None
-        kinds = [tree.kind(x) for x in tree.leaves_of(observation)]
-        conditions = {"solver": self, "observation": kinds, "accumulate": accumulate}
-        around = Around({"look": look}, conditions, {}, (self, observation))
+        make, run = self.optimizer, None
         if isinstance(make, NewtonCG):
             random = RandomState.capture(devices_of((observation, control)))
-            given = partial(self._given, observation)
-            swept = partial(self._adjoint, plans)
+            given, swept = partial(self._given, observation), partial(self._adjoint, plans)
             run = NewtonRun(make, given, swept, self.checkpointing, random, look)
             evaluate, make = run.evaluate, run.optimizer
-            around = replace(around, parts={**around.parts, "newton": run})
+        around = self._around(look, run, observation, accumulate)
         with carrying(lambda error: _solution(descent, told(error))):
             descent.run(look.evaluated(evaluate), make, around=around)
-            random = random and run.random
+            random = None if run is None else run.random
             last = look.evaluated(self._final)
             final, residuals = last(descent, observation, plans, random)
             solution = _solution(descent, "", final, residuals)
             if tolerance > 0 and not solution.converged:
                 report(solution.reason, self.on_failure)
         return solution
+
+    def _around(
+        self, look: Look, run: NewtonRun | None, observation: Tree, accumulate: int
+    ) -> Around:
+        """What a descent that is kept has to know of this solver."""
+        kinds = [tree.kind(x) for x in tree.leaves_of(observation)]
+        conditions = {"solver": self, "observation": kinds, "accumulate": accumulate}
+        parts = {"look": look} if run is None else {"look": look, "newton": run}
+        return Around(parts, conditions, {}, (self, observation))
 
     def _final(
         self, descent: Descent, observation: Tree, plans: Plans, random: RandomState | None

@@ -44,7 +44,8 @@ class Stream(Feed):
     def __init__(self, batches: Iterable[Any] | Stepwise, name: str = "batches") -> None:
         """Begin at the first."""
         self._batches: Any = batches
-        self._name, self._source = name, getattr(batches, "source", batches)
+        self._name: str = name
+        self._source: Any = getattr(batches, "source", batches)
         self._taken = self._in_round = 0
         self._round: Iterator[Any] | None = None  # the one that goes on
         self._own: Generators | None = None  # of the batches; None where nobody watches

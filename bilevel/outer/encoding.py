@@ -18,6 +18,7 @@ from bilevel.tree import Tree
 
 Records = Mapping[str, type]  # dataclasses that a state may hold, by their names
 _PACKED = {"float": torch.float64, "int": torch.int64, "bool": torch.bool}
+_FREE = ("checkpointing", "on_failure")  # settings that leave the numbers alone
 _LISTED = 100  # entries of a list that are compared one by one
 _DICTS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
 
@@ -265,7 +266,9 @@ def described(value: Any) -> Any:
     # What is not frozen is no setting: it may count, or remember.
     parameters: Any = getattr(value, "__dataclass_params__", None)
     if is_dataclass(value) and parameters.frozen and not isinstance(value, type):
-        shown = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
+        shown = {
+            f.name: getattr(value, f.name) for f in fields(value) if f.repr and f.name not in _FREE
+        }
         return {"": type(value).__name__, **{n: described(v) for n, v in shown.items()}}
     return _callable(value) if callable(value) else type(value).__name__
 
