@@ -271,12 +271,8 @@ class BilevelSolver:
 
         look = Look(BILEVEL_WORDS, control)
         evaluate = look.evaluated(at)
-        around = None
-        if keep is not None or on_divergence != "raise":
-            settings = {"warm_start": warm_start, "inner_tolerance": inner_tolerance}
-            history.kept = KeptSolution(self.optimizer, params, control)
-            parts = {"history": history, "look": look}
-            around = self._around(parts, params, linear_batch, settings)
+        settings = {"warm_start": warm_start, "inner_tolerance": inner_tolerance}
+        around = self._around(history, look, params, linear_batch, settings)
         with carrying(lambda error: history.solution(params, told(error))):
             descent.run(evaluate, optimizer, history.accept, history.trusted, around)
             if descent.converged:
@@ -291,11 +287,19 @@ class BilevelSolver:
         return solution
 
     def _around(
-        self, parts: Mapping[str, Any], params: Tree, linear_batch: Any, more: Mapping[str, Any]
-    ) -> Around:
-        """What a descent that is kept has to know of this solver."""
+        self,
+        history: "_History",
+        look: Look,
+        params: Tree,
+        linear_batch: Any,
+        settings: Mapping[str, Any],
+    ) -> Around | None:
+        """What a descent has to know of this solver; None where nothing is kept."""
+        if not history.keeps(self.optimizer, params):
+            return None
         kinds = [tree.kind(x) for x in tree.leaves_of(params)]
-        conditions = {"solver": self, "params": kinds, **more}
+        conditions = {"solver": self, "params": kinds, **settings}
+        parts = {"history": history, "look": look}
         return Around(parts, conditions, RECORDS, (self, linear_batch))
 
     def _starts_warm(
@@ -444,7 +448,7 @@ class _History:
         self, descent: Descent, on_failure: OnFailure, trust: float, warm: Warm | None = None
     ) -> None:
         self.warm = warm
-        self.kept: KeptSolution | None = None  # where the run is kept
+        self._kept: KeptSolution | None = None  # where the run is kept
         self.certificates: list[Certificate] = []
         self.complaints: list[tuple[int, str]] = []
         self._descent, self._on_failure, self._trust = descent, on_failure, trust
@@ -472,10 +476,18 @@ class _History:
             # Without what is of the control's size: there is one an update.
             self.certificates.append(replace(found.certificate, correction=None))
 
+    def keeps(self, optimizer: InnerOptimizer, params: Tree) -> bool:
+        """Whether states are asked for; makes ready to give them."""
+        loop = self._descent.loop
+        if loop.keep is None and loop.on_divergence == "raise":
+            return False
+        self._kept = KeptSolution(optimizer, params, self._descent.control)
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         """What the next update goes on from."""
-        kept, last = self.kept, self.last
-        assert kept is not None  # it was made where the run is kept
+        kept, last = self._kept, self.last
+        assert kept is not None  # `keeps` was asked
         same = last is not None and self.warm is last.warm
         return {
             "last": kept.of_hypergradient(last),
@@ -488,7 +500,7 @@ class _History:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        kept, warm = self.kept, state["warm"]
+        kept, warm = self._kept, state["warm"]
         assert kept is not None
         self.last = kept.hypergradient(state["last"])
         own = None if isinstance(warm, str) else kept.warm(warm)
