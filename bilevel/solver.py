@@ -32,9 +32,11 @@ from bilevel.outer.encoding import columns, rows
 from bilevel.outer.keeping import Keep, OnDivergence
 from bilevel.outer.running import Around
 from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
+from bilevel.settings import Stepwise
 from bilevel.solution import Hypergradient, Solution
 from bilevel.tree import Tree
 
+Batches = Iterable[Any] | Stepwise
 FROM_WARM = "the inner steps made from a warm start, which are no fixed function of the control"
 CARRIED = 1e-2  # fall of the inner residual from which the steps carry the gradient
 NEGLIGIBLE = 1e-6  # error relative to trust and the largest hypergradient of a descent
@@ -185,7 +187,7 @@ class BilevelSolver:
         control: Tree,
         optimizer: MakeOptimizer = adam,
         steps: int = 200,
-        batches: Iterable[tuple[Any, Any]] | tuple[Iterable[Any], Iterable[Any]] | None = None,
+        batches: Iterable[tuple[Any, Any]] | tuple[Batches, Batches] | None = None,
         warm_start: bool | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         project: Callable[[Tree], Tree] | None = None,

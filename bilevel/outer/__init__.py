@@ -6,8 +6,11 @@ shows and says. `keeping` is what outlives a fault, of which `running` gathers t
 """
 
 from bilevel.outer.descent import Loop
+from bilevel.outer.encoding import Trees
 from bilevel.outer.keeping import Keep, Kept, Restore, opened
 from bilevel.outer.leaves import Leaves
+from bilevel.outer.signals import Interrupts
 from bilevel.outer.watching import Progress
 
-__all__ = ["Keep", "Kept", "Leaves", "Loop", "Progress", "Restore", "opened"]
+__all__ = ["Interrupts", "Keep", "Kept", "Leaves", "Loop", "Progress", "Restore", "Trees"]
+__all__ += ["opened"]
