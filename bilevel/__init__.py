@@ -39,6 +39,7 @@ from bilevel.dynamics import Compiled, ControlProblem, Dynamics, Map, PerStep, P
 from bilevel.errors import BilevelError, ConvergenceWarning
 from bilevel.inner import BilevelProblem, Minibatches
 from bilevel.methods import MLM, Implicit, OneStep, Unrolled
+from bilevel.outer import Keep, Restore
 from bilevel.settings import ByStep
 from bilevel.solver import BilevelSolver
 from bilevel.sweeps import Budget, Checkpointing, InMemory, OnDisk, OnHost, plan
@@ -57,8 +58,18 @@ __version__ = "0.1.0"
 
 __all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelProblem"]
 __all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
-__all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "Implicit", "InMemory", "Looped"]
-__all__ += ["Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep", "PerStep", "Phases"]
-__all__ += ["Softmax", "Sparsemax", "TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint"]
+__all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "Implicit", "InMemory", "Keep"]
+__all__ += ["Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep", "PerStep"]
+__all__ += [
+    "Phases",
+    "Restore",
+    "Softmax",
+    "Sparsemax",
+    "TaskWeights",
+    "Unrolled",
+    "Vmapped",
+    "adapt",
+    "adjoint",
+]
 __all__ += ["check_hypergradient", "functional", "hvp", "kkt", "lagrangian", "plan", "rollout"]
 __all__ += ["total_cost", "weighted_problem"]

@@ -1,7 +1,7 @@
 """Hypergradients, and descent along them: Algorithms 1 and 3."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from bilevel.dynamics.steps import walk
 from bilevel.errors import ArgumentError, BilevelError, DivergenceError, LostGradientError
 from bilevel.inner.batches import refuse_loader
 from bilevel.inner.problem import BilevelProblem
+from bilevel.kept_solution import RECORDS, KeptSolution
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Warm
 from bilevel.methods.mlm import MLM
 from bilevel.methods.one_step import OneStep
@@ -27,10 +28,15 @@ from bilevel.methods.unrolled import Unrolled
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.outer.batches import paired
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory
+from bilevel.outer.encoding import columns, rows
+from bilevel.outer.keeping import Keep, OnDivergence
+from bilevel.outer.running import Around
 from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
+from bilevel.settings import Stepwise
 from bilevel.solution import Hypergradient, Solution
 from bilevel.tree import Tree
 
+Batches = Iterable[Any] | Stepwise
 FROM_WARM = "the inner steps made from a warm start, which are no fixed function of the control"
 CARRIED = 1e-2  # fall of the inner residual from which the steps carry the gradient
 NEGLIGIBLE = 1e-6  # error relative to trust and the largest hypergradient of a descent
@@ -181,7 +187,7 @@ class BilevelSolver:
         control: Tree,
         optimizer: MakeOptimizer = adam,
         steps: int = 200,
-        batches: Iterable[tuple[Any, Any]] | tuple[Iterable[Any], Iterable[Any]] | None = None,
+        batches: Iterable[tuple[Any, Any]] | tuple[Batches, Batches] | None = None,
         warm_start: bool | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         project: Callable[[Tree], Tree] | None = None,
@@ -190,6 +196,10 @@ class BilevelSolver:
         tolerance: float = 0.0,
         callback: Callable[[Progress], bool | None] | None = None,
         progress: bool = False,
+        warm: Warm | None = None,
+        keep: Keep | None = None,
+        resume: bool | int = False,
+        on_divergence: OnDivergence = "raise",
     ) -> Solution:
         """Minimise the outer objective over the control, from `control`.
 
@@ -219,12 +229,21 @@ class BilevelSolver:
                 trusts it or there is none.
             callback: called after each update; True stops the iteration.
             progress: show a bar, by rich or tqdm.
+            warm: where the first inner iteration starts instead of `params`, as `Solution.warm`
+                of an earlier solve; it needs a warm start.
+            keep: keeps the run in a folder, see `Keep`.
+            resume: go on from the newest checkpoint of `keep`, or from that after a given update;
+                begin where its folder is empty. A run that its callback had ended is over.
+            on_divergence: "raise", or a `Restore` (or "restore"): go on from the last good state
+                with a smaller step.
 
         Returns:
             The last control, the inner solution and the history.
 
         Raises:
-            ArgumentError: if a setting is out of range or the batches are empty.
+            ArgumentError: if a setting is out of range, the batches are empty, or the run cannot go
+                on as it was kept; settings that differ are listed.
+            StorageError: if a checkpoint cannot be written or read.
             ConvergenceError: if `on_failure` is "raise", and a hypergradient is not trustworthy or
                 the tolerance was not reached.
             DivergenceError: if something is not finite, the control after an update too; it names
@@ -233,12 +252,11 @@ class BilevelSolver:
         """
         check_factory(optimizer)
         pairs = None if batches is None else paired(batches)
-        loop = Loop(steps, pairs, scheduler, project, tolerance, callback, progress)
-        if warm_start is None:
-            counted = inner_tolerance is not None and self._differentiates_steps
-            warm_start = not (counted or isinstance(self.certificate, AgainstSteps))
+        watched = scheduler, project, tolerance, callback, progress
+        loop = Loop(steps, pairs, *watched, keep, resume, on_divergence)
+        warm_start = self._starts_warm(warm_start, inner_tolerance, warm)
         descent = Descent(control, loop)
-        history = _History(descent, self.on_failure, getattr(self.certificate, "trust", 0.0))
+        history = _History(descent, self.on_failure, getattr(self.certificate, "trust", 0.0), warm)
 
         def at(alpha: Tree, batch: Any, step: int) -> tuple[float, Hypergradient]:
             warm = history.warm if warm_start else None
@@ -253,9 +271,12 @@ class BilevelSolver:
             history.judge(found, step)
             return float(found.value), found
 
-        evaluate = Look(BILEVEL_WORDS, control).evaluated(at)
+        look = Look(BILEVEL_WORDS, control)
+        evaluate = look.evaluated(at)
+        settings = {"warm_start": warm_start, "inner_tolerance": inner_tolerance}
+        around = self._around(history, look, params, linear_batch, settings)
         with carrying(lambda error: history.solution(params, told(error))):
-            descent.run(evaluate, optimizer, history.accept, history.trusted)
+            descent.run(evaluate, optimizer, history.accept, history.trusted, around)
             if descent.converged:
                 history.keep(history.last)
             elif batches is None:
@@ -266,6 +287,37 @@ class BilevelSolver:
             if tolerance > 0 and not solution.converged:
                 report(solution.reason, self.on_failure)
         return solution
+
+    def _around(
+        self,
+        history: "_History",
+        look: Look,
+        params: Tree,
+        linear_batch: Any,
+        settings: Mapping[str, Any],
+    ) -> Around | None:
+        """What a descent has to know of this solver; None where nothing is kept."""
+        if not history.keeps(self.optimizer, params):
+            return None
+        kinds = [tree.kind(x) for x in tree.leaves_of(params)]
+        conditions = {"solver": self, "params": kinds, **settings}
+        parts = {"history": history, "look": look}
+        return Around(parts, conditions, RECORDS, (self, linear_batch))
+
+    def _starts_warm(
+        self, warm_start: bool | None, inner_tolerance: float | None, warm: Warm | None
+    ) -> bool:
+        """Whether an update goes on from the one before; None leaves the choice to the solver."""
+        check_kind(warm, Warm | None, "warm", "a Warm, such as that of a Hypergradient")
+        if warm is not None and warm_start is False:
+            raise ArgumentError(
+                "warm is where the first inner iteration goes on from, and warm_start=False begins "
+                "each of them at params: leave one of the two out."
+            )
+        if warm_start is not None or warm is not None:
+            return warm_start is not False
+        counted = inner_tolerance is not None and self._differentiates_steps
+        return not (counted or isinstance(self.certificate, AgainstSteps))
 
     @property
     def _differentiates_steps(self) -> bool:
@@ -394,8 +446,11 @@ def _steps_that_carry(instance: Instance, tolerance: float) -> int:
 class _History:
     """What `solve` carries from one update to the next."""
 
-    def __init__(self, descent: Descent, on_failure: OnFailure, trust: float) -> None:
-        self.warm: Warm | None = None
+    def __init__(
+        self, descent: Descent, on_failure: OnFailure, trust: float, warm: Warm | None = None
+    ) -> None:
+        self.warm = warm
+        self._kept: KeptSolution | None = None  # where the run is kept
         self.certificates: list[Certificate] = []
         self.complaints: list[tuple[int, str]] = []
         self._descent, self._on_failure, self._trust = descent, on_failure, trust
@@ -422,6 +477,40 @@ class _History:
         if found is not None and found.certificate is not None:
             # Without what is of the control's size: there is one an update.
             self.certificates.append(replace(found.certificate, correction=None))
+
+    def keeps(self, optimizer: InnerOptimizer, params: Tree) -> bool:
+        """Whether states are asked for; makes ready to give them."""
+        loop = self._descent.loop
+        if loop.keep is None and loop.on_divergence == "raise":
+            return False
+        self._kept = KeptSolution(optimizer, params, self._descent.control)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next update goes on from."""
+        kept, last = self._kept, self.last
+        assert kept is not None  # `keeps` was asked
+        same = last is not None and self.warm is last.warm
+        return {
+            "last": kept.of_hypergradient(last),
+            "warm": "that of the last" if same else kept.of_warm(self.warm),
+            "certificates": columns(self.certificates),
+            "complaints": self.complaints[:1],
+            "complained": len(self.complaints),
+            "largest": self._largest,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        kept, warm = self._kept, state["warm"]
+        assert kept is not None
+        self.last = kept.hypergradient(state["last"])
+        own = None if isinstance(warm, str) else kept.warm(warm)
+        self.warm = self.last.warm if self.last and isinstance(warm, str) else own
+        self.certificates = rows(Certificate, state["certificates"])
+        # One sentence tells of all of them, and quotes the first.
+        self.complaints = [tuple(one) for one in state["complaints"]] * state["complained"]
+        self._largest = state["largest"]
 
     def trusted(self, found: Hypergradient) -> bool:
         """Whether its small norm may end the descent."""
