@@ -10,8 +10,8 @@ known, which makes this a test: the best rates turn out to be the inverse roots 
 # %%
 # The problem
 # -----------
-# :math:`f(w) = \tfrac12 \sum_i \lambda_i (w_i - 1)^2` with curvatures from 0.05 to 1. What is judged
-# is the distance from the minimiser after ten steps from zero.
+# :math:`f(w) = \tfrac12 \sum_i \lambda_i (w_i - 1)^2` with curvatures from 0.05 to 1. What is
+# judged is the distance from the minimiser after ten steps from zero.
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
@@ -83,9 +83,9 @@ print(f"best constant rate                {float(constant.min()):.10f}")
 # %%
 # The figure
 # ----------
-# The learned rates are those of the polynomial (on a quadratic problem their order does not matter).
-# Most of the way they are no better than the best constant rate: they are made for ten steps, not
-# for nine. After ten they are a hundred times nearer.
+# The learned rates are those of the polynomial; on a quadratic problem their order does not matter.
+# Most of the way they are no better than the best constant rate, for they are made for ten steps.
+# After ten they are a hundred times nearer.
 plain = trials[constant.argmin()].expand(N_STEPS)
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 6.5))
 for name, rates, colour in (("best constant rate", plain, "C1"), ("learned rates", learned, "C0")):

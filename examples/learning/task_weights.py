@@ -2,10 +2,10 @@ r"""
 Which tasks help which? Learned weights and correlation
 =======================================================
 
-Six sets of training digits: some upright, some turned by a quarter, one half turned, one with labels
-at random. Two classifiers are wanted, one for upright digits and one for turned ones, each judged
-by few examples. A weight for each pair of training set and goal is learned, and the matrix of
-weights says what is related to what.
+Six sets of training digits: two upright, two turned by a quarter, one half turned, and one with
+random labels. Two classifiers are wanted, one for upright digits and one for turned ones, each
+judged by few examples. A weight for each pair of training set and goal is learned, and the matrix
+of weights says what is related to what.
 """
 
 # %%
@@ -105,7 +105,8 @@ plt.show()
 
 # %%
 upright, turned = correlation.matrix.T
-assert upright[:2].sum() > 0.8
-assert turned[2:4].sum() > 0.8
+assert upright[:2].sum() > 0.7
+assert turned[2:4].sum() > 0.7
+assert correlation.matrix[4].min() > 0.1  # half turned
 assert correlation.matrix[-1].max() < 0.02  # random labels
 assert all(after[goal] > before[goal] for goal in test)
