@@ -62,14 +62,15 @@ for title, name, seed in (
 # %%
 # The figure
 # ----------
-# Above, the network takes away most of the aliasing, and the check agrees. Below, the fully sampled
-# columns are too few to tell the coils apart where the head lies over itself: what is left out of
-# the data is predicted no better than by zeros. No reference was needed to say so.
+# Above, the network takes away most of the aliasing, and the check agrees. Below, five fully sampled
+# columns are too few to tell the coils apart where the head lies over itself, and the image is
+# wrong, worse than without any reconstruction. The check says so, and needs no reference for it:
+# samples that were held out are predicted no better than by zeros.
 figure, panels = plt.subplots(2, 3, figsize=(6, 5.4))
 for line, (title, (*images, psnr, certificate)) in zip(panels, rows.items(), strict=True):
     names = ("all data", f"zero-filled: {psnr[0]:.1f} dB", f"network: {psnr[1]:.1f} dB")
     for axes, name, image in zip(line, names, images, strict=True):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=float(images[0].max()))
+        axes.imshow(image, cmap="gray", vmin=0, vmax=0.7 * float(images[0].max()))
         axes.set_title(name, fontsize="small")
         axes.set(xticks=[], yticks=[])
     line[0].set_ylabel(title)
@@ -80,7 +81,7 @@ plt.show()
 
 # %%
 gains = {title: psnr[1] - psnr[0] for title, (*_, psnr, _) in rows.items()}
-assert gains["a head"] > 5  # dB
-assert gains["folded"] < 2
+assert gains["a head"] > 4  # dB
+assert gains["folded"] < 0
 assert rows["a head"][-1].trustworthy
 assert not rows["folded"][-1].trustworthy

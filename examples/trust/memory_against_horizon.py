@@ -13,6 +13,7 @@ again, whatever a budget in bytes allows. The gradient is the same, to the last 
 # A layer that is applied again and again, with weights shared by all steps: 64 rows of 64 features,
 # 32 KiB a state.
 import time
+from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
@@ -22,6 +23,7 @@ import bilevel as bl
 
 SIZE = 64
 HORIZONS = (10, 30, 100, 300, 1000)
+REPEATS = 3
 BUDGET = "1 MiB"
 generator = torch.Generator().manual_seed(0)
 start = torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
@@ -71,9 +73,12 @@ differences = []
 for horizon in HORIZONS:
     expected = autograd(horizon)
     for name, way in ways.items():
-        began = time.process_time()
-        gradient = way(horizon)
-        seconds[name].append(time.process_time() - began)
+        taken = []
+        for _ in range(REPEATS):
+            began = time.process_time()
+            gradient = way(horizon)
+            taken.append(time.process_time() - began)
+        seconds[name].append(median(taken))
         differences.append(float((gradient - expected).norm() / expected.norm()))
         with bl.sweeps.LiveBytes() as live:
             way(horizon)
@@ -87,8 +92,9 @@ print(f"largest difference between two gradients: {max(differences):.1e}")
 # %%
 # The figure
 # ----------
-# Graphs and states grow with T, states by a third of the slope. The budget is met at every T; what
-# it costs is time, in that steps are evaluated again. Both axes are logarithmic.
+# Graphs grow with T, and states too, half as fast here. The budget is met at every T; what it costs
+# is time, in that steps are evaluated again; but it tapes blocks of steps at once, which for steps as
+# small as these saves more than that. All axes are logarithmic.
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 6.5), sharex=True)
 for k, name in enumerate(ways):
     style = {"color": f"C{k}", "linewidth": 5 if k == 0 else 1.8, "alpha": 0.4 if k == 0 else 1}
@@ -103,4 +109,4 @@ plt.show()
 # %%
 assert max(differences) < 1e-12
 assert max(mebibytes[f'Budget("{BUDGET}")']) <= 1.1
-assert mebibytes["autograd"][-1] > 20 * mebibytes[f'Budget("{BUDGET}")'][-1]
+assert mebibytes["autograd"][-1] > HORIZONS[-1] / 20  # MiB
