@@ -29,6 +29,12 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: bytes alive.
         peak: most bytes alive at once.
+
+    Example:
+        >>> with LiveBytes() as live:
+        ...     kept = torch.zeros(1000).exp().sum()
+        >>> live.now, live.peak
+        (4, 8000)
     """
 
     def __init__(self) -> None:
