@@ -62,4 +62,4 @@ bench-peers: $(PEERS)/.made
 	$(PEERS)/bin/python -m benchmarks.peer_cases
 
 clean:
-	rm -rf $(VENV) $(PEERS) docs/_build
+	rm -rf $(VENV) $(PEERS) docs/_build docs/gallery

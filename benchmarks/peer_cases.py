@@ -273,7 +273,7 @@ def unconverged() -> Iterator[Row]:
     mine = (
         f"{error:.3f}, estimated {certificate.error_estimate:.3f}, "
         f"trustworthy: {certificate.trustworthy}, corrected "
-        f"{relative_error(certificate.corrected, ridge.exact):.0e}"
+        f"{relative_error(certificate.corrected(), ridge.exact):.0e}"
     )
     for peer, make in (
         ("torchopt CG", with_torchopt.cg),

@@ -1,4 +1,4 @@
-"""Time of gradients and Hessian-vector products against autograd, and of schedules.
+"""Time of gradients and Hessian-vector products against autograd, of certificates, of schedules.
 
 Run with `python -m benchmarks.speed [--repeats 21] [--json FILE]`. Times are seconds that the
 process computed, on one thread; ratios are medians over pairs of runs.
@@ -25,6 +25,7 @@ from benchmarks.problems import (
     tangent_sweep,
     through_rollout,
 )
+from benchmarks.ridge import Ridge
 from bilevel.sweeps.memory import LiveBytes
 
 Row = dict[str, object]
@@ -136,6 +137,37 @@ def long_runs(repeats: int) -> list[Row]:
     return rows
 
 
+def certificates(repeats: int) -> list[Row]:
+    """A hypergradient with its certificate beside one without: ridge, d = 20, T = 100."""
+    case = Ridge.random(20)
+    problem = bl.BilevelProblem(case.inner, case.outer)
+    rows: list[Row] = []
+    for name, method in {
+        "MLM, states": bl.MLM(bl.Checkpointing()),
+        "MLM, graphs": bl.MLM(GRAPHS),
+        "Unrolled": bl.Unrolled(),
+        "Implicit": bl.Implicit(),
+    }.items():
+        solvers = [
+            bl.BilevelSolver(problem, bl.optim.SGD(case.step_size), 100, method, certificate)
+            for certificate in (None, bl.AgainstMinimiser())
+        ]
+        runs = [partial(solver.hypergradient, case.start, case.alpha) for solver in solvers]
+        bare, certified = paired_times(runs, repeats, clock=time.process_time)
+        certificate = runs[1]().certificate
+        assert certificate is not None
+        rows.append(
+            {
+                "method": name,
+                "ms": 1e3 * bare.median,
+                "with certificate": median_ratio(certified, bare),
+                "passes": certificate.products,
+                "trusted": certificate.trustworthy,
+            }
+        )
+    return rows
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -150,7 +182,11 @@ def main() -> None:
         show(rows)
         found["products"] += (rows := products(case, arguments.repeats))
         show(rows)
-    for name, rows in (("schedules", schedules()), ("long", long_runs(arguments.repeats))):
+    for name, rows in (
+        ("certificates", certificates(arguments.repeats)),
+        ("schedules", schedules()),
+        ("long", long_runs(arguments.repeats)),
+    ):
         found[name] = rows
         show(rows)
     save(arguments.json, dict(found))

@@ -39,6 +39,7 @@ from bilevel.dynamics import Compiled, ControlProblem, Dynamics, Map, PerStep, P
 from bilevel.errors import BilevelError, ConvergenceWarning
 from bilevel.inner import BilevelProblem, Minibatches
 from bilevel.methods import MLM, FirstOrder, Implicit, OneStep, Penalty, Unrolled
+from bilevel.outer import Keep, Restore
 from bilevel.settings import ByStep
 from bilevel.solver import BilevelSolver
 from bilevel.sweeps import Budget, Checkpointing, InMemory, OnDisk, OnHost, plan
@@ -58,7 +59,7 @@ __version__ = "0.1.0"
 __all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelProblem"]
 __all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
 __all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "FirstOrder", "Implicit", "InMemory"]
-__all__ += ["Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep", "Penalty"]
-__all__ += ["PerStep", "Phases", "Softmax", "Sparsemax", "TaskWeights", "Unrolled", "Vmapped"]
-__all__ += ["adapt", "adjoint", "check_hypergradient", "functional", "hvp", "kkt", "lagrangian"]
-__all__ += ["plan", "rollout", "total_cost", "weighted_problem"]
+__all__ += ["Keep", "Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep"]
+__all__ += ["Penalty", "PerStep", "Phases", "Restore", "Softmax", "Sparsemax", "TaskWeights"]
+__all__ += ["Unrolled", "Vmapped", "adapt", "adjoint", "check_hypergradient", "functional", "hvp"]
+__all__ += ["kkt", "lagrangian", "plan", "rollout", "total_cost", "weighted_problem"]

@@ -87,6 +87,11 @@ class Solution(Record):
     converged: bool
     reason: str
 
+    @property
+    def warm(self) -> Warm | None:
+        """Where the inner iteration came to, for a `solve` that goes on; None if none was made."""
+        return None if self.hypergradient is None else self.hypergradient.warm
+
     def load_into(self, model: nn.Module) -> None:
         """Copy the inner solution, params of `functional(model)`, into the model.
 

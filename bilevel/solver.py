@@ -1,7 +1,7 @@
 """Hypergradients, and descent along them: Algorithms 1 and 3."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,19 +21,25 @@ from bilevel.dynamics.steps import walk
 from bilevel.errors import ArgumentError, BilevelError, DivergenceError, LostGradientError
 from bilevel.inner.batches import refuse_loader
 from bilevel.inner.problem import BilevelProblem, Objective
+from bilevel.kept_solution import RECORDS, KeptSolution
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Warm
 from bilevel.methods.mlm import MLM
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
 from bilevel.optim.rules import InnerOptimizer
-from bilevel.outer.batches import grouped, paired
+from bilevel.outer.batches import Grouped, paired
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory
+from bilevel.outer.encoding import columns, rows
+from bilevel.outer.keeping import Keep, OnDivergence
+from bilevel.outer.running import Around
 from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
+from bilevel.settings import Stepwise
 from bilevel.solution import Hypergradient, Solution
 from bilevel.tasks.problem import Evaluation, Vmapped
 from bilevel.tasks.stacked import copies, side_by_side, stacked
 from bilevel.tree import Tree
 
+Batches = Iterable[Any] | Stepwise
 FROM_WARM = "the inner steps made from a warm start, which are no fixed function of the control"
 CARRIED = 1e-2  # fall of the inner residual from which the steps carry the gradient
 NEGLIGIBLE = 1e-6  # error relative to trust and the largest hypergradient of a descent
@@ -243,7 +249,7 @@ class BilevelSolver:
         control: Tree,
         optimizer: MakeOptimizer = adam,
         steps: int = 200,
-        batches: Iterable[tuple[Any, Any]] | tuple[Iterable[Any], Iterable[Any]] | None = None,
+        batches: Iterable[tuple[Any, Any]] | tuple[Batches, Batches] | None = None,
         warm_start: bool | None = None,
         accumulate: int = 1,
         evaluate: Evaluation | None = None,
@@ -254,6 +260,10 @@ class BilevelSolver:
         tolerance: float = 0.0,
         callback: Callable[[Progress], bool | None] | None = None,
         progress: bool = False,
+        warm: Warm | None = None,
+        keep: Keep | None = None,
+        resume: bool | int = False,
+        on_divergence: OnDivergence = "raise",
     ) -> Solution:
         """Minimise the outer objective over the control, from `control`.
 
@@ -291,12 +301,21 @@ class BilevelSolver:
                 trusts it or there is none.
             callback: called after each update; True stops the iteration.
             progress: show a bar, by rich or tqdm.
+            warm: where the first inner iteration starts instead of `params`, as `Solution.warm`
+                of an earlier solve; it needs a warm start.
+            keep: keeps the run in a folder, see `Keep`.
+            resume: go on from the newest checkpoint of `keep`, or from that after a given update;
+                begin where its folder is empty. A run that its callback had ended is over.
+            on_divergence: "raise", or a `Restore` (or "restore"): go on from the last good state
+                with a smaller step.
 
         Returns:
             The last control, the inner solution and the history.
 
         Raises:
-            ArgumentError: if a setting is out of range or the batches are empty.
+            ArgumentError: if a setting is out of range, the batches are empty, or the run cannot go
+                on as it was kept; settings that differ are listed.
+            StorageError: if a checkpoint cannot be written or read.
             ConvergenceError: if `on_failure` is "raise", and a hypergradient is not trustworthy or
                 the tolerance was not reached.
             DivergenceError: if something is not finite, the control after an update too; it names
@@ -305,16 +324,13 @@ class BilevelSolver:
         """
         check_factory(optimizer)
         pairs = None if batches is None else paired(batches)
-        loop = Loop(steps, pairs, scheduler, project, tolerance, callback, progress)
+        watched = scheduler, project, tolerance, callback, progress
         tasks = self._tasks(params, linear_batch, accumulate, evaluate, batches is not None)
-        if accumulate > 1 and pairs is not None:
-            loop = replace(loop, batches=grouped(pairs, accumulate))
-        if warm_start is None:
-            warm_start = accumulate == 1
-            counted = inner_tolerance is not None and self._differentiates_steps
-            warm_start &= not (counted or isinstance(self.certificate, AgainstSteps))
+        pairs = Grouped(pairs, accumulate) if accumulate > 1 and pairs is not None else pairs
+        loop = Loop(steps, pairs, *watched, keep, resume, on_divergence)
+        warm_start = self._starts_warm(warm_start, inner_tolerance, warm, accumulate)
         descent = Descent(control, loop)
-        history = _History(descent, self.on_failure, getattr(self.certificate, "trust", 0.0))
+        history = _History(descent, self.on_failure, getattr(self.certificate, "trust", 0.0), warm)
 
         look = Look(BILEVEL_WORDS, control)
 
@@ -330,8 +346,10 @@ class BilevelSolver:
             return float(found.value), found
 
         evaluation = look.evaluated(at)
+        started = {"warm_start": warm_start, "inner_tolerance": inner_tolerance}
+        around = self._around(history, look, tasks, started)
         with carrying(lambda error: history.solution(params, told(error))):
-            descent.run(evaluation, optimizer, history.accept, history.trusted)
+            descent.run(evaluation, optimizer, history.accept, history.trusted, around)
             if descent.converged:
                 history.keep(history.last)
             elif batches is None:
@@ -342,6 +360,41 @@ class BilevelSolver:
             if tolerance > 0 and not solution.converged:
                 report(solution.reason, self.on_failure)
         return solution
+
+    def _around(
+        self,
+        history: "_History",
+        look: Look,
+        tasks: "_Tasks",
+        settings: Mapping[str, Any],
+    ) -> Around | None:
+        """What a descent has to know of this solver; None where nothing is kept."""
+        params = tasks.params
+        if not history.keeps(self.optimizer, params):
+            return None
+        kinds = [tree.kind(x) for x in tree.leaves_of(params)]
+        conditions = {"solver": self, "params": kinds, "accumulate": tasks.accumulate, **settings}
+        parts = {"history": history, "look": look}
+        return Around(parts, conditions, RECORDS, (self, tasks.linear_batch))
+
+    def _starts_warm(
+        self,
+        warm_start: bool | None,
+        inner_tolerance: float | None,
+        warm: Warm | None,
+        accumulate: int,
+    ) -> bool:
+        """Whether an update goes on from the one before; None leaves the choice to the solver."""
+        check_kind(warm, Warm | None, "warm", "a Warm, such as that of a Hypergradient")
+        if warm is not None and warm_start is False:
+            raise ArgumentError(
+                "warm is where the first inner iteration goes on from, and warm_start=False begins "
+                "each of them at params: leave one of the two out."
+            )
+        if warm_start is not None or warm is not None:
+            return warm_start is not False
+        counted = inner_tolerance is not None and self._differentiates_steps
+        return not (accumulate > 1 or counted or isinstance(self.certificate, AgainstSteps))
 
     @property
     def _differentiates_steps(self) -> bool:
@@ -532,8 +585,11 @@ class _Tasks:
 class _History:
     """What `solve` carries from one update to the next."""
 
-    def __init__(self, descent: Descent, on_failure: OnFailure, trust: float) -> None:
-        self.warm: Warm | None = None
+    def __init__(
+        self, descent: Descent, on_failure: OnFailure, trust: float, warm: Warm | None = None
+    ) -> None:
+        self.warm = warm
+        self._kept: KeptSolution | None = None  # where the run is kept
         self.certificates: list[Certificate] = []
         self.complaints: list[tuple[int, str]] = []
         self._descent, self._on_failure, self._trust = descent, on_failure, trust
@@ -560,6 +616,40 @@ class _History:
         if found is not None and found.certificate is not None:
             # Without what is of the control's size: there is one an update.
             self.certificates.append(replace(found.certificate, correction=None))
+
+    def keeps(self, optimizer: InnerOptimizer, params: Tree) -> bool:
+        """Whether states are asked for; makes ready to give them."""
+        loop = self._descent.loop
+        if loop.keep is None and loop.on_divergence == "raise":
+            return False
+        self._kept = KeptSolution(optimizer, params, self._descent.control)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next update goes on from."""
+        kept, last = self._kept, self.last
+        assert kept is not None  # `keeps` was asked
+        same = last is not None and self.warm is last.warm
+        return {
+            "last": kept.of_hypergradient(last),
+            "warm": "that of the last" if same else kept.of_warm(self.warm),
+            "certificates": columns(self.certificates),
+            "complaints": self.complaints[:1],
+            "complained": len(self.complaints),
+            "largest": self._largest,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        kept, warm = self._kept, state["warm"]
+        assert kept is not None
+        self.last = kept.hypergradient(state["last"])
+        own = None if isinstance(warm, str) else kept.warm(warm)
+        self.warm = self.last.warm if self.last and isinstance(warm, str) else own
+        self.certificates = rows(Certificate, state["certificates"])
+        # One sentence tells of all of them, and quotes the first.
+        self.complaints = [tuple(one) for one in state["complaints"]] * state["complained"]
+        self._largest = state["largest"]
 
     def trusted(self, found: Hypergradient) -> bool:
         """Whether its small norm may end the descent."""

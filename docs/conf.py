@@ -1,6 +1,7 @@
 """Configuration of the documentation; `make docs` builds it, with or without a network."""
 
 import re
+import sys
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -11,6 +12,8 @@ from sphinx.config import Config
 from sphinx.transforms import SphinxTransform
 
 from bilevel import __version__
+
+sys.path.insert(0, str(Path(__file__).parent))  # for gallery_style
 
 project = "bilevel"
 author = "The bilevel developers"
@@ -23,6 +26,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_gallery.gen_gallery",
 ]
 exclude_patterns = ["_build"]
 default_role = "code"  # docstrings write names in single backticks
@@ -38,6 +42,26 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # fields of dataclasses; as attributes they would be described twice
+
+# Every script in examples/ is run, and runs again only when it changes: `make clean` forgets them.
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",
+    "subsection_order": [
+        *("../examples/learning", "../examples/control", "../examples/trust", "*"),
+        "../examples/mri",
+    ],
+    "within_subsection_order": "FileNameSortKey",
+    "image_scrapers": ("gallery_style.described",),
+    "image_srcset": ["2x"],
+    "reset_modules": ("gallery_style.fresh",),
+    "remove_config_comments": True,
+    "show_signature": False,
+    "download_all_examples": False,
+    "capture_repr": (),  # what a script prints is shown, and nothing else
+    "doc_module": ("bilevel", "applications"),
+}
 
 # Inventories of other projects are optional: those that can be fetched are used, and without a
 # network names such as torch.Tensor are just not links.

@@ -32,7 +32,10 @@ ROOMS = {
         *("storage", "host", "disk", "schedule", "checkpointing", "randomness"),
         *("block", "determinism", "trajectory", "memory"),
     ],
-    "bilevel.outer": ["watching", "batches", "leaves", "descent"],
+    "bilevel.outer": [
+        *("watching", "generators", "batches", "leaves", "encoding", "checkpoints", "signals"),
+        *("keeping", "running", "descent"),
+    ],
     "bilevel.control": [
         *("lagrangian", "adjoint", "many", "tangent", "rollout", "newton_cg", "solver"),
     ],
@@ -49,16 +52,18 @@ ROOMS = {
         "first_order",
     ],
     "bilevel.certificates": [
-        *("certificate", "against_steps", "curvature", "correction", "judgement"),
-        "orders",
-        "against_minimiser",
+        *("certificate", "against_steps", "curvature", "matrix", "correction", "judgement"),
+        *("orders", "against_minimiser"),
     ],
     "bilevel.tasks": ["normalisers", "weights", "problem", "adaptation", "stacked"],
-    "bilevel, above its rooms": ["solution", "accumulated", "solver", "testing"],
+    "bilevel, above its rooms": [
+        *("solution", "kept_solution", "accumulated", "solver", "testing"),
+    ],
     "applications": [
         "errors",
         "files",
         "outputs",
+        "keeping",
         "records",
         "settings",
         "pictures",
@@ -122,7 +127,6 @@ ROOMS = {
         "adaptation",
         "validation",
         "settings",
-        "resuming",
         "training",
         "keeping",
     ],

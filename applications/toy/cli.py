@@ -1,6 +1,7 @@
 """The command line `bilevel-toy task-weights|hyper-cleaning`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -11,26 +12,40 @@ from rich.table import Table
 
 from applications.command_line import Threads, command_line, console, progress_bars, use_threads
 from applications.files import make_folder, write_json
+from applications.keeping import Kept, going_on
+from applications.outputs import Output, claimed, results
 from applications.records import Report, spread
-from applications.toy.cleaning import CleaningResult, CleaningSettings
+from applications.toy.cleaning import Cleaning, CleaningResult, CleaningRun, CleaningSettings
 from applications.toy.figures import draw_cleaning, draw_task_weights
 from applications.toy.hyper_cleaning import run_hyper_cleaning
-from applications.toy.task_results import Result, Settings
+from applications.toy.task_results import Learned, Result, Run, Settings
 from applications.toy.task_weights import run_task_weights
 
+_EVERY = 5  # updates between two checkpoints
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the interrupted run of --out, if any.")
+]
 Folder = Annotated[Path, typer.Option(help="Folder for results.json and figure.png.")]
 
 
-def task_weights(out: Folder, settings: Settings, threads: Threads = 0) -> None:
+def task_weights(
+    out: Folder, settings: Settings, resume: Resume = False, threads: Threads = 0
+) -> None:
     """Learn which training tasks help which validation tasks, and compare what comes of it."""
     use_threads(threads)
-    _carry_out(out, partial(run_task_weights, settings), draw_task_weights, _print)
+    with _kept(out, settings, (Run, Learned), resume=resume) as kept:
+        run = partial(run_task_weights, settings, kept=kept)
+        _carry_out(out, run, draw_task_weights, _print)
 
 
-def hyper_cleaning(out: Folder, settings: CleaningSettings, threads: Threads = 0) -> None:
+def hyper_cleaning(
+    out: Folder, settings: CleaningSettings, resume: Resume = False, threads: Threads = 0
+) -> None:
     """Learn which training labels are wrong from clean validation data, and train without them."""
     use_threads(threads)
-    _carry_out(out, partial(run_hyper_cleaning, settings), draw_cleaning, _print_cleaning)
+    with _kept(out, settings, (CleaningRun, Cleaning), resume=resume) as kept:
+        run = partial(run_hyper_cleaning, settings, kept=kept)
+        _carry_out(out, run, draw_cleaning, _print_cleaning)
 
 
 app = command_line(
@@ -42,6 +57,20 @@ app = command_line(
 R = TypeVar("R", Result, CleaningResult)
 
 
+@contextmanager
+def _kept(
+    out: Path, settings: Settings | CleaningSettings, records: tuple[type, ...], *, resume: bool
+) -> Iterator[Kept]:
+    """Where a run is kept until its results are written."""
+    conditions = {name: repr(value) for name, value in vars(settings).items()}
+    folder = make_folder(out) / "state"
+    with (
+        claimed([Output(out / "results.json", results("settings", "runs"))], folder=out),
+        going_on(folder, conditions, records, resume=resume, every=_EVERY) as kept,
+    ):
+        yield kept
+
+
 def _carry_out(
     out: Path,
     run: Callable[[Report], R],
@@ -49,7 +78,6 @@ def _carry_out(
     tell: Callable[[R], None],
 ) -> None:
     """Run an experiment, and leave its results in a folder and on the screen."""
-    make_folder(out)
     with progress_bars() as report:
         result = run(report)
     write_json(out / "results.json", result.as_json())

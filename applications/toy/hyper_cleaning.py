@@ -19,15 +19,16 @@ the weights and, for each way of training, the weight decay and the steps. Then 
 on.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
 from applications.errors import InputError
+from applications.keeping import Clock, Kept, finished, solving
 from applications.records import Report
 from applications.settings import Method
 from applications.toy.cleaning import CLEANED, CleaningResult, CleaningRun, CleaningSettings, judge
@@ -38,12 +39,15 @@ _LOOK = 10  # steps of a fit between two looks at held-out data
 _PATIENCE = 30  # steps without gain that end a fit
 
 
-def run_hyper_cleaning(settings: CleaningSettings, report: Report) -> CleaningResult:
+def run_hyper_cleaning(
+    settings: CleaningSettings, report: Report, kept: Kept | None = None
+) -> CleaningResult:
     """Learn weights of samples for several seeds, and compare.
 
     Args:
         settings: of the experiment.
         report: told of the share that is done.
+        kept: where descents and finished seeds are kept; what was interrupted there goes on.
 
     Returns:
         Weights, their verdicts and accuracies.
@@ -59,7 +63,13 @@ def run_hyper_cleaning(settings: CleaningSettings, report: Report) -> CleaningRe
         def done(share: float, k: int = k) -> None:
             report("cleaning", (k + share) / settings.seeds)
 
-        runs.append(_Experiment(data, apart, settings, settings.seed + k).run(done))
+        seed = settings.seed + k
+        part = None if kept is None else kept.part(f"seed-{seed}-descent")
+
+        def run(seed: int = seed, part: Kept | None = part, done: Any = done) -> CleaningRun:
+            return _Experiment(data, apart, settings, seed, part).run(done)
+
+        runs.append(finished(kept, f"seed-{seed}", run))
     return CleaningResult(settings, data.name, tuple(runs))
 
 
@@ -73,13 +83,33 @@ class _Fitted:
     loss: float  # on held-out data, before they were trained on
 
 
+class _Looks:
+    """What was seen of held-out data on the way, and the time of the descent alone."""
+
+    def __init__(self) -> None:
+        self.all: list[tuple[float, int, Tensor]] = []  # loss, update, weights
+        self.clock = Clock()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"all": self.all, "clock": self.clock.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.all = [*state["all"]]
+        self.clock.load_state_dict(state["clock"])
+
+
 class _Experiment:
     """One seed: its data, the descent, and every way to train."""
 
     def __init__(
-        self, data: Dataset, apart: Dataset | None, settings: CleaningSettings, seed: int
+        self,
+        data: Dataset,
+        apart: Dataset | None,
+        settings: CleaningSettings,
+        seed: int,
+        kept: Kept | None,
     ) -> None:
-        self.settings, self.seed = settings, seed
+        self.settings, self.seed, self.kept = settings, seed, kept
         generator = torch.Generator().manual_seed(seed)
         if apart is None:
             self.clean, self.validation, self.test = split(data, settings.parts, generator)
@@ -183,32 +213,30 @@ class _Experiment:
         """Weights by bilevel descent, those of the look that was best on held-out data."""
         settings, solver = self.settings, self.solver()
         noisy, n = self.noisy.data, len(self.noisy.data)
-        looks: list[tuple[float, int, Tensor]] = []
-        paused = 0.0
+        looks = _Looks()
 
         def look(progress: bl.outer.Progress) -> None:
-            nonlocal paused
             done(progress.step / settings.updates)
             if progress.step % settings.every and progress.step != settings.updates:
                 return
-            began = time.perf_counter()
             weights = progress.control.sigmoid().clone()
-            found = self.tuned([(noisy, weights), _whole(self.outer)])
-            looks.append((found.loss, progress.step, weights))
-            paused += time.perf_counter() - began
+            with looks.clock.paused():
+                found = self.tuned([(noisy, weights), _whole(self.outer)])
+            looks.all.append((found.loss, progress.step, weights))
 
         samples = _gathered([(noisy, torch.full((n,), 0.5)), _whole(self.outer)])
         begin = fit(self.start, *samples, settings.learning_decay, settings.fit_steps)
-        began = time.perf_counter()
+        looks.clock.start()
         solution = solver.solve(
             [begin] * settings.folds,
             torch.zeros(n),
             lambda alpha: torch.optim.SGD(alpha, settings.rate * n, momentum=0.9),
             steps=settings.updates,
             callback=look,
+            **solving(self.kept, "weights", also=looks),
         )
-        seconds = time.perf_counter() - began - paused
-        _, step, weights = min(looks, key=lambda one: one[0])
+        seconds = looks.clock.seconds
+        _, step, weights = min(looks.all, key=lambda one: one[0])
         return weights, solution, step, seconds
 
     def run(self, done: Callable[[float], None]) -> CleaningRun:

@@ -6,14 +6,15 @@ use. The weights are learned on little validation data: one weight a task for on
 task (`TaskWeights(N, M)`).
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.keeping import Clock, Kept, finished, solving
 from applications.records import Report
 from applications.toy import models
 from applications.toy.data import load
@@ -24,12 +25,13 @@ from applications.toy.tasks import Samples, Tasks, make_tasks
 Losses = Callable[[Params, object], Tensor]
 
 
-def run_task_weights(settings: Settings, report: Report) -> Result:
+def run_task_weights(settings: Settings, report: Report, kept: Kept | None = None) -> Result:
     """Learn task weights for several seeds, and compare.
 
     Args:
         settings: of the experiment.
         report: told of the share that is done.
+        kept: where descents and finished seeds are kept; what was interrupted there goes on.
 
     Returns:
         Weights and accuracies.
@@ -48,9 +50,12 @@ def run_task_weights(settings: Settings, report: Report) -> Result:
             report("learning weights", (k + share) / settings.seeds)
 
         seed = settings.seed + k
-        return _Experiment(tasks_of(seed), settings).run(seed, done)
+        part = None if kept is None else kept.part(f"seed-{seed}-descents")
+        return _Experiment(tasks_of(seed), settings, part).run(seed, done)
 
-    runs = tuple(run(k) for k in range(settings.seeds))
+    runs = tuple(
+        finished(kept, f"seed-{settings.seed + k}", partial(run, k)) for k in range(settings.seeds)
+    )
     first = tasks_of(settings.seed)  # names and relation are the same for all seeds
     return Result(
         settings, data.name, first.train.names, first.validation.names, first.related, runs
@@ -60,8 +65,8 @@ def run_task_weights(settings: Settings, report: Report) -> Result:
 class _Experiment:
     """One seed: the model, its losses, and every way to train it."""
 
-    def __init__(self, tasks: Tasks, settings: Settings) -> None:
-        self.tasks, self.settings = tasks, settings
+    def __init__(self, tasks: Tasks, settings: Settings, kept: Kept | None) -> None:
+        self.tasks, self.settings, self.kept = tasks, settings, kept
         inputs = tasks.train.inputs.flatten(0, 1)
         begin = start(Model.LINEAR, inputs.shape[1], tasks.n_classes, 0, torch.Generator())
         self.start = {name: x.double() for name, x in begin.items()}
@@ -92,16 +97,17 @@ class _Experiment:
 
     def learn(self, weights: bl.TaskWeights, done: Callable[[float], None]) -> Learned:
         """Weights by bilevel descent; the hypergradient where it ends is judged."""
-        settings, solver = self.settings, self.solver(weights)
-        began = time.perf_counter()
+        settings, solver, clock = self.settings, self.solver(weights), Clock()
+        form = "vector" if weights.n_validations is None else "matrix"
         solution = solver.solve(
             weights.stacked(self.start),
             weights.initial(torch.float64),
             lambda control: torch.optim.Adam(control, settings.learning_rate),
             steps=settings.updates,
             callback=lambda progress: done(progress.step / settings.updates),
+            **solving(self.kept, form, also=clock),
         )
-        seconds = time.perf_counter() - began
+        seconds = clock.seconds
         judged = replace(
             solver,
             inner_steps=settings.fit_steps,

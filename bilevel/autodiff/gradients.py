@@ -23,6 +23,8 @@ from bilevel.checks import check_scalar
 from bilevel.errors import LostGradientError
 from bilevel.tree import Tree
 
+_AS_IT_IS = nullcontext()
+
 
 def grad(
     outputs: Sequence[Tensor],
@@ -31,6 +33,7 @@ def grad(
     *,
     create_graph: bool = False,
     retain_graph: bool | None = None,
+    batched: bool = False,
 ) -> Tree:
     """`torch.autograd.grad` on a tree: select what requires grad, differentiate, put back.
 
@@ -40,6 +43,7 @@ def grad(
         cotangents: one an output; None for a scalar.
         create_graph: attach the result, so that it can be differentiated once more.
         retain_graph: keep the graph; None is `create_graph`.
+        batched: whether the cotangents have a leading axis, which the gradients then have too.
 
     Returns:
         The tree of gradients; None where a leaf requires no grad, or no output depends on it.
@@ -50,7 +54,7 @@ def grad(
     if outputs and places:
         wanted = [leaves[i] for i in places]
         # A backward runs in the dtypes of its forward: autocast would cast once more.
-        with autocast_as([]) if autocasts() else nullcontext():
+        with autocast_as([]) if autocasts() else _AS_IT_IS:
             gradients = torch.autograd.grad(
                 outputs,
                 wanted,
@@ -58,6 +62,7 @@ def grad(
                 retain_graph=retain_graph,
                 create_graph=create_graph,
                 allow_unused=True,
+                is_grads_batched=batched,
             )
         for i, gradient in zip(places, gradients, strict=True):
             # As those of an embedding with sparse=True: sums and norms are of dense vectors.

@@ -18,16 +18,27 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 _inside = threading.local()
 
 
-@contextmanager
-def recording() -> Iterator[None]:
+class recording:  # noqa: N801 - a context, as torch.enable_grad is
     """Grad mode on, whatever the caller's mode: a sweep differentiates by itself."""
-    outside = getattr(_inside, "sweep", False)
-    _inside.sweep = True
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        _inside.sweep = outside
+
+    # A class of its own, since each small step enters one: a generator takes twice as long.
+
+    def __enter__(self) -> None:
+        if torch.is_inference_mode_enabled():
+            raise UnsupportedError(
+                "gradients were asked for inside torch.inference_mode(), where nothing is "
+                "recorded: call it outside, or take torch.no_grad(), inside which they are right."
+            )
+        self._outside = getattr(_inside, "sweep", False)
+        self._recorded = torch.is_grad_enabled()
+        _inside.sweep = True
+        if not self._recorded:
+            torch.set_grad_enabled(True)
+
+    def __exit__(self, *_: object) -> None:
+        _inside.sweep = self._outside
+        if not self._recorded:
+            torch.set_grad_enabled(False)
 
 
 def refuse_inside(name: str, *arguments: Tree) -> None:
@@ -50,6 +61,8 @@ class Cast(NamedTuple):
 
 def autocasts() -> list[Cast]:
     """Where autocast is on."""
+    if not any(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES)):
+        return []
     on = [d for d in _AUTOCAST_DEVICES if torch.is_autocast_enabled(d)]
     return [Cast(d, torch.get_autocast_dtype(d), torch.is_autocast_cache_enabled()) for d in on]
 
@@ -151,6 +164,19 @@ def once_differentiable(name: str, function: str) -> UnsupportedError:
     )
 
 
+def compiled(name: str) -> UnsupportedError:
+    """The error for a second derivative that torch.compile does not make."""
+    return UnsupportedError(
+        f"{name} needs a second derivative of a function of torch.compile, which makes first ones "
+        "alone: give it uncompiled, or take a method that differentiates once; a step of a "
+        "dynamics may be compiled by bilevel.Compiled."
+    )
+
+
+# How torch names the nodes of a compiled function, and of its gradient.
+_COMPILED, _COMPILED_TWICE = "CompiledFunctionBackward", "CompiledFunctionBackwardBackward"
+
+
 def _refuse_once(node: Node, name: str) -> None:
     function = getattr(type(node), "_forward_cls", None)
     code = getattr(getattr(function, "backward", None), "__code__", None)
@@ -178,7 +204,10 @@ def _graph_leaves(
         node = pending.pop()
         if twice:
             _refuse_once(node, twice)
-        if node.name().endswith("Error"):  # what the mark leaves where a graph is asked for
+        kind = node.name()
+        if kind == _COMPILED_TWICE or (twice and kind == _COMPILED):
+            raise compiled(twice or "this graph")
+        if kind.endswith("Error"):  # what the mark leaves where a graph is asked for
             raise once_differentiable("this graph", "a function")
         edges = node.next_functions
         if not edges:

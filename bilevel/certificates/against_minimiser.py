@@ -37,6 +37,7 @@ from bilevel.certificates.curvature import (
     Curvature,
     probe,
     rayleigh,
+    spectrum,
 )
 from bilevel.certificates.judgement import Judged, judge
 from bilevel.certificates.orders import compared, curvature_of
@@ -131,7 +132,8 @@ class AgainstMinimiser(Certifier):
         trust: largest estimate of the relative error that is trustworthy.
         max_products: products with second derivatives that a certificate may take, Hessian and
             mixed; at least 22. None is 62, or twice what the method itself took if that is more;
-            and a tenth of the inner steps, 48 at most, to probe the curvature.
+            and a tenth of the inner steps, 48 at most, to probe the curvature. The matrix of at
+            most 64 unknowns comes in one pass, which counts as one.
         constants: of the problem; the certificate then has a rigorous bound as well, usually a
             loose one.
 
@@ -188,20 +190,21 @@ class AgainstMinimiser(Certifier):
     def _correct(self, instance: Instance, found: Found, known: Certificate) -> Certificate:
         params = instance.dynamics.readout(found.warm.state)
         residual = found.linearisation or instance.linearised(params)
+        before = residual.passes
         here = Point(instance, params, residual, found.outer)
-        directions, limit = self._budgets(instance, found)
+        judged = self._judged(here, found, known)
+        return replace(judged, products=sum(each.passes for each in here.linearised) - before)
+
+    def _judged(self, here: Point, found: Found, known: Certificate) -> Certificate:
+        instance = here.instance
+        directions, limit = self._budgets(here, found)
         moved = correct(here, limit)
-        known = replace(known, inner_residual=here.size, products=moved.products)
+        known = replace(known, inner_residual=here.size)
         if moved.flaw and self.constants is None:
             return replace(known, reason=moved.flaw)
         there, start = moved.point, found.linear.solution if found.linear else None
-        curvature = probe(there.operator, there.residual.value, directions, _seed(here.size, found))
-        known = replace(
-            known,
-            curvature=curvature.smallest,
-            directions=curvature.directions,
-            products=moved.products + curvature.directions,
-        )
+        curvature = _curvature(there, directions, _seed(here.size, found))
+        known = replace(known, curvature=curvature.smallest, directions=curvature.directions)
         if not moved.flaw and _is_saddle(here, there, curvature):
             return replace(known, reason=SADDLE)
         if not moved.flaw and instance.on_kink(there.params):
@@ -210,18 +213,13 @@ class AgainstMinimiser(Certifier):
         solved = solve(there.transposed, there.outer[0], 1e-8, limit, start)
         h = tree.filled(found.gradient, instance.control)
         judged = judge(here, moved, solved, curvature, h)
-        spent = solved.products
-        if judged.unsolved_effect > self.trust / 10 and spent < limit:
+        left = limit - solved.products
+        if judged.unsolved_effect > self.trust / 10 and left > 0:
             # What is left of the system weighs more than a small residual tells: solve on, down to
             # rounding.
-            solved = solve(there.transposed, there.outer[0], 0.0, limit - spent, solved.solution)
+            solved = solve(there.transposed, there.outer[0], 0.0, left, solved.solution)
             judged = judge(here, moved, solved, curvature, h)
-            spent += solved.products
-        known = replace(
-            known,
-            linear_residual=(found.linear or solved).residual,
-            products=known.products + spent + OTHER,
-        )
+        known = replace(known, linear_residual=(found.linear or solved).residual)
         if self.constants is not None:
             absolute = self.constants.bound(here.size, judged.adjoint, judged.unsolved)
             known = replace(known, bound=relative(absolute + judged.beside, judged.size))
@@ -253,14 +251,17 @@ class AgainstMinimiser(Certifier):
             return replace(known, reason=KINK)
         return compared(instance, found, comparison, known, self.trust)
 
-    def _budgets(self, instance: Instance, found: Found) -> tuple[int, int]:
+    def _budgets(self, here: Point, found: Found) -> tuple[int, int]:
         """Products of the probe, and of the linear systems."""
+        horizon = here.instance.horizon
         if self.max_products is not None:
             return DIRECTIONS, self.max_products - OTHER - DIRECTIONS
-        used = found.linear.products if found.linear is not None else instance.horizon
-        by_effort = max(used, instance.horizon) // STEPS_EACH
-        directions = min(max(by_effort, DIRECTIONS), MOST_DIRECTIONS)
-        return directions, max(50, 2 * used - directions) - OTHER
+        used = found.linear.products if found.linear is not None else horizon
+        directions = min(max(max(used, horizon) // STEPS_EACH, DIRECTIONS), MOST_DIRECTIONS)
+        limit = max(50, 2 * used - directions) - OTHER
+        # Products with a matrix that is there cost nothing.
+        free = 0 if here.matrix is None else 8 * len(here.matrix)
+        return directions, max(limit, free)
 
     def _too_large(self, judged: Judged, remedy: str) -> str:
         if judged.estimate <= self.trust:
@@ -290,6 +291,13 @@ class AgainstMinimiser(Certifier):
             f"hypergradient, {judged.corrected_size:.1e}; make more inner steps or raise "
             "max_products"
         )
+
+
+def _curvature(there: Point, directions: int, seed: int) -> Curvature:
+    like, symmetric = there.residual.value, there.operator.symmetric
+    if there.matrix is not None:
+        return spectrum(there.matrix, like, symmetric=symmetric)
+    return probe(there.operator, like, directions, seed)
 
 
 def _is_saddle(here: Point, there: Point, curvature: Curvature) -> bool:

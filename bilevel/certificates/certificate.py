@@ -26,7 +26,7 @@ class Certificate:
         linear_residual: relative residual of the linear system, that of `Implicit`, or else of the
             certificate's own; None without one.
         correction: what `corrected()` gives.
-        products: products with second derivatives that the certificate took, Hessian and mixed.
+        products: passes with second derivatives that the certificate took, Hessian and mixed.
         bound: bound of the relative error, where constants were given; it may be infinite.
         batch: which inner batch the residual and the estimate are of.
         reason: why it is not trustworthy; empty if it is.

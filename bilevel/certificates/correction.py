@@ -1,13 +1,15 @@
 """The params of a bilevel problem moved to the inner minimiser by Newton's method."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.autodiff import Linearisation
+from bilevel.certificates.matrix import applied, formed
 from bilevel.linear.cg import CG
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.operator import LinearResult, Operator
@@ -35,17 +37,23 @@ class Point:
         params: where.
         residual: R, linearised there.
         known: b and d there, if they were taken before.
+        linearised: whatever was linearised on the way, for all points of one certificate.
     """
 
     instance: Instance
     params: Tree
     residual: Linearisation
     known: OuterGradient | None = None
+    linearised: list[Linearisation] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.linearised.append(self.residual)
 
     def moved(self, step: Tree) -> "Point":
         """The point at `params - step`."""
         params = tree.moved(self.params, step, 1.0)
-        return Point(self.instance, params, self.instance.linearised(params))
+        residual = self.instance.linearised(params)
+        return Point(self.instance, params, residual, linearised=self.linearised)
 
     @cached_property
     def size(self) -> float:
@@ -80,10 +88,19 @@ class Point:
             return found
         return replace(found, apply=found.adjoint, adjoint=found.apply)
 
-    @property
+    @cached_property
     def transposed(self) -> Operator:
         """The adjoint of J."""
-        return transposed(self.residual, self.instance)
+        products = transposed(self.residual, self.instance)
+        if self.matrix is None:
+            return products
+        return applied(self.matrix, self.residual.value, symmetric=products.symmetric)
+
+    @cached_property
+    def matrix(self) -> Tensor | None:
+        """The adjoint of J on flat vectors, where it is small."""
+        products = transposed(self.residual, self.instance)
+        return formed(self.residual, products, self.residual.value)
 
     def mixed(self, vector: Tree) -> Tree:
         """The adjoint of C, applied to a vector."""
@@ -106,7 +123,7 @@ class Point:
         """The gradient of the inner objective in the control, in both arguments."""
         instance = self.instance
         batch = instance.judging_batch
-        return Linearisation(
+        found = Linearisation(
             lambda params, control: autodiff.gradient(
                 lambda c, p: instance.problem.inner(p, c, batch), control, params, name="inner"
             ),
@@ -114,6 +131,8 @@ class Point:
             instance.control,
             name="the inner objective",
         )
+        self.linearised.append(found)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from bilevel.tree import Tree
 # Five to eight products found the negative curvature of every net tried; a shallow one among many
 # unknowns takes more, and beside many inner steps these cost little.
 DIRECTIONS, MOST_DIRECTIONS, STEPS_EACH = 12, 48, 10
+INFINITE = "the curvature of the inner objective is not finite at the params."
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,19 @@ def probe(operator: Operator, like: Tree, directions: int, seed: int) -> Curvatu
         return _arnoldi(operator, flat, start, min(directions, flat.width))
 
 
+def spectrum(matrix: Tensor, like: Tree, *, symmetric: bool) -> Curvature:
+    """The curvature of a matrix on the flat vectors of a tree: all of it."""
+    if not bool(matrix.isfinite().all()):
+        raise DivergenceError(INFINITE)
+    if not symmetric:
+        found = torch.linalg.eigvals(matrix.double())
+        return Curvature(float(found.real.min()), float(found.abs().max()), len(matrix))
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT).double() / 2)
+    flat = Flat(like, "params")
+    vector = flat.copied(vectors[:, 0].to(matrix).contiguous())
+    return Curvature(float(values[0]), float(values.abs().max()), len(matrix), vector)
+
+
 def _applied(operator: Operator, flat: Flat, v: Tensor) -> Tensor:
     return flat.vector(operator.apply(flat.tree(v.reshape(flat.shape).contiguous()))).reshape(
         v.shape
@@ -101,7 +115,7 @@ def _basis(
         if j + 1 < steps:
             matrix[:, j + 1, j] = torch.where(ended, 0, tail)[:, 0]
     if not bool(matrix.isfinite().all()):
-        raise DivergenceError("the curvature of the inner objective is not finite at the params.")
+        raise DivergenceError(INFINITE)
     return basis, [H[:n, :n] for H, n in zip(matrix.double().cpu(), sizes, strict=True)]
 
 

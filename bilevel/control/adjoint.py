@@ -115,15 +115,11 @@ def adjoint(
     )
     trajectory.forward(tape_last=True)  # (6a), (6b)
     with closing(trajectory):
-        # In its place: what it draws comes after what the steps drew, and is not drawn again.
-        cost, (state_gradient, control_gradient) = autodiff.value_and_gradient(
-            problem.final_cost, trajectory.final, control, name="the terminal cost"
-        )
-        gradient = GradientSum(trajectory.control)
-        gradient.add(trajectory.control, control_gradient)  # grad_{theta_t} l of (8)
+        gradient, ended = GradientSum(trajectory.control), list[Tree]()
+        cost = _end(problem, trajectory, control, gradient, ended)
         swept = multiplier_sweep(
             trajectory,
-            tree.negative(state_gradient),  # (7a)
+            ended.pop(),  # which no name here holds, so that it ends where it is pulled back
             gradient,
             keep_states=keep_states,
             keep_multipliers=keep_multipliers,
@@ -139,6 +135,23 @@ def adjoint(
         multipliers=swept.multipliers,
         forward_steps=trajectory.forward_steps,
     )
+
+
+def _end(
+    problem: ControlProblem,
+    trajectory: Trajectory,
+    control: Tree,
+    gradient: GradientSum,
+    ended: list[Tree],
+) -> Tensor:
+    """The terminal cost; its part of (8) is gathered, and lambda_T of (7a) put into `ended`."""
+    # In its place: what it draws comes after what the steps drew, and is not drawn again.
+    cost, (state_gradient, control_gradient) = autodiff.value_and_gradient(
+        problem.final_cost, trajectory.final, control, name="the terminal cost"
+    )
+    gradient.add(trajectory.control, control_gradient)
+    ended.append(tree.negative(state_gradient))
+    return cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +197,8 @@ def multiplier_sweep(
     """
     # Gathered last step first, turned round at the end.
     running: Tensor | float = 0.0
-    states, multipliers = [trajectory.final], [tree.filled(multiplier, trajectory.final)]
+    states = [trajectory.final]
+    multipliers = [tree.filled(multiplier, trajectory.final)] if keep_multipliers else []
     observation_gradient, stopped = None, False
     with autodiff.recording(), trajectory.replaying():
         for _ in range(trajectory.n_blocks):

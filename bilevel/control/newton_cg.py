@@ -1,6 +1,6 @@
 """Newton-CG as a torch optimiser: Hessian products instead of a Hessian."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -128,7 +128,11 @@ class NewtonSteps(Optimizer):
 
 
 class NewtonRun:
-    """A problem as Newton-CG sees it: evaluations under the same draws, and Hessian products."""
+    """A problem as Newton-CG sees it: evaluations under the same draws, and Hessian products.
+
+    Attributes:
+        random: where the generators stand at each evaluation: every one draws the same.
+    """
 
     def __init__(
         self,
@@ -139,14 +143,22 @@ class NewtonRun:
         random: RandomState,
         look: Look,
     ) -> None:
-        # `random` is where the generators stand at each evaluation: every one draws the same.
         self._look = look
         self._settings, self._given, self._evaluate = settings, given, evaluate
-        self._checkpointing, self._random = checkpointing, random
+        self._checkpointing, self.random = checkpointing, random
         self._step = 0
         self._leaves: Leaves | None = None
         self._problem: tuple[ControlProblem, Tree] | None = None
         self._known: tuple[list[int], Tree, Adjoint] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The draws of all evaluations; the problem and its derivatives are found again."""
+        return {"random": self.random.tensors()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with these draws."""
+        self.random = self.random.like(state["random"])
+        self._problem = self._known = None
 
     def optimizer(self, leaves: Leaves) -> Optimizer:
         """Makes the optimiser of the control."""
@@ -161,7 +173,7 @@ class NewtonRun:
         # The line search and CG ask again where they stand: a version counter tells a change.
         versions = [x._version for x in tree.leaves_of(control) if tree.is_variable(x)]
         if self._known is None or self._known[0] != versions:
-            self._random.restore()
+            self.random.restore()
             found = self._evaluate(*self._problem, control, step)
             self._known = versions, control, found
         found = self._known[2]
@@ -172,7 +184,7 @@ class NewtonRun:
         if self._problem is None or self._known is None or self._leaves is None:
             raise ArgumentError("a Hessian product needs an evaluation before it.")
         _, control, _ = self._known
-        self._random.restore()
+        self.random.restore()
         along = self._leaves.spread(direction)
         with self._look.on():
             found = hvp(*self._problem, control, along, checkpointing=self._checkpointing)

@@ -125,9 +125,9 @@ class _Rollout(autodiff.Reversible):
         with self._surroundings.restored(), self._trajectory.replaying():
             again = self._trajectory.resumed(f, theta, tree.unflatten(self._kept, kept))
             gradient = GradientSum(again.control)
-            multiplier = tree.negative(tree.unflatten(self._state, cotangents))  # (7a)
+            cotangent = tree.unflatten(self._state, cotangents)
             with closing(again):
-                found = multiplier_sweep(again, multiplier, gradient)
+                found = multiplier_sweep(again, tree.negative(cotangent), gradient)  # (7a)
         return tree.leaves_of((found.observation_gradient, gradient.sums()))
 
     def again(

@@ -20,8 +20,10 @@ from bilevel.dynamics.per_step import CONTROL_WORDS, Look
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.dynamics.steps import first_infinite
 from bilevel.errors import ArgumentError
-from bilevel.outer.batches import grouped
+from bilevel.outer.batches import Grouped
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory, check_finite
+from bilevel.outer.keeping import Keep, OnDivergence
+from bilevel.outer.running import Around
 from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
 from bilevel.records import Record
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
@@ -134,6 +136,9 @@ class ControlSolver:
         tolerance: float = 0.0,
         callback: Callable[[Progress], bool | None] | None = None,
         progress: bool = False,
+        keep: Keep | None = None,
+        resume: bool | int = False,
+        on_divergence: OnDivergence = "raise",
     ) -> ControlSolution:
         """Minimise J over the control, from `control`.
 
@@ -151,13 +156,20 @@ class ControlSolver:
             tolerance: stop when the norm of (8) is at most this.
             callback: called after each update; True stops the iteration.
             progress: show a bar, by rich or tqdm.
+            keep: keeps the run in a folder, see `Keep`.
+            resume: go on from the newest checkpoint of `keep`, or from that after a given update;
+                begin where its folder is empty. A run that its callback had ended is over.
+            on_divergence: "raise", or a `Restore` (or "restore"): go on from the last good state
+                with a smaller step.
 
         Returns:
             The last control and the history.
 
         Raises:
             ArgumentError: if batches are missing, empty, or given without `build`, `steps` or
-                `tolerance` is negative, or there is nothing to accumulate.
+                `tolerance` is negative, there is nothing to accumulate, or the run cannot go on
+                as it was kept; settings that differ are listed.
+            StorageError: if a checkpoint cannot be written or read.
             ConvergenceError: if the tolerance was not reached and `on_failure` is "raise".
             DivergenceError: if cost, gradient or control are not finite; it names where that began.
                 Whatever ends a solve early has the attribute `progress`, the record so far.
@@ -169,26 +181,37 @@ class ControlSolver:
             )
         self._check_accumulation(accumulate)
         if accumulate > 1 and batches is not None:
-            batches = grouped(batches, accumulate)
-        loop = Loop(steps, batches, scheduler, project, tolerance, callback, progress)
+            batches = Grouped(batches, accumulate)
+        watched = scheduler, project, tolerance, callback, progress
+        loop = Loop(steps, batches, *watched, keep, resume, on_divergence)
         descent = Descent(control, loop)
         plans, look = Plans(self.checkpointing), Look(CONTROL_WORDS, control)
         evaluate = partial(self._evaluate, plans, observation, accumulate)
-        make, random = self.optimizer, None
+        make, run = self.optimizer, None
         if isinstance(make, NewtonCG):
             random = RandomState.capture(devices_of((observation, control)))
-            given = partial(self._given, observation)
-            swept = partial(self._adjoint, plans)
+            given, swept = partial(self._given, observation), partial(self._adjoint, plans)
             run = NewtonRun(make, given, swept, self.checkpointing, random, look)
             evaluate, make = run.evaluate, run.optimizer
+        around = self._around(look, run, observation, accumulate)
         with carrying(lambda error: _solution(descent, told(error))):
-            descent.run(look.evaluated(evaluate), make)
+            descent.run(look.evaluated(evaluate), make, around=around)
+            random = None if run is None else run.random
             last = look.evaluated(self._final)
             final, residuals = last(descent, observation, plans, random)
             solution = _solution(descent, "", final, residuals)
             if tolerance > 0 and not solution.converged:
                 report(solution.reason, self.on_failure)
         return solution
+
+    def _around(
+        self, look: Look, run: NewtonRun | None, observation: Tree, accumulate: int
+    ) -> Around:
+        """What a descent that is kept has to know of this solver."""
+        kinds = [tree.kind(x) for x in tree.leaves_of(observation)]
+        conditions = {"solver": self, "observation": kinds, "accumulate": accumulate}
+        parts = {"look": look} if run is None else {"look": look, "newton": run}
+        return Around(parts, conditions, {}, (self, observation))
 
     def _final(
         self, descent: Descent, observation: Tree, plans: Plans, random: RandomState | None

@@ -1,6 +1,6 @@
 """Who receives what of a control, and how the gradient is gathered from those parts."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -128,6 +128,14 @@ class Look:
             if place not in self.read:
                 self.lost = True
                 raise LostGradientError(message)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was read so far."""
+        return {"read": sorted(self.read)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.read = {*state["read"]}
 
     @contextmanager
     def on(self) -> Iterator[None]:

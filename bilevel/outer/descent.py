@@ -1,18 +1,20 @@
 """The outer loop: a control moved along its gradient by a torch optimiser."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
-from bilevel import tree
+from bilevel import autodiff, tree
 from bilevel.checks import check_arguments, check_kind, check_range, check_whole
 from bilevel.errors import ArgumentError, DivergenceError
-from bilevel.outer.batches import cycled
+from bilevel.outer.batches import feed
+from bilevel.outer.keeping import Keep, OnDivergence, opened, restoring
 from bilevel.outer.leaves import Leaves
+from bilevel.outer.running import Around, Running, Schedule
 from bilevel.outer.watching import Progress, above_tolerance, progress_bar
 from bilevel.tree import Tree
 
@@ -43,9 +45,13 @@ class Loop:
     tolerance: float = 0.0
     callback: Callable[[Progress], bool | None] | None = None
     progress: bool = False
+    keep: Keep | None = None
+    resume: bool | int = False
+    on_divergence: OnDivergence = "raise"
 
     def __post_init__(self) -> None:
         check_whole(self.steps, "steps")
+        restoring(self.on_divergence)
         check_range(self.tolerance, "tolerance", least=0)
         if not isinstance(self.batches, Iterable | None):
             came = type(self.batches).__name__
@@ -98,6 +104,7 @@ class Descent:
         self.gradient_norms: list[float] = []
         self.converged = self.standstill = False
         self.last: tuple[float, float, Any] | None = None
+        self._ended, self._returns = False, 0
         # Where the last whole update led. The leaves themselves may stand at a trial of a line
         # search, or where an update made them infinite, when an error ends the loop.
         self._reached = [x.detach().clone() for x in self.leaves]
@@ -113,6 +120,7 @@ class Descent:
         make: MakeOptimizer,
         accept: Callable[[Any], None] = lambda _found: None,
         trusted: Callable[[Any], bool] = lambda _found: True,
+        around: Around | None = None,
     ) -> None:
         """Move the control against its gradient.
 
@@ -123,42 +131,79 @@ class Descent:
             make: makes a `torch.optim` optimiser; `step(closure)` is used always.
             accept: called with the first record of each update, once it is made.
             trusted: whether a record is good enough to end by its small gradient.
+            around: what the solver keeps of its own, where the run is kept.
 
         Raises:
-            ArgumentError: if batches are empty, or the optimiser is none or moves other tensors.
+            ArgumentError: if batches are empty, the optimiser is none or moves other tensors, or
+                the run cannot go on as it was kept.
+            StorageError: if it cannot be kept.
             DivergenceError: if an update leaves a control that is not finite.
         """
-        loop, leaves = self.loop, self.leaves
-        optimizer = _optimizer(make, leaves)
-        schedule = _schedule(loop.scheduler, optimizer)
-        stream = None if loop.batches is None else cycled(loop.batches)
-        with progress_bar(loop.steps, show=loop.progress) as advance:
-            for step in range(1, loop.steps + 1):
+        loop = self.loop
+        optimizer = _optimizer(make, self.leaves)
+        schedule = Schedule(loop.scheduler, optimizer)
+        stream = None if loop.batches is None else feed(loop.batches)
+        around, restore = around or Around(), restoring(loop.on_divergence)
+        run = Running(self, optimizer, schedule, stream, around, restore)
+        conditions = {"control": self._kinds, "project": loop.project, **run.conditions}
+        with (
+            opened(loop.keep, loop.resume, conditions, around.records) as kept,
+            progress_bar(loop.steps, show=loop.progress) as advance,
+        ):
+            run.begin(kept)
+            self._check_begun()
+            while len(self.costs) < loop.steps and not self._ended:
+                step = len(self.costs) + 1
                 batch = None if stream is None else next(stream)
                 closure = _Closure(self, evaluate, trusted, batch, step)
                 try:
-                    optimizer.step(closure)
-                except _ReachedError:
-                    self.converged = True
-                    break
-                except StandstillError:
-                    if stream is None:  # another batch may be another matter
-                        self.standstill = True
+                    found = self._update(closure, optimizer, schedule, step)
+                    if found is None:
                         break
-                cost, norm, found = closure.seen()
-                schedule(cost)
-                if loop.project is not None:
-                    leaves.assign(loop.project(leaves.now()))
-                leaves.check_finite(step)
-                self._made(cost, norm)
-                accept(found)
-                advance(f"cost {cost:.4g}, gradient {norm:.2g}")
-                seen = Progress(step, cost, norm, leaves.now(), optimizer, found)
-                if loop.callback is not None and loop.callback(seen):
-                    break
+                    accept(found)
+                    advance(f"cost {self.costs[-1]:.4g}, gradient {self.gradient_norms[-1]:.2g}")
+                    self._tell(optimizer, found)
+                    kept.after(step, run.state)
+                except DivergenceError as error:
+                    run.go_back(kept, error, step)
+            self._returns = run.returns
+            kept.end(len(self.costs), run.state)
+
+    def _update(
+        self, closure: "_Closure", optimizer: Optimizer, schedule: Schedule, step: int
+    ) -> Any:
+        """Move the control once; its record, or None where no update is to be made."""
+        try:
+            optimizer.step(closure)
+        except _ReachedError:
+            self.converged = True
+            return None
+        except StandstillError:
+            if self.loop.batches is None:  # another batch may be another matter
+                self.standstill = True
+                return None
+        cost, norm, found = closure.seen()
+        schedule.step(cost)
+        if self.loop.project is not None:
+            self.leaves.assign(self.loop.project(self.leaves.now()))
+        self.leaves.check_finite(step)
+        self._made(cost, norm)
+        return found
+
+    def _tell(self, optimizer: Optimizer, found: Any) -> None:
+        """Tell the callback, which may end it."""
+        if self.loop.callback is not None:
+            last = len(self.costs), self.costs[-1], self.gradient_norms[-1]
+            seen = Progress(*last, self.leaves.now(), optimizer, found)
+            self._ended = bool(self.loop.callback(seen))
 
     def ending(self, norm: float, *, converged: bool, judged: str) -> str:
         """Why it ended, in words; `judged` says whether the last gradient may be trusted."""
+        text = self._ending(norm, converged=converged, judged=judged)
+        back = f" It went back {self._returns} times after a divergence."
+        return text + back if self._returns else text
+
+    def _ending(self, norm: float, *, converged: bool, judged: str) -> str:
         tolerance, steps = self.loop.tolerance, len(self.costs)
         if tolerance > 0:
             within = f"the gradient norm {norm:.3g} is within the tolerance {tolerance:.3g}"
@@ -171,6 +216,39 @@ class Descent:
             return "no step along the direction lowers the cost any further."
         early = "the callback ended it" if steps < self.loop.steps else "all that was asked for"
         return f"{steps} updates, {early}; no tolerance was given."
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, after a whole update."""
+        return {
+            "control": self._reached,
+            "costs": self.costs,
+            "gradient_norms": self.gradient_norms,
+            "last": None if self.last is None else self.last[:2],
+            "ended": self._ended,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Stand there again."""
+        with autodiff.paused():
+            for reached, x, value in zip(self._reached, self.leaves, state["control"], strict=True):
+                reached.copy_(value)
+                x.copy_(value)
+        self.costs, self.gradient_norms = [*state["costs"]], [*state["gradient_norms"]]
+        self.last = None if state["last"] is None else (*state["last"], None)
+        self._ended = state["ended"]
+
+    @property
+    def _kinds(self) -> dict[str, str]:
+        return {name: tree.kind(x) for name, x in self.leaves.named}
+
+    def _check_begun(self) -> None:
+        """Refuse to go on from beyond the end."""
+        done, steps = len(self.costs), self.loop.steps
+        if done > steps:
+            raise ArgumentError(
+                f"the run was kept after {done} updates, steps is {steps}: ask for at least as "
+                f"many, or pass resume={steps} if there is such a checkpoint."
+            )
 
     def _made(self, cost: float, norm: float) -> None:
         """Note an update that is whole."""
@@ -238,21 +316,6 @@ def _optimizer(make: MakeOptimizer, leaves: Leaves) -> Optimizer:
             "torch.optim.SGD(leaves, 0.1)."
         )
     return optimizer
-
-
-def _schedule(make: Any, optimizer: Optimizer) -> Callable[[float], None]:
-    """What is called with the cost after each update."""
-    if make is None:
-        return lambda _cost: None
-    schedule = make(optimizer)
-    if not callable(getattr(schedule, "step", None)):
-        raise ArgumentError(
-            "scheduler must be a function that returns a learning-rate scheduler, got "
-            f"{type(schedule).__name__} from it; return the one that it makes."
-        )
-    if isinstance(schedule, ReduceLROnPlateau):
-        return schedule.step
-    return lambda _cost: schedule.step()
 
 
 def check_finite(cost: float, norm: float, step: int, where: Callable[[], str]) -> None:

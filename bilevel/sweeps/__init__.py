@@ -8,9 +8,9 @@ and plans.
 from bilevel.sweeps.checkpointing import Budget, Checkpointing, plan
 from bilevel.sweeps.disk import OnDisk
 from bilevel.sweeps.host import OnHost
-from bilevel.sweeps.memory import Measurement, measure
+from bilevel.sweeps.memory import LiveBytes, Measurement, measure
 from bilevel.sweeps.schedule import Schedule
 from bilevel.sweeps.storage import InMemory, Snapshots, Storage
 
-__all__ = ["Budget", "Checkpointing", "InMemory", "Measurement", "OnDisk", "OnHost", "Schedule"]
-__all__ += ["Snapshots", "Storage", "measure", "plan"]
+__all__ = ["Budget", "Checkpointing", "InMemory", "LiveBytes", "Measurement", "OnDisk", "OnHost"]
+__all__ += ["Schedule", "Snapshots", "Storage", "measure", "plan"]

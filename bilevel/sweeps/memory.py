@@ -29,6 +29,12 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: bytes alive.
         peak: most bytes alive at once.
+
+    Example:
+        >>> with LiveBytes() as live:
+        ...     kept = torch.zeros(1000).exp().sum()
+        >>> live.now, live.peak
+        (4, 8000)
     """
 
     def __init__(self) -> None:
@@ -120,7 +126,7 @@ def measure(
 
     Storages of tensors are counted as they come and go. All steps of a short horizon are measured;
     of a long one the first, the last, and one for each structure, shape and dtype of the control.
-    All start from u(0). What a kernel allocates for itself within a call is not seen; of a
+    All start from u(1). What a kernel allocates for itself within a call is not seen; of a
     `Compiled` dynamics the plain step is measured.
 
     Args:
@@ -159,6 +165,10 @@ def measure(
         del taped
         state = bytes_of(start)
         with preserved(trajectory.devices | devices_of(start)):
+            if problem.horizon > 1:
+                # What is one tensor at first, as the moments of Adam are, is several from then on.
+                start = trajectory.advance(range(1), start)
+                state = max(state, bytes_of(start))
             rehearsal = _Rehearsal(trajectory, start, sweep)
             found = [rehearsal.of(t) for t in _distinct(problem.horizon, control)]
             with LiveBytes() as live:

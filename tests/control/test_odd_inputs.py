@@ -100,3 +100,35 @@ def test_arguments_on_two_devices_are_refused_with_both():
     problem = bl.ControlProblem(bl.Map(lambda u, c, t: u * c), lambda u, c: u.sum(), 2)
     with pytest.raises(StructureError, match="on one device, got tensors on cpu and meta"):
         bl.adjoint(problem, torch.ones(3, 3), torch.ones(3, 3, device="meta"))
+
+
+STEEP = bl.BilevelSolver(
+    bl.BilevelProblem(lambda w, a, _: (w - a).square().sum(), lambda w, a, _: w.square().sum()),
+    bl.optim.SGD(0.1),
+    inner_steps=3,
+)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: bl.adjoint(problem_of(), torch.ones(2), torch.ones(2)),
+        lambda: bl.hvp(problem_of(), torch.ones(2), torch.ones(2), torch.ones(2)),
+        lambda: bl.ControlSolver(problem_of()).solve(torch.ones(2), torch.ones(2), steps=2),
+        lambda: STEEP.hypergradient(torch.ones(2), torch.ones(2)),
+        lambda: STEEP.solve(torch.ones(2), torch.ones(2), steps=2),
+    ],
+    ids=["adjoint", "hvp", "control solve", "hypergradient", "bilevel solve"],
+)
+def test_inference_mode_is_named(call):
+    with torch.inference_mode(), pytest.raises(UnsupportedError, match="inference_mode"):
+        call()
+
+
+@pytest.mark.parametrize("method", [bl.MLM(), bl.Unrolled(), bl.Implicit(), bl.OneStep()], ids=repr)
+def test_a_compiled_inner_objective_has_no_second_derivative(method):
+    inner = torch.compile(lambda w, a, _: (w - a).square().sum(), backend="aot_eager")
+    problem = bl.BilevelProblem(inner, lambda w, a, _: w.square().sum())
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 3, method, certificate=None)
+    with pytest.raises(UnsupportedError, match="second derivative of a function"):
+        solver.hypergradient(torch.ones(2), torch.ones(2))

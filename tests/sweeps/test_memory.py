@@ -324,3 +324,41 @@ def test_states_of_the_generator_wait_on_disk_with_the_states(tmp_path):
         found = bl.adjoint(*given, checkpointing=bl.Checkpointing(storage=bl.OnDisk(tmp_path)))
     assert torch.equal(found.gradient, expected)
     assert live.peak < 20 * torch.get_rng_state().nbytes
+
+
+@pytest.mark.parametrize("states", [17, 20, 26, 40])
+def test_small_budgets_of_a_large_shared_control_are_kept(states):
+    problem = bl.ControlProblem(
+        bl.Map(lambda u, c, t: torch.tanh(u * c) + 0.1 * u), lambda u, c: square(u), 60
+    )
+    budget = bl.Budget(states * LARGE.nbytes)
+    with LiveBytes() as live:
+        found = bl.adjoint(problem, LARGE, real(12, N), checkpointing=budget)
+        beyond = live.peak - bytes_of((found.gradient, found.observation_gradient))
+    assert beyond <= 1.005 * budget.bytes
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        bl.optim.SGD(0.01),
+        bl.optim.SGD(0.01, momentum=0.9),
+        bl.optim.SGD(0.01, momentum=0.9, nesterov=True, weight_decay=0.1),
+        bl.optim.Adam(0.01),
+        bl.optim.AdamW(0.01),
+        bl.optim.ProximalGradient(0.01, bl.prox.L1(0.1)),
+    ],
+    ids=repr,
+)
+def test_an_inner_iteration_stays_within_its_budget(rule):
+    # Moments begin as one zero, which is no measure of what they take later.
+    problem = bl.BilevelProblem(
+        lambda w, a, _: ((w - a) ** 2 * (1 + w**2)).sum(), lambda w, a, _: square(w - 1)
+    )
+    budget = bl.Budget(48 * LARGE.nbytes)
+    solver = bl.BilevelSolver(problem, rule, 100, bl.MLM(budget), certificate=None)
+    params, control = torch.zeros_like(LARGE), real(12, N)
+    with LiveBytes() as live:
+        found = solver.hypergradient(params, control)
+        beyond = live.peak - bytes_of((found.gradient, found.params))
+    assert beyond <= 1.02 * budget.bytes

@@ -180,6 +180,6 @@ def _trained(
     keeper = Keeper(out / _WEIGHTS, network, {"training": describe(training)}, report)
     with keeper:
         found = train(network, network.controls(), slices, training, keeper)
-    keeper.finish(found.control)
+    keeper.save(found.control)
     spent = {"updates": len(found.costs), "seconds_spent": found.seconds, "costs": found.costs}
     return Trained(network, found.control, {}), describe(training) | spent

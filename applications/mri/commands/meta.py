@@ -1,7 +1,9 @@
 """The commands `meta-train` and `transfer`."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -10,19 +12,30 @@ import bilevel as bl
 from applications.command_line import Threads, console, progress_bars, use_threads
 from applications.errors import InputError
 from applications.files import write_json
+from applications.keeping import going_on
 from applications.mri.commands.shared import Beginning, TaskLists
-from applications.mri.meta.experiment import run_meta
+from applications.mri.meta.experiment import RECORDS as META_RECORDS, run_meta
 from applications.mri.meta.figures import draw_meta, draw_transfer
 from applications.mri.meta.results import Experiment, ExperimentSettings, with_spread
-from applications.mri.meta.transfer import learned_correlation, measure_transfer, meta_models
+from applications.mri.meta.settings import MetaSettings
+from applications.mri.meta.transfer import (
+    RECORDS as TRANSFER_RECORDS,
+    learned_correlation,
+    measure_transfer,
+    meta_models,
+)
 from applications.mri.meta.transfer_results import Transfer, TransferSettings
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import WEIGHTS, Trained
 from applications.mri.tasks.task_facts import facts_of
-from applications.mri.tasks.task_list import read_task_list
+from applications.mri.tasks.task_list import TaskSettings, read_task_list
 from applications.mri.tasks.tasks import check_names, open_each, open_tasks
 from applications.outputs import PICTURE, Output, claimed, results
+from applications.records import describe
 
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the interrupted run of --out, if any.")
+]
 Folder = Annotated[Path, typer.Option(help="Folder for results, figure, weights and scans.")]
 
 
@@ -31,6 +44,7 @@ def meta_train(
     tasks: TaskLists,
     beginning: Annotated[Beginning, "Network"],
     settings: Annotated[ExperimentSettings, "Training"],
+    resume: Resume = False,
     threads: Threads = 0,
 ) -> None:
     """Train on heterogeneous scans and learn the weights of tasks, by Algorithm 3."""
@@ -43,12 +57,17 @@ def meta_train(
         Output(out / "figure.png", PICTURE),
         *(Output(one, WEIGHTS) for one in (out / "weights").glob("*.safetensors")),
     ]
-    with claimed(written, [*tasks.files, *beginning.files], out), progress_bars() as report:
+    conditions = _conditions(settings.training, settings, listed, begin(settings.training.seed))
+    with (
+        claimed(written, [*tasks.files, *beginning.files], out),
+        going_on(out / "state", conditions, META_RECORDS, resume=resume) as kept,
+        progress_bars() as report,
+    ):
         opened = open_tasks(listed, out / "scans", lambda k, n: report("opening tasks", k / n))
         facts = tuple(facts_of(one, n_coils) for one in opened.every)
         for one in facts:
             console.print(one.summary)
-        found = run_meta(opened, facts, begin, out, settings, report)
+        found = run_meta(opened, facts, begin, out, settings, report, kept)
         draw_meta(out / "figure.png", found)
     _print(found)
     _print_places(out, "results.json", "figure.png", "weights")
@@ -65,6 +84,7 @@ def transfer(
     meta: Annotated[
         Path | None, typer.Option(help="Folder of meta-train: models and weights to compare.")
     ] = None,
+    resume: Resume = False,
     threads: Threads = 0,
 ) -> None:
     """Measure what training on one task is worth on others, and how fast models adapt."""
@@ -80,16 +100,35 @@ def transfer(
     ]
     inputs = [*tasks.files, *beginning.files, *([] if unseen is None else [unseen])]
     inputs += [] if meta is None else [meta / "results.json"]
-    with claimed(written, inputs, out), progress_bars() as report:
+    conditions = _conditions(settings.training, settings, [*listed, *others], begun)
+    conditions["models"] = sorted(models)
+    with (
+        claimed(written, inputs, out),
+        going_on(out / "state", conditions, TRANSFER_RECORDS, resume=resume) as kept,
+        progress_bars() as report,
+    ):
         opened = open_tasks(listed, out / "scans", lambda k, n: report("opening tasks", k / n))
         more = open_each(others, out / "scans") if others else ()
         for one in (*opened.every, *more):
             console.print(facts_of(one, n_coils).summary)
-        found = measure_transfer(opened, more, begun, models, settings, report, learned)
+        found = measure_transfer(opened, more, begun, models, settings, report, learned, kept)
         write_json(out / "results.json", found.as_json())
         draw_transfer(out / "figure.png", found)
     _print_transfer(found)
     _print_places(out, "results.json", "figure.png")
+
+
+def _conditions(
+    training: MetaSettings,
+    settings: ExperimentSettings | TransferSettings,
+    tasks: Sequence[TaskSettings],
+    begun: Trained,
+) -> dict[str, Any]:
+    """What must be the same when an interrupted run goes on."""
+    told = {n: v for n, v in describe(training).items() if n != "checkpointing"}
+    own = {n: v for n, v in describe(settings).items() if n != "training"}
+    architecture = asdict(begun.network.architecture)
+    return {**told, **own, "tasks": [repr(one) for one in tasks], "architecture": architecture}
 
 
 def _begun(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -11,6 +11,7 @@ import typer
 
 from applications.command_line import Threads, console, progress_bars, say, use_threads
 from applications.errors import InputError
+from applications.keeping import going_on
 from applications.mri.commands.shared import Beginning, TaskLists
 from applications.mri.data import SliceDataset, VolumeFile, examined
 from applications.mri.data.coil_fits import changes, coil_fits
@@ -20,7 +21,6 @@ from applications.mri.tasks.task_list import TaskSettings
 from applications.mri.tasks.tasks import Task, open_each
 from applications.mri.training.draws import Source
 from applications.mri.training.keeping import Keeper, tensorboard
-from applications.mri.training.resuming import STATE, StateFile, state_path
 from applications.mri.training.self_supervised import SelfSupervision
 from applications.mri.training.settings import TrainingSettings
 from applications.mri.training.training import TrainingResult, TrainingState, train
@@ -29,6 +29,7 @@ from applications.outputs import Output, claimed
 from applications.records import Report, describe
 from applications.settings import setting
 
+_MAY_CHANGE = ("steps", "seconds", "checkpointing")  # length, and what leaves the numbers alone
 _STEPS = 1000  # where neither steps nor seconds are limited
 
 
@@ -82,7 +83,8 @@ def train_command(
         Path | None, typer.Option("--tensorboard", help="Folder for TensorBoard.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the interrupted training of --out.")
+        bool,
+        typer.Option("--resume", help="Go on with the interrupted training of --out, if any."),
     ] = False,
     threads: Threads = 0,
 ) -> None:
@@ -95,7 +97,7 @@ def train_command(
     settings = training.settings(**sampled, **({} if limited else {"steps": _STEPS}))
     with ExitStack() as stack:
         report = stack.enter_context(progress_bars())
-        written = [Output(out, WEIGHTS), Output(state_path(out), STATE)]
+        written = [Output(out, WEIGHTS)]
         inputs = [*tasks.files, *beginning.files]
         if scans.data is None:
             stack.enter_context(claimed(written, inputs))
@@ -143,22 +145,30 @@ def _trained(
     resume: bool,
 ) -> TrainingResult:
     """The training, kept in files while it goes on."""
-    contents = {"data": _contents(opened.slices), "validated": _contents(opened.looked_at)}
-    state = StateFile(state_path(out), begun.network, record | contents)
-    begin = state.load() if resume else begun.control
+    now = record | {"data": _contents(opened.slices), "validated": _contents(opened.looked_at)}
+    conditions = {name: value for name, value in now.items() if name not in _MAY_CHANGE}
+    conditions["architecture"] = asdict(begun.network.architecture)
     with ExitStack() as stack:
         told = None if board is None else stack.enter_context(tensorboard(board))
-        keeper = Keeper(out, begun.network, record, report, state)
-        stack.enter_context(keeper)
+        kept = stack.enter_context(going_on(state_folder(out), conditions, resume=resume))
+        keeper = stack.enter_context(Keeper(out, begun.network, record, report))
 
         def after_step(now: TrainingState) -> None:
             if told is not None:
                 told(now)
             keeper(now)
 
-        found = train(begun.network, begin, opened.slices, settings, after_step, opened.looked_at)
-        keeper.finish(found.control)
+        looked_at, keep = opened.looked_at, kept.keep("training")
+        found = train(
+            begun.network, begun.control, opened.slices, settings, after_step, looked_at, keep
+        )
+        keeper.save(found.control)
     return found
+
+
+def state_folder(weights: Path) -> Path:
+    """Where a training keeps its state that writes `weights`."""
+    return weights.with_name(f"{weights.name}.state")
 
 
 def _print(found: TrainingResult, out: Path) -> None:

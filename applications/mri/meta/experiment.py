@@ -7,6 +7,7 @@ from pathlib import Path
 
 import bilevel as bl
 from applications.files import make_folder, write_json
+from applications.keeping import Kept, finished
 from applications.mri.evaluation.baselines import zero_filled
 from applications.mri.evaluation.methods import Method as Reconstructing, network_methods
 from applications.mri.evaluation.metrics import Scores
@@ -24,6 +25,8 @@ from applications.mri.training.draws import Minibatches
 from applications.mri.training.examples import PreparedExample
 from applications.records import Report, describe
 
+RECORDS = (Run, Learned, Scores, bl.PerStep, bl.TaskWeights, bl.Softmax)  # of finished trainings
+
 
 def run_meta(
     tasks: Tasks,
@@ -32,6 +35,7 @@ def run_meta(
     out: Path,
     settings: ExperimentSettings,
     report: Report,
+    kept: Kept | None = None,
 ) -> Experiment:
     """Trains in every way and scores.
 
@@ -44,6 +48,7 @@ def run_meta(
         out: folder, made if need be.
         settings: what is compared.
         report: told of progress.
+        kept: where trainings are kept; what was interrupted there goes on.
 
     Returns:
         Everything that was found.
@@ -72,7 +77,10 @@ def run_meta(
     for ablation in settings.ablations:
         for seed in range(first, first + settings.seeds):
             begun, stage = begin(seed), partial(report, f"{ablation}, seed {seed}")
-            run = _run(ablation, seed, begun, tasks, settings, stage)
+            name = f"{ablation}-{seed}"
+            part = None if kept is None else kept.part(f"{name}-training")
+            make = partial(_run, ablation, seed, begun, tasks, settings, stage, part)
+            run = finished(kept, name, make)
             _save(folder, run, begun, settings)
             found = replace(found, runs=(*found.runs, run))
             write_json(out / "results.json", found.as_json())
@@ -86,9 +94,10 @@ def _run(
     tasks: Tasks,
     settings: ExperimentSettings,
     report: Callable[[float], None],
+    kept: Kept | None,
 ) -> Run:
     training = replace(settings.training, seed=seed)
-    learned = learn(ablation, begun.network, begun.control, tasks, training, report)
+    learned = learn(ablation, begun.network, begun.control, tasks, training, report, kept)
     masks = settings.training.seed  # the same for all seeds, so that spreads are those of training
 
     def score(control: bl.PerStep, task: Task) -> Scores:

@@ -10,15 +10,17 @@ equal weights, and a penalty on the gradient of the inner problem in the place o
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.keeping import Kept, solving
 from applications.mri.meta.agreeing_descent import AgreeingDescent
 from applications.mri.meta.losses import TaskLosses
 from applications.mri.meta.settings import Ablation, MetaSettings
@@ -26,7 +28,7 @@ from applications.mri.meta.solvers import meta_solver, penalty_objective
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import named, on_device
 from applications.mri.tasks.tasks import Tasks
-from applications.mri.training.draws import Batch, Minibatches
+from applications.mri.training.draws import Minibatches
 from applications.mri.training.schedules import Cosine
 
 
@@ -68,6 +70,7 @@ def learn(
     tasks: Tasks,
     settings: MetaSettings,
     report: Callable[[float], None] = lambda _share: None,
+    kept: Kept | None = None,
 ) -> Learned:
     """Trains a network, and task weights with it.
 
@@ -78,6 +81,7 @@ def learn(
         tasks: to train on and validate on.
         settings: how.
         report: told of the share of the budget that is spent.
+        kept: where the training and its budget are kept; an interrupted one there goes on.
 
     Returns:
         Models and task weights.
@@ -86,7 +90,7 @@ def learn(
         InputError: if a scan cannot be used.
         DivergenceError: if the training diverges.
     """
-    training = _Training(network, control, tasks, settings, report)
+    training = _Training(network, control, tasks, settings, report, kept)
     match ablation:
         case Ablation.UNIFORM:
             return training.uniform()
@@ -106,7 +110,9 @@ class _Training:
         tasks: Tasks,
         settings: MetaSettings,
         report: Callable[[float], None],
+        kept: Kept | None,
     ) -> None:
+        self.kept = kept
         self.control = on_device(control, settings.device)
         self.settings, self.report = settings, report
         self.losses = TaskLosses(network, settings.loss, settings.checkpointing)
@@ -124,6 +130,22 @@ class _Training:
         self.names = [task.name for task in tasks.of("validation")]
         self.began = time.monotonic()
         self.rates = [self.rate(0)]  # of the network, an update
+
+    def state_dict(self) -> dict[str, Any]:
+        """The budget, as far as it is spent, and the rates that hang on it."""
+        spent = time.monotonic() - self.began
+        return {"rates": self.rates, "evaluations": self.losses.evaluations, "seconds": spent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.rates[:], self.losses.evaluations = state["rates"], state["evaluations"]
+        self.began = time.monotonic() - state["seconds"]
+
+    def opened(self, name: str) -> AbstractContextManager[bl.outer.Kept]:
+        """A part of the training that is a loop of its own."""
+        if self.kept is None:
+            return bl.outer.opened(None)
+        return bl.outer.opened(self.kept.keep(name, also=self), resume=True)
 
     @property
     def n_tasks(self) -> int:
@@ -158,11 +180,6 @@ class _Training:
         rate = bl.ByStep(lambda t: self.rates[(t - 1) // k])
         return meta_solver(self.losses, weights, self.settings, rate)
 
-    def pairs(self) -> Iterator[tuple[bl.ByStep, Batch]]:
-        """Minibatches of both levels, an update."""
-        for update in count(1):
-            yield bl.ByStep(self.train.draw), self.validation.draw(update)
-
     def learned(
         self,
         models: dict[str, bl.PerStep],
@@ -193,9 +210,21 @@ class _Training:
         warm: bl.methods.Warm | None,
     ) -> bl.methods.Warm:
         """Inner steps at these task weights until all is spent."""
-        while warm is None or self.share() < 1:
-            warm = solver.advance(start, alpha, bl.ByStep(self.train.draw), warm)
-            self.advanced(warm.steps)
+        trees = bl.outer.Trees(state=solver.optimizer.begin(start))
+
+        def state() -> dict[str, Any]:
+            assert warm is not None
+            return {"state": trees.kept(warm.state), "steps": warm.steps}
+
+        with self.opened("network") as kept:
+            if kept.state is not None:
+                state_then = trees.restored(kept.state["state"])
+                warm = bl.methods.Warm(state_then, kept.state["steps"])
+            while warm is None or self.share() < 1:
+                warm = solver.advance(start, alpha, bl.ByStep(self.train.draw), warm)
+                self.advanced(warm.steps)
+                kept.after(len(self.rates) - 1, state)
+            kept.end(len(self.rates) - 1, state)
         return warm
 
     def weighted(self, *, matrix: bool) -> Learned:
@@ -209,6 +238,8 @@ class _Training:
         )
         solver, start = self.solver(weights), weights.stacked(self.control)
 
+        inner = bl.ByStep(self.train.draw)
+
         def after(progress: bl.outer.Progress) -> bool:
             self.advanced(k * progress.step)
             return self.share() >= settings.learn_share
@@ -218,8 +249,9 @@ class _Training:
             weights.initial(device=self.settings.device),
             lambda leaves: AgreeingDescent(leaves, settings.outer_rate, settings.outer_clip),
             steps=10**9,
-            batches=self.pairs(),
+            batches=(bl.ByStep(lambda _: inner), bl.ByStep(self.validation.draw)),
             callback=after,
+            **solving(self.kept, "weights", also=self),
         )
         assert solution.hypergradient is not None  # a budget allows one update at least
         warm = self.stepped(solver, start, solution.control, solution.hypergradient.warm)
@@ -246,21 +278,46 @@ class _Training:
             ]
         )
         values: list[float] = []
-        ended = False
-        while not ended:
-            update = len(values) + 1
-            batches = self.train.draw(update), self.validation.draw(update)
-            adam.zero_grad()
-            try:
-                value = objective(theta, alpha, *batches)
-            except bl.errors.DivergenceError as error:
-                raise bl.errors.DivergenceError(f"iteration {update}: {error}") from error
-            value.backward()
-            values.append(_finite(value.detach(), update))
-            adam.step()
-            ended = self.advanced(update)
-            adam.param_groups[1]["lr"] = self.rates[-1]
+
+        def state() -> dict[str, Any]:
+            moved = {"alpha": alpha, "theta": named(theta), "adam": adam.state_dict()}
+            return {**moved, "values": values}
+
+        with self.opened("network") as kept:
+            if kept.state is not None:
+                _go_on([alpha, *leaves], adam, kept.state)
+                values = [*kept.state["values"]]
+            while not values or self.share() < 1:
+                update = len(values) + 1
+                batches = self.train.draw(update), self.validation.draw(update)
+                values.append(_descended(adam, lambda: objective(theta, alpha, *batches), update))  # noqa: B023
+                self.advanced(update)
+                adam.param_groups[1]["lr"] = self.rates[-1]
+                kept.after(update, state)
+            kept.end(len(values), state)
         return self.learned({"all": theta}, weights, alpha.detach(), values, len(values))
+
+
+def _go_on(leaves: list[Tensor], adam: torch.optim.Adam, state: Mapping[str, Any]) -> None:
+    """Set task weights, those of the network, and moments to what was kept."""
+    with torch.no_grad():
+        values = [state["alpha"], *state["theta"].values()]
+        for leaf, value in zip(leaves, values, strict=True):
+            leaf.copy_(value)
+    adam.load_state_dict(state["adam"])
+
+
+def _descended(adam: torch.optim.Adam, objective: Callable[[], Tensor], update: int) -> float:
+    """The penalised objective before a step of Adam on it."""
+    adam.zero_grad()
+    try:
+        value = objective()
+    except bl.errors.DivergenceError as error:
+        raise bl.errors.DivergenceError(f"iteration {update}: {error}") from error
+    value.backward()
+    finite = _finite(value.detach(), update)
+    adam.step()
+    return finite
 
 
 def _finite(value: Tensor, update: int) -> float:

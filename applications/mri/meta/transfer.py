@@ -10,6 +10,7 @@ from typing import Any
 
 import bilevel as bl
 from applications.errors import InputError
+from applications.keeping import Kept, finished
 from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import Scores
 from applications.mri.meta.experiment import adapted, score_on
@@ -19,9 +20,11 @@ from applications.mri.meta.settings import Ablation
 from applications.mri.meta.transfer_results import Transfer, TransferSettings
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, load_weights
-from applications.mri.tasks.tasks import Task, Tasks, check_names
+from applications.mri.tasks.tasks import Task, Tasks, check_names, file_name
 from applications.mri.training.draws import Minibatches
 from applications.records import Report
+
+RECORDS = (Scores,)  # of finished parts
 
 
 def measure_transfer(
@@ -32,6 +35,7 @@ def measure_transfer(
     settings: TransferSettings,
     report: Report,
     learned: dict[str, dict[str, float]] | None = None,
+    kept: Kept | None = None,
 ) -> Transfer:
     """Trains a model on each training task alone, and scores all models on all tasks.
 
@@ -43,6 +47,7 @@ def measure_transfer(
         settings: what is measured.
         report: told of progress.
         learned: correlation to compare with.
+        kept: where trainings and scores are kept; what was interrupted there goes on.
 
     Returns:
         Scores and curves.
@@ -57,17 +62,13 @@ def measure_transfer(
     check_names([*(task.name for task in trained), *models])
     if not scored:
         raise InputError("at least one task with the role test was needed, got none; add it.")
-    every = _trained_alone(tasks, begun, settings, report) | dict(models)
+    every = _trained_alone(tasks, begun, settings, report, kept) | dict(models)
     scores: Table = {}
     curves: dict[str, dict[str, dict[int, Scores]]] = {}
     for i, (name, model) in enumerate(every.items()):
         report("scoring and adapting", i / len(every))
-        scores[name] = {task.name: _scored(task, begun, model, settings) for task in scored}
-        curves[name] = {
-            task.name: _curve(task, begun, model, settings)
-            for task in scored
-            if "train" in task.parts
-        }
+        make = partial(_measured, scored, begun, model, settings)
+        scores[name], curves[name] = finished(kept, f"scores-{file_name(name)}", make)
     report("scoring and adapting", 1.0)
     names = tuple(task.name for task in trained)
     seen = tuple(task.name for task in tasks.of("test"))
@@ -75,8 +76,17 @@ def measure_transfer(
     return Transfer(settings, names, seen, others, scores, curves, learned)
 
 
+def _measured(
+    tasks: Sequence[Task], begun: Trained, model: bl.PerStep, settings: TransferSettings
+) -> tuple[dict[str, Scores], dict[str, dict[int, Scores]]]:
+    """Scores of a model on tasks, and its curves on those that it can adapt to."""
+    scores = {task.name: _scored(task, begun, model, settings) for task in tasks}
+    adaptable = [task for task in tasks if "train" in task.parts]
+    return scores, {task.name: _curve(task, begun, model, settings) for task in adaptable}
+
+
 def _trained_alone(
-    tasks: Tasks, begun: Trained, settings: TransferSettings, report: Report
+    tasks: Tasks, begun: Trained, settings: TransferSettings, report: Report, kept: Kept | None
 ) -> dict[str, bl.PerStep]:
     """A model of each training task, by its name."""
     every: dict[str, bl.PerStep] = {}
@@ -84,9 +94,9 @@ def _trained_alone(
     for task in tasks.of("train"):
         alone = Tasks((replace(task, parts={**task.parts, "validation": validation}),))
         share = partial(report, f"training on {task.name}")
-        found = learn(
-            Ablation.UNIFORM, begun.network, begun.control, alone, settings.training, share
-        )
+        part = None if kept is None else kept.part(f"alone-{file_name(task.name)}")
+        given = begun.network, begun.control, alone, settings.training, share
+        found = learn(Ablation.UNIFORM, *given, part)
         every[task.name] = found.models["all"]
     return every
 

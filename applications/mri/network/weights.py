@@ -222,7 +222,9 @@ def restored(tensors: Mapping[str, Tensor], like: bl.PerStep) -> bl.PerStep:
         The weights.
     """
     values = {
-        n: torch.view_as_complex(tensors[n]) if v.is_complex() else tensors[n]
+        n: torch.view_as_complex(tensors[n])
+        if v.is_complex() and not tensors[n].is_complex()
+        else tensors[n]
         for n, v in named(like).items()
     }
     steps = [{n: values[f"step{t}.{n}"] for n in step} for t, step in enumerate(like.steps, 1)]

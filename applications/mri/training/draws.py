@@ -6,10 +6,11 @@ the training ask for a step again, a minibatch is a function of its step.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,30 +108,14 @@ class Pool:
 Draw = Callable[[Source, int, torch.Generator], Example]
 
 
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where a stream of examples stands.
-
-    Attributes:
-        generator: state of its generator.
-        remaining: slices that are left of the round.
-    """
-
-    generator: Tensor
-    remaining: tuple[int, ...]
-
-
 class Rounds(Iterator[Example]):
     """Examples without end; every round takes each slice once, in a new random order."""
 
-    def __init__(self, pool: Pool, draw: Draw, seed: int, place: Place | None = None) -> None:
-        """Begin at a seed, or go on from a place."""
+    def __init__(self, pool: Pool, draw: Draw, seed: int) -> None:
+        """Begin at a seed."""
         self._pool, self._draw = pool, draw
         self._generator = torch.Generator().manual_seed(seed)
         self._remaining: list[int] = []
-        if place is not None:
-            self._generator.set_state(place.generator)
-            self._remaining = list(place.remaining)
 
     def __next__(self) -> Example:
         if not self._remaining:
@@ -138,10 +123,18 @@ class Rounds(Iterator[Example]):
             self._remaining = order.tolist()
         return self._draw(*self._pool[self._remaining.pop(0)], self._generator)
 
-    @property
-    def place(self) -> Place:
+    def state_dict(self) -> dict[str, Any]:
         """Where the next example will be drawn from."""
-        return Place(self._generator.get_state(), tuple(self._remaining))
+        return {"generator": self._generator.get_state(), "remaining": self._remaining}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Draw from there.
+
+        Args:
+            state: what `state_dict` gave.
+        """
+        self._generator.set_state(state["generator"])
+        self._remaining = [*state["remaining"]]
 
 
 Batch = tuple[tuple[PreparedExample, ...], ...]  # by source; of a source one example a matrix size

@@ -1,20 +1,15 @@
-"""Progress and records: what a run reports, and what it leaves behind while it goes on."""
+"""Progress and records: what a run reports, and the weights that it leaves while it goes on."""
 
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import bilevel as bl
 from applications.errors import InputError
 from applications.files import make_folder
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, save_weights
-from applications.mri.training.resuming import StateFile
 from applications.mri.training.training import AfterStep, TrainingState
 from applications.records import Report
 
@@ -24,58 +19,38 @@ _SAVE_EVERY = 30.0  # seconds
 class Keeper:
     """Reports the training, and saves its weights now and then, each time completely.
 
-    `with keeper:` around the training makes Ctrl-C end it after the update at work, with that
-    update saved; a second Ctrl-C ends it at once.
+    `with keeper:` around the training makes Ctrl-C and SIGTERM end it after the update at work,
+    with the weights of that update saved; a second one ends it at once.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        network: Network,
-        record: dict,
-        report: Report,
-        state: StateFile | None = None,
-    ) -> None:
-        """Save to `path` what is told, and with it to `state` what a resumption needs."""
+    def __init__(self, path: Path, network: Network, record: dict, report: Report) -> None:
+        """Save to `path` what is told."""
         self._path, self._network, self._record, self._report = path, network, record, report
-        self._state = state
         self._saved = time.monotonic()
-        self._interrupted = False
-        self._handler: Any = None
+        self._last: TrainingState | None = None
+        self._interrupts = bl.outer.Interrupts()
 
     def __enter__(self) -> "Keeper":
         """Wait with an interrupt for the end of an update."""
-        # Python drops a KeyboardInterrupt raised while a graph is freed: its weak references call
-        # back, and what a callback raises is only printed. One in eight was lost.
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        self._interrupts.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Restore how interrupts were handled."""
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
-            signal.default_int_handler(number, frame)
-        self._interrupted = True
+    def __exit__(self, kind: object, error: object, *_: object) -> None:
+        """Save the best weights, or those after the last whole update, if it was interrupted."""
+        self._interrupts.__exit__(kind)
+        reached, last = getattr(error, "progress", None), self._last
+        if isinstance(error, KeyboardInterrupt | SystemExit) and last and reached is not None:
+            present = last.kept is last.control
+            self.save(reached.control if present else last.kept)
 
     def __call__(self, state: TrainingState) -> None:
         """Told of an update."""
-        if self._interrupted or time.monotonic() - self._saved > _SAVE_EVERY:
-            if self._state is not None:
-                self._state.save(state.snapshot())
+        self._last = state
+        waits = self._interrupts.came is not None  # of a kept training they come to its keep
+        if waits or time.monotonic() - self._saved > _SAVE_EVERY:
             self.save(state.kept)
-        if self._interrupted:
-            raise KeyboardInterrupt
+        self._interrupts.deliver()
         self._report("training", state.share)
-
-    def finish(self, control: bl.PerStep) -> None:
-        """Write the weights that the training ended with; there is nothing left to resume."""
-        self.save(control)
-        if self._state is not None:
-            self._state.remove()
 
     def save(self, control: bl.PerStep) -> None:
         """Write the weights."""

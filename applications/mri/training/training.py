@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,10 @@ import bilevel as bl
 from applications.errors import InputError
 from applications.mri.data import SliceDataset
 from applications.mri.network.reconstruction import Network
-from applications.mri.network.weights import on_device
+from applications.mri.network.weights import named, on_device, restored
 from applications.mri.training.draws import Pool, Rounds, Source
 from applications.mri.training.examples import Example, moved
 from applications.mri.training.precision import in_precision
-from applications.mri.training.resuming import Snapshot
 from applications.mri.training.self_supervised import draw_split
 from applications.mri.training.settings import TrainingSettings
 from applications.mri.training.validation import Look, Looks, mean_cost
@@ -37,7 +36,6 @@ class TrainingState:
         control: the present weights; they share memory with the training.
         kept: what the training would return: the best weights if there is validation, else the
             present ones.
-        snapshot: makes a copy of all that an exact resumption needs; valid until the next update.
     """
 
     step: int
@@ -47,7 +45,6 @@ class TrainingState:
     look: Look | None
     control: bl.PerStep
     kept: bl.PerStep
-    snapshot: Callable[[], Snapshot]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,29 +71,32 @@ AfterStep = Callable[[TrainingState], None]
 
 def train(
     network: Network,
-    begin: bl.PerStep | Snapshot,
+    begin: bl.PerStep,
     slices: SliceDataset | Sequence[Source],
     settings: TrainingSettings,
     after_step: AfterStep | None = None,
     validation: SliceDataset | Sequence[Source] | None = None,
+    keep: bl.Keep | None = None,
 ) -> TrainingResult:
     """Algorithm 2 over slices drawn at random.
 
     Args:
         network: to train; scans of other coil counts get its own, see `coil_counts`.
-        begin: weights to begin with, or a snapshot to go on from; with the settings and slices it
-            was taken under, the training goes on as if it had not been interrupted.
+        begin: weights to begin with.
         slices: fully sampled; undersampled for self-supervision. Sources come with samplings of
             their own in place of those of the settings.
         settings: how.
         after_step: told of every update; it may save the weights.
         validation: slices to choose the weights by, and to stop by; the masks are the
             same at each look.
+        keep: where the training is kept; if it holds one that was interrupted, under the same
+            conditions, that goes on as if it had not been.
 
     Returns:
         The best or last weights and the history.
 
     Raises:
+        ArgumentError: if it was kept under other conditions; they are listed.
         InputError: if a scan does not fit the training, or patience has no slices to look at.
         DivergenceError: if the loss or its gradient is not finite.
     """
@@ -109,7 +109,7 @@ def train(
             f"patience of {settings.validation.patience} looks needs validation slices, got none; "
             "name a folder of them, or set patience to None."
         )
-    training = _Training(network, begin, pool, looked_at, settings, after_step)
+    training = _Training(network, begin, pool, looked_at, settings, after_step, keep)
     if looked_at:  # what does not fit shall not show hours later, at the first look
         training.draw(*looked_at[0], torch.Generator(), looking=True)
     return training.run()
@@ -121,40 +121,56 @@ class _Training:
     def __init__(
         self,
         network: Network,
-        begin: bl.PerStep | Snapshot,
+        begin: bl.PerStep,
         slices: Pool,
         validation: Pool,
         settings: TrainingSettings,
         after_step: AfterStep | None,
+        keep: bl.Keep | None,
     ) -> None:
         self.network, self.settings = network, settings
         self.after_step, self.validation = after_step, validation
-        place = None
-        if isinstance(begin, Snapshot):
-            place, self.moments = begin.place, begin.moments
-            self.costs, self.looks, spent = list(begin.costs), begin.looks, begin.seconds
-            begin = begin.control
-        else:
-            self.moments, self.costs, self.looks, spent = None, [], Looks(), 0.0
+        self.keep = keep and replace(keep, also=self)
         self.control = on_device(begin, settings.device)
-        self.started = time.monotonic() - spent
-        self.examples = Rounds(slices, self.draw, settings.seed, place)
-        self.rate = settings.rate(len(self.costs), self.share())
+        self.costs: list[float] = []
+        self.looks = Looks()
+        self.started = time.monotonic()
+        self.examples = Rounds(slices, self.draw, settings.seed)
+        self.rate = settings.rate(0, 0.0)
 
     def run(self) -> TrainingResult:
-        settings, control = self.settings, self.control
-        if self.share() < 1.0 and not self.exhausted:
-            solver = bl.ControlSolver(self.build, self.optimizer, settings.checkpointing)
-            control = solver.solve(
-                control,
-                steps=settings.steps - len(self.costs) if settings.steps else 10**9,
-                batches=self.examples,
-                accumulate=settings.accumulate,
-                callback=self.advance,
-            ).control
+        settings = self.settings
+        solver = bl.ControlSolver(self.build, self.optimizer, settings.checkpointing)
+        control = solver.solve(
+            self.control,
+            steps=settings.steps or 10**9,
+            batches=self.examples,
+            accumulate=settings.accumulate,
+            callback=self.advance,
+            keep=self.keep,
+            resume=self.keep is not None,
+        ).control
         kept = on_device(self.looks.best or control, "cpu")
         seconds = time.monotonic() - self.started
         return TrainingResult(kept, self.costs, seconds, self.looks.all, self.exhausted)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the training knows beside its weights and their moments."""
+        best = self.looks.best
+        return {
+            "costs": self.costs,
+            "looks": [(look.step, look.cost) for look in self.looks.all],
+            "best": None if best is None else named(best),
+            "seconds": time.monotonic() - self.started,
+            "rate": self.rate,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        best = None if state["best"] is None else restored(state["best"], self.control)
+        self.costs, self.rate = [*state["costs"]], state["rate"]
+        self.looks = Looks(tuple(Look(*one) for one in state["looks"]), best)
+        self.started = time.monotonic() - state["seconds"]
 
     @property
     def exhausted(self) -> bool:
@@ -187,12 +203,7 @@ class _Training:
         return in_precision(problem, precision, device), start
 
     def optimizer(self, leaves: list[Tensor]) -> torch.optim.Optimizer:
-        adam = torch.optim.Adam(leaves, self.rate, betas=(0.9, 0.99))
-        if self.moments is not None:
-            # Adam would go on in the very tensors that it is given.
-            state = {k: {n: v.clone() for n, v in m.items()} for k, m in self.moments.items()}
-            adam.load_state_dict({**adam.state_dict(), "state": state})
-        return adam
+        return torch.optim.Adam(leaves, self.rate, betas=(0.9, 0.99))
 
     def advance(self, progress: bl.outer.Progress) -> bool:
         settings, control, used = self.settings, progress.control, self.rate
@@ -203,10 +214,8 @@ class _Training:
             group["lr"] = self.rate
         look = self.look(done, spent, control)
         if self.after_step is not None:
-            kept, snapshot = self.looks.best or control, partial(self.snapshot, progress)
-            self.after_step(
-                TrainingState(done, spent, progress.cost, used, look, control, kept, snapshot)
-            )
+            kept = self.looks.best or control
+            self.after_step(TrainingState(done, spent, progress.cost, used, look, control, kept))
         return spent >= 1.0 or self.exhausted
 
     def look(self, done: int, spent: float, control: bl.PerStep) -> Look | None:
@@ -218,14 +227,3 @@ class _Training:
         look = Look(done, mean_cost(self.build, drawn, control))
         self.looks = self.looks.after(look, on_device(control, settings.device, copy=True))
         return look
-
-    def snapshot(self, progress: bl.outer.Progress) -> Snapshot:
-        moments = progress.optimizer.state_dict()["state"]
-        return Snapshot(
-            on_device(progress.control, "cpu", copy=True),
-            {k: {n: v.detach().cpu().clone() for n, v in m.items()} for k, m in moments.items()},
-            self.examples.place,
-            time.monotonic() - self.started,
-            tuple(self.costs),
-            self.looks,
-        )

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from applications.errors import InputError
 from applications.mri.bundled.paths import bundled_scan_path
+from applications.mri.commands.train import state_folder
 from applications.mri.data import Volume, VolumeFile, write_volume
 from applications.mri.data.images import image_writer
 from applications.mri.evaluation.figures import draw_image
@@ -27,7 +28,6 @@ from applications.mri.network.architecture import narrow
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.weights import Trained, load_weights, save_weights
 from applications.mri.simulation.simulate import simulate
-from applications.mri.training.resuming import state_path
 from applications.outputs import PICTURE, Kind, Output, claimed
 
 SIZE, COILS = 24, 2
@@ -143,8 +143,15 @@ def test_other_outputs_replace_nothing_of_another_kind_either(home, tmp_path):
     save_file({"x": torch.ones(1)}, other)
     assert "not a file of weights" in refused(*train(home, other))
     other.unlink()
-    state_path(other).write_text("notes")
-    assert "not the state of a training" in refused(*train(home, other))
+    state_folder(other).write_text("notes")
+    assert "the folder cannot be made or written" in refused(*train(home, other))
+    state_folder(other).unlink()
+    state_folder(other).mkdir()
+    notes = state_folder(other) / "training" / "notes"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    assert "no folder of checkpoints: it holds 'notes'" in refused(*train(home, other))
+    assert notes.read_text() == "mine"
 
 
 def test_earlier_outputs_of_the_same_kind_and_empty_files_are_replaced(home, tmp_path):

@@ -46,7 +46,7 @@ def asked(monkeypatch, data, tmp_path):
     def settings_of(*options):
         seen = []
 
-        def probe(network, begin, slices, settings, after_step, validation):
+        def probe(network, begin, slices, settings, after_step, validation, keep):
             seen.append((settings, validation))
             return TrainingResult(begin, [1.0], 0.0)
 
@@ -87,20 +87,25 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_files(
     text = succeed(*options, "--out", tmp_path / "whole")
     assert "5 updates" in text
 
-    def failing(network, begin, slices, settings, after_step, validation):
+    def failing(network, begin, slices, settings, after_step, *rest):
         def stop(state):
-            if state.step == 3:
-                signal.raise_signal(signal.SIGINT)
+            if state.step == number:
+                signal.raise_signal(signals.pop())
             after_step(state)
 
-        return train(network, begin, slices, settings, stop, validation)
+        return train(network, begin, slices, settings, stop, *rest)
 
+    signals, out = [signal.SIGTERM, signal.SIGINT], tmp_path / "w"
     with monkeypatch.context() as patch:
         patch.setattr("applications.mri.commands.train.train", failing)
-        assert call(*options, "--out", tmp_path / "w").exit_code == 130
+        number = 3
+        assert call(*options, "--out", out).exit_code == 130
+        assert "state there; go on with it by --resume, or" in refused(*options, "--out", out)
+        number = 4
+        assert call(*options, "--out", out, "--resume").exit_code == 143
     assert sorted(p.name for p in tmp_path.iterdir()) == ["w", "w.state", "whole"]
     found = refused(*options, "--out", tmp_path / "w", "--resume", "--accumulate", 2)
-    assert "same conditions only: accumulate was 1, is 2. Restore them" in found
+    assert "same settings only: accumulate was 1, is 2" in found
     text = succeed(*options, "--out", tmp_path / "w", "--resume")
     assert "5 updates" in text
     assert "Least validation loss" in text
@@ -143,7 +148,6 @@ def test_tensorboard_gets_its_files(data, small, tmp_path):
         (["--precision", "bfloat16"], "precision 'bfloat16' needs a GPU, device is 'cpu'"),
         (["--self-supervised", "--mask", "poisson"], "takes the mask of each scan, got options of"),
         (["--self-supervised", "--center", 0.1], "leave --mask and its settings out, except"),
-        (["--resume"], "the state of an interrupted training was needed, there is none"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(data, tmp_path, options, message):
@@ -155,9 +159,9 @@ def test_options_that_do_not_fit_are_one_line(data, tmp_path, options, message):
 def test_tasks_bring_scans_masks_and_validation(data, small, tmp_path, monkeypatch):
     seen = []
 
-    def probe(network, begin, slices, settings, after_step, validation):
+    def probe(network, begin, slices, settings, after_step, validation, keep):
         seen.append((slices, validation))
-        return train(network, begin, slices, settings, after_step, validation)
+        return train(network, begin, slices, settings, after_step, validation, keep)
 
     monkeypatch.setattr("applications.mri.commands.train.train", probe)
     for role in ("train", "validation"):

@@ -1,0 +1,242 @@
+"""A folder of checkpoints: whole files, each with its checksum in its name, and one writer."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bilevel.errors import ArgumentError, StorageError, UnsupportedError
+
+FORMAT = 1  # of the files; a higher one is of a newer version
+_NAME = re.compile(r"update-(\d{9})-([0-9a-f]{32})\.safetensors")
+_KEY = "bilevel checkpoint"
+_TEMPORARY = ".writing-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file in the folder, whatever may be in it.
+
+    Attributes:
+        path: of the file.
+        update: after which it was written.
+        digest: of its content, as its name says.
+    """
+
+    path: Path
+    update: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where checkpoints are.
+
+    Attributes:
+        path: of the folder, which holds nothing else.
+        last: how many are left there.
+    """
+
+    path: Path
+    last: int
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Makes the folder, and holds it against other runs; cleans up what a killed one left.
+
+        Yields:
+            While it is held.
+
+        Raises:
+            StorageError: if it cannot be made, written or locked, or another run holds it.
+            ArgumentError: if it holds something that is no checkpoint, and no checkpoint.
+        """
+        _needed()
+        from filelock import FileLock, Timeout
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            raise StorageError(
+                f"{self.path}: another run keeps its checkpoints there; wait for its end, or "
+                "choose another folder."
+            ) from None
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: the folder cannot be made or written ({error.strerror or error}); "
+                "choose another."
+            ) from error
+        try:
+            for stale in self.path.glob(f"{_TEMPORARY}*"):
+                stale.unlink(missing_ok=True)
+            self._check()
+            yield
+        finally:
+            lock.release()
+
+    def _check(self) -> None:
+        others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
+        if others and not self.checkpoints():
+            raise ArgumentError(
+                f"{self.path} is no folder of checkpoints: it holds {sorted(others)[0]!r} and no "
+                "checkpoint; give a folder that is new or empty, or that an earlier run kept."
+            )
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Those there are, by their names alone, the newest first."""
+        named = ((p, _NAME.fullmatch(p.name)) for p in self.path.iterdir())
+        found = [Checkpoint(p, int(m[1]), m[2]) for p, m in named if m is not None]
+        return sorted(found, key=lambda one: (one.update, one.path.name), reverse=True)
+
+    def write(self, update: int, content: Mapping[str, Any], tensors: dict[str, Tensor]) -> Path:
+        """Writes a checkpoint that either is complete or does not appear, and drops old ones.
+
+        Args:
+            update: after which.
+            content: plain values.
+            tensors: on the CPU.
+
+        Returns:
+            The file.
+
+        Raises:
+            StorageError: if it cannot be written; those before it stay.
+        """
+        from safetensors.torch import save
+
+        text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+        data = save(tensors, {_KEY: text, "format": str(FORMAT)})
+        digest = hashlib.sha256(data).hexdigest()[:32]
+        path = self.path / f"update-{update:09d}-{digest}.safetensors"
+        temporary = None
+        try:
+            handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self.path)
+            temporary = Path(name)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync(self.path)
+        except OSError as error:
+            raise StorageError(
+                f"{path}: the checkpoint cannot be written ({error.strerror or error}). Those "
+                "before it are whole; free space, or choose another folder."
+            ) from error
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+        for old in self.checkpoints():
+            if old.update == update and old.path != path:
+                old.path.unlink(missing_ok=True)
+        for old in self.checkpoints()[self.last :]:
+            old.path.unlink(missing_ok=True)
+        return path
+
+    def read(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `write` was given.
+
+        Args:
+            checkpoint: one of the folder.
+
+        Returns:
+            Plain values, and tensors.
+
+        Raises:
+            StorageError: if the file is not the one that was written, or is of a newer version; the
+                message offers the one before.
+        """
+        from safetensors.torch import load
+
+        path = checkpoint.path
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StorageError(
+                f"{path}: the checkpoint cannot be read ({error.strerror or error}). "
+                f"{self._before(checkpoint)}"
+            ) from error
+        metadata = _metadata(data)
+        version = int(metadata.get("format", "0"))
+        if version > FORMAT:
+            raise StorageError(
+                f"{path}: the checkpoint is of a newer version, format {version}, and this one "
+                f"reads up to {FORMAT}: update bilevel, or start anew in another folder."
+            )
+        if not _is(data, checkpoint) or _KEY not in metadata:
+            raise StorageError(
+                f"{path}: the checkpoint is truncated or altered, its content has not the checksum "
+                f"in its name. {self._before(checkpoint)}"
+            )
+        return json.loads(metadata[_KEY]), load(data)
+
+    def _before(self, checkpoint: Checkpoint) -> str:
+        """What to go on from instead."""
+        for one in self.checkpoints():
+            if one.update < checkpoint.update and _whole(one):
+                return (
+                    f"The one before is whole, {one.path.name}: pass resume={one.update} to go on "
+                    "from there."
+                )
+        return "There is no whole one before it: start anew in another folder."
+
+    def drop_after(self, update: int) -> None:
+        """Removes checkpoints of later updates: the run goes on from this one."""
+        for one in self.checkpoints():
+            if one.update > update:
+                one.path.unlink(missing_ok=True)
+
+
+def _whole(checkpoint: Checkpoint) -> bool:
+    try:
+        return _is(checkpoint.path.read_bytes(), checkpoint)
+    except OSError:
+        return False
+
+
+def _is(data: bytes, checkpoint: Checkpoint) -> bool:
+    """Whether this is what was written."""
+    return hashlib.sha256(data).hexdigest()[:32] == checkpoint.digest
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """That of safetensors; empty where the bytes are none."""
+    size = int.from_bytes(data[:8], "little")
+    try:
+        found = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        int(found.get("format", "0"))
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return {}
+    return found
+
+
+def _sync(folder: Path) -> None:
+    """Make a renaming last through a power cut, where folders can be synchronised."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _needed() -> None:
+    try:
+        import filelock as filelock
+        import safetensors as safetensors
+    except ImportError as error:
+        raise UnsupportedError(
+            f"keep needs safetensors and filelock, and cannot import them ({error}): "
+            'pip install "bilevel[keep]".'
+        ) from error
