@@ -60,7 +60,8 @@ def compared(
 
 
 def _reason(comparison: Comparison, estimate: float, bad: dict[str, float], trust: float) -> str:
-    if not comparison.residual <= SOLVED:
+    # What is left of the differences is in the estimate, as far as it falls from here.
+    if not comparison.residual <= max(SOLVED, trust):
         return (
             f"the inner problems with penalty have relative residual {comparison.residual:.1e}; "
             "make more inner steps"

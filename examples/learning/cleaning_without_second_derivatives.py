@@ -119,7 +119,7 @@ print("certificate:", chosen.certificate)
 # %%
 # Learning the weights
 # --------------------
-solver = bl.BilevelSolver(problem, rule, 120, bl.Penalty(256.0))
+solver = bl.BilevelSolver(problem, rule, 150, bl.Penalty(256.0))
 found = solver.solve(params, weights, lambda leaves: torch.optim.Adam(leaves, 0.5), steps=15)
 learned = found.control.sigmoid()
 print(
