@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # ground that they stand on, and their roof.
 ROOMS = {
     "bilevel": ["errors", "tree", "records", "checks", "settings", "drawing"],
-    "bilevel.autodiff": ["graphs", "gradients", "linearisation", "reversible"],
+    "bilevel.autodiff": ["graphs", "gradients", "linearisation", "nested", "reversible"],
     "bilevel.dynamics": [
         "dynamics",
         "closures",
@@ -27,6 +27,7 @@ ROOMS = {
     ],
     "bilevel.linear": [
         *("operator", "flat", "system", "cg", "normal_cg", "gmres", "neumann", "direct"),
+        "singular",
     ],
     "bilevel.sweeps": [
         *("storage", "host", "disk", "schedule", "checkpointing", "randomness"),
@@ -38,15 +39,16 @@ ROOMS = {
     ],
     "bilevel.control": ["lagrangian", "adjoint", "tangent", "rollout", "newton_cg", "solver"],
     "bilevel.prox": ["operators"],
-    "bilevel.optim": ["rules", "descent", "adaptive"],
-    "bilevel.inner": ["problem", "iteration", "batches"],
-    "bilevel.methods": ["base", "unrolled", "mlm", "implicit", "one_step"],
+    "bilevel.optim": ["rules", "descent", "adaptive", "roots", "given"],
+    "bilevel.inner": ["problem", "residuals", "iteration", "batches"],
+    "bilevel.methods": ["base", "pairing", "unrolled", "mlm", "implicit", "one_step"],
     "bilevel.certificates": [
         *("certificate", "against_steps", "curvature", "matrix", "correction", "judgement"),
         "against_minimiser",
     ],
+    "bilevel.implicit_function": ["question", "systems", "equations", "function"],
     "bilevel.tasks": ["normalisers", "weights", "problem", "adaptation"],
-    "bilevel, above its rooms": ["solution", "kept_solution", "solver", "testing"],
+    "bilevel, above its rooms": ["solution", "kept_solution", "hessian", "solver", "testing"],
     "applications": [
         "errors",
         "files",
@@ -341,6 +343,14 @@ def differentiating(path: Path) -> set[str]:
 ALLOWED = {
     "bilevel.dynamics.modules": {"torch.func.functional_call"},
     "bilevel.tasks.problem": {"torch.func.vmap"},
+    "bilevel.implicit_function.question": {"torch.vmap"},
+    "bilevel.implicit_function.function": {
+        *("torch.autograd.Function", "torch.autograd.forward_ad"),
+        *(
+            "torch.autograd.forward_ad._set_fwd_grad_enabled",
+            "torch.autograd.forward_ad.unpack_dual",
+        ),
+    },
 }
 
 
