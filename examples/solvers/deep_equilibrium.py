@@ -18,7 +18,7 @@ from torch import Tensor
 
 import bilevel as bl
 
-N_EACH, WIDTH, UPDATES = 80, 16, 150
+N_EACH, WIDTH, UPDATES = 60, 16, 100
 generator = torch.Generator().manual_seed(0)
 
 
@@ -120,8 +120,10 @@ panels[0].set(xlabel="evaluations of the layer", ylabel="residual")
 panels[0].legend()
 axis = torch.linspace(-3.2, 3.2, 80)
 grid = torch.cartesian_prod(axis, axis)
-panels[1].contourf(axis, axis, scores(grid).reshape(80, 80).T.sigmoid(), levels=11, cmap="coolwarm")
-panels[1].scatter(*train[0].T, c=train[1], cmap="coolwarm", edgecolors="black", s=14)
+height = scores(grid).sigmoid().reshape(80, 80).T.numpy()
+panels[1].contourf(axis.numpy(), axis.numpy(), height, levels=11, cmap="coolwarm")
+colours = train[1].numpy()
+panels[1].scatter(*train[0].T.numpy(), c=colours, cmap="coolwarm", edgecolors="black", s=14)
 panels[1].set(xlabel="first coordinate", ylabel="second coordinate", aspect="equal")
 # sphinx_gallery_alt = "Residuals of two iterations, and the two spirals with the learned boundary"
 plt.show()

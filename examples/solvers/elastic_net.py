@@ -26,7 +26,7 @@ from torch import Tensor
 import bilevel as bl
 
 N_SAMPLES, N_FEATURES, N_TRUE = 60, 100, 8
-UPDATES = 25
+UPDATES = 20
 generator = torch.Generator().manual_seed(0)
 truth = torch.zeros(N_FEATURES, dtype=torch.float64)
 truth[:N_TRUE] = torch.tensor([2.0, -2.0, 1.5, -1.5, 1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
