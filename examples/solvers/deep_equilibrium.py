@@ -18,7 +18,8 @@ from torch import Tensor
 
 import bilevel as bl
 
-N_EACH, WIDTH, UPDATES = 60, 16, 100
+N_EACH, WIDTH = 60, 16
+UPDATES = 100
 generator = torch.Generator().manual_seed(0)
 
 
