@@ -340,3 +340,11 @@ def test_an_outer_objective_at_its_minimum_has_hypergradient_zero():
     )
     solver = bl.BilevelSolver(problem, bl.optim.SGD(1.0), 20, bl.Penalty(), certificate=None)
     assert solver.hypergradient(torch.tensor(0.0), torch.tensor(1.0)).gradient == 0
+
+
+def test_a_problem_by_its_residual_has_no_objective_to_add_to():
+    problem = bl.BilevelProblem(
+        residual=lambda w, a, batch: w**3 + w - a, outer=lambda w, a, batch: w**2
+    )
+    with pytest.raises(errors.ArgumentError, match="Penalty needs an inner objective"):
+        bl.BilevelSolver(problem, bl.optim.FixedPoint(), 10, bl.Penalty())
