@@ -52,13 +52,14 @@ sphinx_gallery_conf = {
         *("../examples/learning", "../examples/control", "../examples/trust", "*"),
         "../examples/mri",
     ],
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": "gallery_style.Order",
     "image_scrapers": ("gallery_style.described",),
     "image_srcset": ["2x"],
     "reset_modules": ("gallery_style.fresh",),
     "remove_config_comments": True,
     "show_signature": False,
     "download_all_examples": False,
+    "write_computation_times": False,
     "capture_repr": (),  # what a script prints is shown, and nothing else
     "doc_module": ("bilevel", "applications"),
 }
