@@ -61,6 +61,8 @@ ROOMS = {
     ],
     "applications": [
         "errors",
+        "inputs",
+        "trials",
         "files",
         "outputs",
         "keeping",
@@ -113,6 +115,7 @@ ROOMS = {
         "scan",
         "certificate",
         "reconstruction",
+        "tensor_files",
         "weights",
         "held_out",
         "checked",
