@@ -59,6 +59,8 @@ ROOMS = {
     ],
     "applications": [
         "errors",
+        "inputs",
+        "trials",
         "files",
         "outputs",
         "keeping",
@@ -111,6 +113,7 @@ ROOMS = {
         "scan",
         "certificate",
         "reconstruction",
+        "tensor_files",
         "weights",
         "held_out",
         "checked",

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from applications.errors import InputError
-from applications.files import whole_file
 from applications.mri.formats.fastmri_header import minimal_header
+from applications.mri.formats.hdf5 import whole_hdf5
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def write_volume(path: Path | str, volume: Volume) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist; create it first.")
-    with whole_file(path) as temporary, h5py.File(temporary, "w") as file:
+    with whole_hdf5(path) as file:
         file["kspace"] = volume.kspace.detach().cpu().to(torch.complex64).numpy()
         header = volume.header
         if header is None:
