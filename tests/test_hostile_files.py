@@ -20,8 +20,9 @@ from applications import inputs
 from applications.errors import InputError
 from applications.inputs import checked_size, content, following_links, reading, unpacked
 from applications.mri.data import VolumeFile, open_scan
+from applications.mri.data.writing import hdf5_file
 from applications.mri.formats import hdf5
-from applications.mri.formats.hdf5 import opened, whole_hdf5
+from applications.mri.formats.hdf5 import opened
 from applications.mri.network.tensor_files import read_metadata, read_tensors, write_tensors
 from applications.mri.network.weights import load_weights
 from applications.mri.simulation.phantoms import SimulationSettings
@@ -281,12 +282,12 @@ import resource, signal, sys
 from pathlib import Path
 import numpy as np
 from applications.errors import InputError
-from applications.mri.formats.hdf5 import whole_hdf5
+from applications.mri.data.writing import hdf5_file
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 for name in ("closing", "writing"):
     try:
-        with whole_hdf5(Path(sys.argv[1]) / f"{name}.h5") as file:
+        with hdf5_file(Path(sys.argv[1]) / f"{name}.h5") as file:
             if name == "closing":
                 file.create_dataset("a", (1000,), "f8")[:] = 1
                 for k in range(200):
@@ -310,7 +311,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path):
 
 
 def test_other_errors_of_a_writer_stay_what_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="mine"), whole_hdf5(tmp_path / "a.h5"):
+    with pytest.raises(RuntimeError, match="mine"), hdf5_file(tmp_path / "a.h5"):
         raise RuntimeError("mine")
     assert [*tmp_path.iterdir()] == []
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from applications.errors import InputError
 from applications.files import whole_file
+from applications.mri.data.writing import hdf5_file
 from applications.mri.formats import Geometry
-from applications.mri.formats.hdf5 import opened, whole_hdf5
+from applications.mri.formats.hdf5 import opened
 from applications.mri.formats.nifti import SUFFIXES as NIFTI, header_of, is_nifti, is_written
 from applications.outputs import Kind
 
@@ -90,7 +91,7 @@ def image_writer(
 
             write = write_next
         else:
-            written = stack.enter_context(whole_hdf5(path))
+            written = stack.enter_context(hdf5_file(path))
             stack.callback(lambda: written.attrs.update(record))
             images = written.create_dataset(_NAME, (*volumes, n_slices, rows, columns), "f4")
 

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from applications.errors import InputError
-from applications.files import whole_file
 from applications.inputs import (
     check_announced,
     checked_size,
@@ -33,7 +32,6 @@ _LOCKED = ("unable to lock file", "already open for write", "already open for re
 _VIRTUAL: Any = h5py.h5d.VIRTUAL  # pyright: ignore[reportAttributeAccessIssue]
 _SOFT: Any = h5py.h5l.TYPE_SOFT  # pyright: ignore[reportAttributeAccessIssue]
 _HARD: Any = h5py.h5l.TYPE_HARD  # pyright: ignore[reportAttributeAccessIssue]
-_UNWRITTEN = ("errno = ", "unable to close file", "write failed")
 _WHAT = "a complete HDF5 file"
 _MOST_LINKS = 32  # from one to the next
 _SECONDS = 1  # of the processor, for a first look at a file
@@ -275,34 +273,6 @@ def _locks(path: Path) -> Iterator[None]:
             f"{path}: another program has the file open for writing, it is locked; close it there "
             f"({said(error)})."
         ) from error
-
-
-@contextmanager
-def whole_hdf5(path: Path) -> Iterator[h5py.File]:
-    """A file that is written, and appears when all of it is.
-
-    Args:
-        path: the file, replaced if it exists.
-
-    Yields:
-        The open file.
-
-    Raises:
-        InputError: if it cannot be written; whatever goes wrong, nothing of it is left.
-    """
-    with whole_file(path) as temporary, _full_disks(), h5py.File(temporary, "w") as file:
-        yield file
-
-
-@contextmanager
-def _full_disks() -> Iterator[None]:
-    """Makes an OSError of what HDF5 tells of a full disk by a RuntimeError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in _UNWRITTEN):
-            raise
-        raise OSError(said(error)) from error
 
 
 def _check_sources(found: h5py.Dataset, path: Path, above: tuple[tuple[Path, str], ...]) -> None:
