@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from applications.errors import InputError
+from applications.files import whole_file
 from applications.mri.formats.fastmri_header import minimal_header
 
 
