@@ -28,6 +28,7 @@ from bilevel.certificates import AgainstMinimiser, AgainstSteps
 from bilevel.control import (
     ControlSolver,
     NewtonCG,
+    Riccati,
     adjoint,
     hvp,
     kkt,
@@ -59,17 +60,7 @@ __version__ = "0.1.0"
 __all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelProblem"]
 __all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
 __all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "Implicit", "InMemory", "Keep"]
-__all__ += ["Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep", "PerStep"]
-__all__ += [
-    "Phases",
-    "Restore",
-    "Softmax",
-    "Sparsemax",
-    "TaskWeights",
-    "Unrolled",
-    "Vmapped",
-    "adapt",
-    "adjoint",
-]
-__all__ += ["check_hypergradient", "functional", "hvp", "kkt", "lagrangian", "plan", "rollout"]
-__all__ += ["total_cost", "weighted_problem"]
+__all__ += ["Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep"]
+__all__ += ["PerStep", "Phases", "Restore", "Riccati", "Softmax", "Sparsemax", "TaskWeights"]
+__all__ += ["Unrolled", "Vmapped", "adapt", "adjoint", "check_hypergradient", "functional"]
+__all__ += ["hvp", "kkt", "lagrangian", "plan", "rollout", "total_cost", "weighted_problem"]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # ground that they stand on, and their roof.
 ROOMS = {
     "bilevel": ["errors", "tree", "records", "checks", "settings", "drawing"],
-    "bilevel.autodiff": ["graphs", "gradients", "linearisation", "reversible"],
+    "bilevel.autodiff": ["graphs", "gradients", "linearisation", "reversible", "by_hand"],
     "bilevel.dynamics": [
         "dynamics",
         "closures",
@@ -27,6 +27,7 @@ ROOMS = {
     ],
     "bilevel.linear": [
         *("operator", "flat", "system", "cg", "normal_cg", "gmres", "neumann", "direct"),
+        "steihaug",
     ],
     "bilevel.sweeps": [
         *("storage", "host", "disk", "schedule", "checkpointing", "randomness"),
@@ -36,7 +37,14 @@ ROOMS = {
         *("watching", "generators", "batches", "leaves", "encoding", "checkpoints", "signals"),
         *("keeping", "running", "descent"),
     ],
-    "bilevel.control": ["lagrangian", "adjoint", "tangent", "rollout", "newton_cg", "solver"],
+    "bilevel.control.riccati": [
+        *("layout", "controls", "mapping", "constraints", "settings", "stages", "linearisation"),
+        *("box", "sweep", "bounds", "newton", "solving", "sensitivity"),
+    ],
+    "bilevel.control": [
+        *("lagrangian", "adjoint", "tangent", "rollout", "newton_cg", "second_order", "optimum"),
+        "solver",
+    ],
     "bilevel.prox": ["operators"],
     "bilevel.optim": ["rules", "descent", "adaptive"],
     "bilevel.inner": ["problem", "iteration", "batches"],
@@ -341,6 +349,7 @@ def differentiating(path: Path) -> set[str]:
 ALLOWED = {
     "bilevel.dynamics.modules": {"torch.func.functional_call"},
     "bilevel.tasks.problem": {"torch.func.vmap"},
+    "bilevel.control.riccati.mapping": {"torch.func.vmap"},
 }
 
 

@@ -2,10 +2,11 @@
 
 A *variable tree* is a detached alias of a tree whose variables require grad: what is computed from
 it is a graph of its own, connected to nothing the caller holds. Read `graphs`, `gradients`,
-`linearisation`, `reversible`.
+`linearisation`, `reversible`, `by_hand`.
 """
 
-from bilevel.autodiff.gradients import gradient, pull, pushforward, value_and_gradient
+from bilevel.autodiff.by_hand import ByHand
+from bilevel.autodiff.gradients import gradient, pull, pushforward, rows, value_and_gradient
 from bilevel.autodiff.graphs import (
     Cast,
     autocast_as,
@@ -24,6 +25,7 @@ from bilevel.autodiff.linearisation import Linearisation
 from bilevel.autodiff.reversible import Reversible, no_transforms, reversible
 
 __all__ = [
+    "ByHand",
     "Cast",
     "Linearisation",
     "Reversible",
@@ -34,5 +36,5 @@ __all__ = [
     "paused",
 ]
 __all__ += ["autocast_as", "autocasts", "forget_casts", "pull", "pushforward", "recording"]
-__all__ += ["refuse_hidden", "refuse_inside", "reversible", "told_apart"]
+__all__ += ["refuse_hidden", "refuse_inside", "reversible", "rows", "told_apart"]
 __all__ += ["value_and_gradient", "variables"]

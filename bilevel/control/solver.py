@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -15,16 +15,37 @@ from bilevel.checks import check_arguments, check_choice, check_whole
 from bilevel.control.adjoint import Adjoint, adjoint
 from bilevel.control.lagrangian import KKT, kkt
 from bilevel.control.newton_cg import NewtonCG, NewtonRun
+from bilevel.control.optimum import Optimal, Optimum, optimum_of
+from bilevel.control.riccati.newton import Iterates
+from bilevel.control.riccati.settings import Riccati
+from bilevel.control.riccati.solving import Laid, Solved, laid_out, solved
+from bilevel.control.second_order import (
+    ConstraintReport,
+    adjoint_of,
+    converged,
+    kkt_of,
+    reason,
+    report_of,
+    unbounded,
+)
 from bilevel.dynamics.modules import load_into
 from bilevel.dynamics.per_step import CONTROL_WORDS, Look
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.dynamics.steps import first_infinite
-from bilevel.errors import ArgumentError
+from bilevel.errors import ArgumentError, DivergenceError
 from bilevel.outer.batches import Grouped
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory, check_finite
 from bilevel.outer.keeping import Keep, OnDivergence
 from bilevel.outer.running import Around
-from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
+from bilevel.outer.watching import (
+    ON_FAILURE,
+    OnFailure,
+    Progress,
+    carrying,
+    progress_bar,
+    report,
+    told,
+)
 from bilevel.records import Record
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import Plans
@@ -49,6 +70,10 @@ class ControlSolution(Record):
         reason: why it ended, in words.
         adjoint: states, multipliers and gradient at the last control; None with batches.
         kkt: residuals of the optimality conditions (5a-c) there; None with batches.
+        products: of the Hessian, in each iteration of `NewtonCG`; None by another optimiser.
+        shifts: of the Hessian before each update; None but by `Riccati`.
+        constraints: their multipliers and violation; None without. With them, gradient and
+            multipliers are those of the Lagrangian that the constraints are a part of.
     """
 
     control: Tree
@@ -61,6 +86,9 @@ class ControlSolution(Record):
     reason: str
     adjoint: Adjoint | None
     kkt: KKT | None
+    products: list[int] | None = None
+    shifts: list[float] | None = None
+    constraints: ConstraintReport | None = None
 
     def load_into(self, model: nn.Module) -> None:
         """Copy the control, params of `functional(model)`, into the model.
@@ -75,16 +103,49 @@ class ControlSolution(Record):
         load_into(model, self.control, "control")
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class BatchSolution(Record):
+    """What `Riccati(batched=True)` found of B problems; fields as in `ControlSolution`.
+
+    Attributes:
+        control: the last controls, with a leading axis.
+        cost: J of each, shape ``(B,)``.
+        gradient_norm: norm of (8), of what bounds leave free, ``(B,)``.
+        costs: before each round of updates, ``(B,)`` each.
+        gradient_norms: the same of the gradients.
+        steps: updates that each made, ``(B,)``.
+        converged: which ones are at a minimum, ``(B,)``.
+        reason: why each ended, in words.
+        adjoint: states, multipliers and gradients, with a leading axis.
+        kkt: residuals of the optimality conditions, of all problems together.
+        shifts: of the Hessians before each round of updates, ``(B,)`` each.
+        constraints: their multipliers and violation; None without.
+    """
+
+    control: Tree
+    cost: Tensor
+    gradient_norm: Tensor
+    costs: list[Tensor]
+    gradient_norms: list[Tensor]
+    steps: Tensor
+    converged: Tensor
+    reason: list[str]
+    adjoint: Adjoint
+    kkt: KKT
+    shifts: list[Tensor]
+    constraints: ConstraintReport | None
+
+
 @dataclass(frozen=True)
 class ControlSolver:
-    """Solver of control problems by first-order methods or Newton-CG.
+    """Solver of control problems by first-order methods, Newton-CG or the Riccati sweep.
 
     Attributes:
         problem: a `ControlProblem`, or `build(batch) -> (ControlProblem, observation)` for data
             that comes in batches.
         optimizer: makes a `torch.optim` optimiser of the `outer.Leaves` it is given, a list of
             tensors that knows their names; called once a solve. `step(closure)` is used always, so
-            that LBFGS works. Or a `NewtonCG`.
+            that LBFGS works. Or a `NewtonCG`, or a `Riccati`.
         checkpointing: of the sweeps; None is `Checkpointing()`. A `Budget` is planned once in a
             solve for all batches whose observations agree in structure, shape, dtype and device.
         on_failure: what to do when a tolerance was asked for and not reached.
@@ -107,7 +168,7 @@ class ControlSolver:
     """
 
     problem: ControlProblem | Build
-    optimizer: MakeOptimizer | NewtonCG = adam
+    optimizer: MakeOptimizer | NewtonCG | Riccati = adam
     checkpointing: Checkpointing | Budget | None = None
     on_failure: OnFailure = "warn"
 
@@ -119,8 +180,13 @@ class ControlSolver:
             )
         if not isinstance(self.problem, ControlProblem):
             check_arguments(self.problem, "build", "batch")
-        if not isinstance(self.optimizer, NewtonCG):
+        if not isinstance(self.optimizer, NewtonCG | Riccati):
             check_factory(self.optimizer)
+        if isinstance(self.optimizer, Riccati) and self.checkpointing is not None:
+            raise ArgumentError(
+                "Riccati keeps every step's derivatives, got checkpointing= beside: leave it out, "
+                "or take NewtonCG."
+            )
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
 
     def solve(
@@ -139,7 +205,7 @@ class ControlSolver:
         keep: Keep | None = None,
         resume: bool | int = False,
         on_divergence: OnDivergence = "raise",
-    ) -> ControlSolution:
+    ) -> ControlSolution | BatchSolution:
         """Minimise J over the control, from `control`.
 
         Args:
@@ -163,7 +229,7 @@ class ControlSolver:
                 with a smaller step.
 
         Returns:
-            The last control and the history.
+            The last control and the history; a `BatchSolution` by `Riccati(batched=True)`.
 
         Raises:
             ArgumentError: if batches are missing, empty, or given without `build`, `steps` or
@@ -184,10 +250,13 @@ class ControlSolver:
             batches = Grouped(batches, accumulate)
         watched = scheduler, project, tolerance, callback, progress
         loop = Loop(steps, batches, *watched, keep, resume, on_divergence)
+        if isinstance(self.optimizer, Riccati):
+            return self._riccati(self.optimizer, control, observation, loop)
         descent = Descent(control, loop)
         plans, look = Plans(self.checkpointing), Look(CONTROL_WORDS, control)
         evaluate = partial(self._evaluate, plans, observation, accumulate)
-        make, run = self.optimizer, None
+        make: Any = self.optimizer
+        run = None
         if isinstance(make, NewtonCG):
             random = RandomState.capture(devices_of((observation, control)))
             given, swept = partial(self._given, observation), partial(self._adjoint, plans)
@@ -200,6 +269,8 @@ class ControlSolver:
             last = look.evaluated(self._final)
             final, residuals = last(descent, observation, plans, random)
             solution = _solution(descent, "", final, residuals)
+            if run is not None:
+                solution = replace(solution, products=run.products)
             if tolerance > 0 and not solution.converged:
                 report(solution.reason, self.on_failure)
         return solution
@@ -212,6 +283,121 @@ class ControlSolver:
         conditions = {"solver": self, "observation": kinds, "accumulate": accumulate}
         parts = {"look": look} if run is None else {"look": look, "newton": run}
         return Around(parts, conditions, {}, (self, observation))
+
+    def _riccati(
+        self, settings: Riccati, control: Tree, observation: Tree, loop: Loop
+    ) -> ControlSolution | BatchSolution:
+        """The same by the Riccati sweep, which moves all steps at once."""
+        if not isinstance(self.problem, ControlProblem):
+            raise ArgumentError(
+                "Riccati solves one ControlProblem, or several with batched=True; for problems "
+                "that come in batches take NewtonCG, for a function of parameters `optimum`."
+            )
+        if loop.keep is not None or loop.on_divergence != "raise":
+            raise ArgumentError(
+                "Riccati takes few iterations and keeps none of them: leave keep and on_divergence "
+                "out; the control that it found is a start to go on from."
+            )
+        if loop.scheduler is not None or loop.project is not None:
+            raise ArgumentError(
+                "Riccati has no learning rate to schedule and projects by itself: leave scheduler "
+                "and project out, and give it bounds=(low, high)."
+            )
+        laid = laid_out(settings, self.problem, observation, control)
+        return self._swept(settings, laid, observation, loop)[1]
+
+    def optimum(
+        self,
+        parameters: Tree,
+        observation: Tree,
+        control: Tree,
+        *,
+        steps: int = 100,
+        tolerance: float = 0.0,
+    ) -> Optimum:
+        """The optimal control of `build(parameters)`, as a differentiable function.
+
+        Derivatives in `parameters` and `observation`, forward and reverse, cost one more sweep with
+        the factors of the last one; bounds that are active stay so. The graph never goes through
+        the iteration.
+
+        Args:
+            parameters: tree that `build(parameters) -> ControlProblem` takes; shared by a batch.
+            observation: f.
+            control: Theta to begin with; the optimum of a problem nearby is a good one.
+            steps: iterations at most.
+            tolerance: for the norm of the gradient; 0 is that of the settings.
+
+        Returns:
+            Control, states and cost, attached to the graphs of both arguments.
+
+        Raises:
+            ArgumentError: if the solver has no `build` or another optimiser than `Riccati`.
+            ConvergenceError: if the optimum is no strict minimum, or was not reached and
+                `on_failure` is "raise".
+            UnsupportedError: where it is differentiated twice.
+
+        Example:
+            >>> import torch, bilevel as bl
+            >>> def build(weight):
+            ...     return bl.ControlProblem(
+            ...         bl.Map(lambda state, control, t: state + control),
+            ...         terminal=lambda state, control: weight * state**2 / 2,
+            ...         running=lambda state, control, t: control**2 / 2,
+            ...         horizon=1,
+            ...     )
+            >>> weight = torch.tensor(3.0, requires_grad=True)
+            >>> start = bl.PerStep.unstack(torch.zeros(1))
+            >>> solver = bl.ControlSolver(build, bl.Riccati())
+            >>> best = solver.optimum(weight, torch.tensor(4.0), start)
+            >>> best.control.steps[0].backward()  # -4 w / (1 + w)
+            >>> best.control.steps[0].detach(), weight.grad
+            (tensor(-3.), tensor(-0.2500))
+        """
+        settings, build = self.optimizer, self.problem
+        if not isinstance(settings, Riccati) or isinstance(build, ControlProblem):
+            raise ArgumentError(
+                "optimum needs ControlSolver(build, Riccati()) with build(parameters) -> "
+                f"ControlProblem, got {type(build).__name__} and {type(settings).__name__}."
+            )
+        loop = Loop(steps, tolerance=tolerance)
+
+        def solve(laid: Laid, observation: Tree) -> tuple[Solved, Any]:
+            return self._swept(settings, laid, observation, loop)
+
+        given: Any = (parameters, observation)
+        return optimum_of(Optimal(build, settings, given, control, solve))  # pyright: ignore[reportArgumentType]
+
+    def _swept(
+        self, settings: Riccati, laid: Laid, observation: Tree, loop: Loop
+    ) -> tuple[Solved, ControlSolution | BatchSolution]:
+        """Newton's method, and what is to be said of where it ended."""
+        with progress_bar(loop.steps, show=loop.progress) as advance:
+
+            def watch(now: Iterates) -> bool:
+                cost, norm = float(now.cost.mean()), float(now.residual.amax())
+                advance(f"cost {cost:.4g}, gradient {norm:.2g}")
+                if loop.callback is None:
+                    return False
+                there: Any = laid.controls.control(now.where.point)
+                step = len(now.history) - 1
+                return bool(loop.callback(Progress(step, cost, norm, there, settings, now)))
+
+            found = solved(laid, settings, loop.steps, loop.tolerance, watch)
+        solution = _second_order(found, observation, loop.tolerance or found.tolerance)
+        if isinstance(solution, ControlSolution) and bool(unbounded(found).any()):
+            error = DivergenceError(solution.reason)
+            error.progress = solution
+            raise error
+        failed = (~converged(found)).nonzero().flatten().tolist()
+        if failed:
+            if isinstance(solution, ControlSolution):
+                report(solution.reason, self.on_failure, level=5)
+            else:
+                first = f"the first is problem {failed[0]}: {solution.reason[failed[0]]}"
+                said = f"{len(failed)} of {len(solution.reason)} problems did not converge; {first}"
+                report(said, self.on_failure, level=5)
+        return found, solution
 
     def _final(
         self, descent: Descent, observation: Tree, plans: Plans, random: RandomState | None
@@ -317,6 +503,46 @@ def _solution(
         reason or descent.ending(norm, converged=converged, judged="it is exact but for rounding"),
         final,
         residuals,
+    )
+
+
+def _second_order(
+    found: Solved, observation: Tree, tolerance: float
+) -> ControlSolution | BatchSolution:
+    """The record of a run of the Riccati optimiser."""
+    now, controls = found.iterates, found.laid.controls
+    control, swept = controls.control(found.final.where.point), adjoint_of(found, observation)
+    costs, norms, shifts = (list(x) for x in zip(*now.history, strict=True))
+    ended = [reason(found, i, tolerance) for i in range(found.laid.stages.size)]
+    if controls.batch is not None:
+        return BatchSolution(
+            control,
+            swept.cost,
+            now.residual,
+            costs[:-1],
+            norms[:-1],
+            now.steps,
+            converged(found),
+            ended,
+            swept,
+            kkt_of(found),
+            shifts[:-1],
+            report_of(found),
+        )
+    return ControlSolution(
+        control,
+        float(swept.cost),
+        float(now.residual),
+        [float(x) for x in costs[:-1]],
+        [float(x) for x in norms[:-1]],
+        int(now.steps),
+        bool(converged(found)),
+        ended[0],
+        swept,
+        kkt_of(found),
+        None,
+        [float(x) for x in shifts[:-1]],
+        report_of(found),
     )
 
 
