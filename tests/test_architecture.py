@@ -42,8 +42,8 @@ ROOMS = {
         *("box", "sweep", "bounds", "newton", "solving", "sensitivity"),
     ],
     "bilevel.control": [
-        *("lagrangian", "adjoint", "tangent", "rollout", "newton_cg", "second_order", "optimum"),
-        "solver",
+        *("lagrangian", "adjoint", "tangent", "rollout", "newton_cg", "solution"),
+        *("second_order", "optimum", "solver"),
     ],
     "bilevel.prox": ["operators"],
     "bilevel.optim": ["rules", "descent", "adaptive"],

@@ -10,10 +10,11 @@ from bilevel.control.newton_cg import NewtonCG
 from bilevel.control.optimum import Optimum
 from bilevel.control.riccati import Constraints, Riccati
 from bilevel.control.rollout import rollout, total_cost
-from bilevel.control.solver import BatchSolution, ControlSolution, ControlSolver
+from bilevel.control.solution import BatchSolution, ConstraintReport, ControlSolution
+from bilevel.control.solver import ControlSolver
 from bilevel.control.tangent import HessianProduct, hvp
 
-__all__ = ["KKT", "Adjoint", "BatchSolution", "Constraints", "ControlSolution"]
+__all__ = ["KKT", "Adjoint", "BatchSolution", "ConstraintReport", "Constraints", "ControlSolution"]
 __all__ += ["ControlSolver"]
 __all__ += ["HessianProduct", "NewtonCG", "Optimum", "Riccati", "Swept", "adjoint", "hvp"]
 __all__ += ["kkt", "lagrangian", "rollout", "total_cost"]

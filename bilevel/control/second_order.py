@@ -1,6 +1,5 @@
 """The Riccati optimiser as `ControlSolver` runs it, and its answer as the records of this room."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +17,15 @@ from bilevel.control.riccati.newton import (
     STANDSTILL,
     STOPPED,
     UNBOUNDED_BELOW,
+    Iterates,
 )
-from bilevel.control.riccati.solving import Solved
-from bilevel.records import Record
+from bilevel.control.riccati.settings import Riccati
+from bilevel.control.riccati.solving import Laid, Solved, laid_out, solved
+from bilevel.control.solution import BatchSolution, ConstraintReport, ControlSolution
+from bilevel.dynamics.problem import ControlProblem
+from bilevel.errors import ArgumentError, DivergenceError
+from bilevel.outer.descent import Loop
+from bilevel.outer.watching import OnFailure, Progress, progress_bar, report
 from bilevel.tree import Tree
 
 
@@ -60,30 +65,6 @@ def reason(found: Solved, i: int, tolerance: float) -> str:
         STOPPED: "the callback ended it.",
         RUNNING: f"{above} after {int(now.steps[i])} updates: give it more steps.",
     }[int(now.status[i])]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ConstraintReport(Record):
-    """How constraints are met; with a batch, with a leading axis.
-
-    At a solution the derivative of J and the multipliers times the constraints vanishes. A
-    multiplier says by how much J falls if its constraint is loosened by one.
-
-    Attributes:
-        inequality: multipliers, shape ``(T, k)``, not negative.
-        equality: multipliers, ``(T, k)``.
-        end_inequality: multipliers, ``(k,)``.
-        end_equality: multipliers, ``(k,)``.
-        violation: the largest.
-        weight: of squared violations, at the end.
-    """
-
-    inequality: Tensor
-    equality: Tensor
-    end_inequality: Tensor
-    end_equality: Tensor
-    violation: Tensor
-    weight: Tensor
 
 
 def report_of(found: Solved) -> ConstraintReport | None:
@@ -142,4 +123,104 @@ def kkt_of(found: Solved) -> KKT:
         float(torch.linalg.vector_norm(final.defects)),
         float(torch.linalg.vector_norm(final.costate_defects)),
         float(torch.linalg.vector_norm(found.iterates.residual)),
+    )
+
+
+def by_riccati(
+    settings: Riccati,
+    problem: Any,
+    control: Tree,
+    observation: Tree,
+    loop: Loop,
+    on_failure: OnFailure,
+) -> ControlSolution | BatchSolution:
+    """What `ControlSolver.solve` is by the Riccati sweep, which moves all steps at once."""
+    if not isinstance(problem, ControlProblem):
+        raise ArgumentError(
+            "Riccati solves one ControlProblem, or several with batched=True; for problems "
+            "that come in batches take NewtonCG, for a function of parameters `optimum`."
+        )
+    if loop.keep is not None or loop.on_divergence != "raise":
+        raise ArgumentError(
+            "Riccati takes few iterations and keeps none of them: leave keep and on_divergence "
+            "out; the control that it found is a start to go on from."
+        )
+    if loop.scheduler is not None or loop.project is not None:
+        raise ArgumentError(
+            "Riccati has no learning rate to schedule and projects by itself: leave scheduler "
+            "and project out, and give it bounds=(low, high)."
+        )
+    laid = laid_out(settings, problem, observation, control)
+    return iterated(settings, laid, observation, loop, on_failure)[1]
+
+
+def iterated(
+    settings: Riccati, laid: Laid, observation: Tree, loop: Loop, on_failure: OnFailure
+) -> tuple[Solved, ControlSolution | BatchSolution]:
+    """Newton's method, and what is to be said of where it ended."""
+    with progress_bar(loop.steps, show=loop.progress) as advance:
+
+        def watch(now: Iterates) -> bool:
+            cost, norm = float(now.cost.mean()), float(now.residual.amax())
+            advance(f"cost {cost:.4g}, gradient {norm:.2g}")
+            if loop.callback is None:
+                return False
+            there: Any = laid.controls.control(now.where.point)
+            step = len(now.history) - 1
+            return bool(loop.callback(Progress(step, cost, norm, there, settings, now)))
+
+        found = solved(laid, settings, loop.steps, loop.tolerance, watch)
+    solution = _second_order(found, observation, loop.tolerance or found.tolerance)
+    if isinstance(solution, ControlSolution) and bool(unbounded(found).any()):
+        error = DivergenceError(solution.reason)
+        error.progress = solution
+        raise error
+    failed = (~converged(found)).nonzero().flatten().tolist()
+    if failed:
+        if isinstance(solution, ControlSolution):
+            report(solution.reason, on_failure, level=5)
+        else:
+            first = f"the first is problem {failed[0]}: {solution.reason[failed[0]]}"
+            said = f"{len(failed)} of {len(solution.reason)} problems did not converge; {first}"
+            report(said, on_failure, level=5)
+    return found, solution
+
+
+def _second_order(
+    found: Solved, observation: Tree, tolerance: float
+) -> ControlSolution | BatchSolution:
+    """The record of a run of the Riccati optimiser."""
+    now, controls = found.iterates, found.laid.controls
+    control, swept = controls.control(found.final.where.point), adjoint_of(found, observation)
+    costs, norms, shifts = (list(x) for x in zip(*now.history, strict=True))
+    ended = [reason(found, i, tolerance) for i in range(found.laid.stages.size)]
+    if controls.batch is not None:
+        return BatchSolution(
+            control,
+            swept.cost,
+            now.residual,
+            costs[:-1],
+            norms[:-1],
+            now.steps,
+            converged(found),
+            ended,
+            swept,
+            kkt_of(found),
+            shifts[:-1],
+            report_of(found),
+        )
+    return ControlSolution(
+        control,
+        float(swept.cost),
+        float(now.residual),
+        [float(x) for x in costs[:-1]],
+        [float(x) for x in norms[:-1]],
+        int(now.steps),
+        bool(converged(found)),
+        ended[0],
+        swept,
+        kkt_of(found),
+        None,
+        [float(x) for x in shifts[:-1]],
+        report_of(found),
     )

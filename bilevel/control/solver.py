@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -16,23 +15,14 @@ from bilevel.control.adjoint import Adjoint, adjoint
 from bilevel.control.lagrangian import KKT, kkt
 from bilevel.control.newton_cg import NewtonCG, NewtonRun
 from bilevel.control.optimum import Optimal, Optimum, optimum_of
-from bilevel.control.riccati.newton import Iterates
 from bilevel.control.riccati.settings import Riccati
-from bilevel.control.riccati.solving import Laid, Solved, laid_out, solved
-from bilevel.control.second_order import (
-    ConstraintReport,
-    adjoint_of,
-    converged,
-    kkt_of,
-    reason,
-    report_of,
-    unbounded,
-)
-from bilevel.dynamics.modules import load_into
+from bilevel.control.riccati.solving import Laid, Solved
+from bilevel.control.second_order import by_riccati, iterated
+from bilevel.control.solution import BatchSolution, ControlSolution
 from bilevel.dynamics.per_step import CONTROL_WORDS, Look
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.dynamics.steps import first_infinite
-from bilevel.errors import ArgumentError, DivergenceError
+from bilevel.errors import ArgumentError
 from bilevel.outer.batches import Grouped
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory, check_finite
 from bilevel.outer.keeping import Keep, OnDivergence
@@ -42,98 +32,15 @@ from bilevel.outer.watching import (
     OnFailure,
     Progress,
     carrying,
-    progress_bar,
     report,
     told,
 )
-from bilevel.records import Record
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import Plans
 from bilevel.sweeps.randomness import RandomState, devices_of
 from bilevel.tree import Tree
 
 Build = Callable[[Any], tuple[ControlProblem, Tree]]  # batch -> (problem, observation)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class ControlSolution(Record):
-    """The control found, and how.
-
-    Attributes:
-        control: the last control, detached.
-        cost: J at the last control; with batches, as last evaluated, NaN if never.
-        gradient_norm: norm of (8) at the last control; with batches, as last evaluated.
-        costs: J before each update.
-        gradient_norms: of (8), before each update.
-        steps: updates made.
-        converged: whether the gradient norm came down to the tolerance.
-        reason: why it ended, in words.
-        adjoint: states, multipliers and gradient at the last control; None with batches.
-        kkt: residuals of the optimality conditions (5a-c) there; None with batches.
-        products: of the Hessian, in each iteration of `NewtonCG`; None by another optimiser.
-        shifts: of the Hessian before each update; None but by `Riccati`.
-        constraints: their multipliers and violation; None without. With them, gradient and
-            multipliers are those of the Lagrangian that the constraints are a part of.
-    """
-
-    control: Tree
-    cost: float
-    gradient_norm: float
-    costs: list[float]
-    gradient_norms: list[float]
-    steps: int
-    converged: bool
-    reason: str
-    adjoint: Adjoint | None
-    kkt: KKT | None
-    products: list[int] | None = None
-    shifts: list[float] | None = None
-    constraints: ConstraintReport | None = None
-
-    def load_into(self, model: nn.Module) -> None:
-        """Copy the control, params of `functional(model)`, into the model.
-
-        Args:
-            model: whose parameters they are; frozen ones and buffers stay.
-
-        Raises:
-            StructureError: if names, shapes or dtypes differ; then nothing is copied. A `PerStep`
-                goes back into its modules by `Phases.load`.
-        """
-        load_into(model, self.control, "control")
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class BatchSolution(Record):
-    """What `Riccati(batched=True)` found of B problems; fields as in `ControlSolution`.
-
-    Attributes:
-        control: the last controls, with a leading axis.
-        cost: J of each, shape ``(B,)``.
-        gradient_norm: norm of (8), of what bounds leave free, ``(B,)``.
-        costs: before each round of updates, ``(B,)`` each.
-        gradient_norms: the same of the gradients.
-        steps: updates that each made, ``(B,)``.
-        converged: which ones are at a minimum, ``(B,)``.
-        reason: why each ended, in words.
-        adjoint: states, multipliers and gradients, with a leading axis.
-        kkt: residuals of the optimality conditions, of all problems together.
-        shifts: of the Hessians before each round of updates, ``(B,)`` each.
-        constraints: their multipliers and violation; None without.
-    """
-
-    control: Tree
-    cost: Tensor
-    gradient_norm: Tensor
-    costs: list[Tensor]
-    gradient_norms: list[Tensor]
-    steps: Tensor
-    converged: Tensor
-    reason: list[str]
-    adjoint: Adjoint
-    kkt: KKT
-    shifts: list[Tensor]
-    constraints: ConstraintReport | None
 
 
 @dataclass(frozen=True)
@@ -251,7 +158,8 @@ class ControlSolver:
         watched = scheduler, project, tolerance, callback, progress
         loop = Loop(steps, batches, *watched, keep, resume, on_divergence)
         if isinstance(self.optimizer, Riccati):
-            return self._riccati(self.optimizer, control, observation, loop)
+            given = self.optimizer, self.problem, control, observation, loop
+            return by_riccati(*given, self.on_failure)
         descent = Descent(control, loop)
         plans, look = Plans(self.checkpointing), Look(CONTROL_WORDS, control)
         evaluate = partial(self._evaluate, plans, observation, accumulate)
@@ -283,28 +191,6 @@ class ControlSolver:
         conditions = {"solver": self, "observation": kinds, "accumulate": accumulate}
         parts = {"look": look} if run is None else {"look": look, "newton": run}
         return Around(parts, conditions, {}, (self, observation))
-
-    def _riccati(
-        self, settings: Riccati, control: Tree, observation: Tree, loop: Loop
-    ) -> ControlSolution | BatchSolution:
-        """The same by the Riccati sweep, which moves all steps at once."""
-        if not isinstance(self.problem, ControlProblem):
-            raise ArgumentError(
-                "Riccati solves one ControlProblem, or several with batched=True; for problems "
-                "that come in batches take NewtonCG, for a function of parameters `optimum`."
-            )
-        if loop.keep is not None or loop.on_divergence != "raise":
-            raise ArgumentError(
-                "Riccati takes few iterations and keeps none of them: leave keep and on_divergence "
-                "out; the control that it found is a start to go on from."
-            )
-        if loop.scheduler is not None or loop.project is not None:
-            raise ArgumentError(
-                "Riccati has no learning rate to schedule and projects by itself: leave scheduler "
-                "and project out, and give it bounds=(low, high)."
-            )
-        laid = laid_out(settings, self.problem, observation, control)
-        return self._swept(settings, laid, observation, loop)[1]
 
     def optimum(
         self,
@@ -363,41 +249,10 @@ class ControlSolver:
         loop = Loop(steps, tolerance=tolerance)
 
         def solve(laid: Laid, observation: Tree) -> tuple[Solved, Any]:
-            return self._swept(settings, laid, observation, loop)
+            return iterated(settings, laid, observation, loop, self.on_failure)
 
         given: Any = (parameters, observation)
         return optimum_of(Optimal(build, settings, given, control, solve))  # pyright: ignore[reportArgumentType]
-
-    def _swept(
-        self, settings: Riccati, laid: Laid, observation: Tree, loop: Loop
-    ) -> tuple[Solved, ControlSolution | BatchSolution]:
-        """Newton's method, and what is to be said of where it ended."""
-        with progress_bar(loop.steps, show=loop.progress) as advance:
-
-            def watch(now: Iterates) -> bool:
-                cost, norm = float(now.cost.mean()), float(now.residual.amax())
-                advance(f"cost {cost:.4g}, gradient {norm:.2g}")
-                if loop.callback is None:
-                    return False
-                there: Any = laid.controls.control(now.where.point)
-                step = len(now.history) - 1
-                return bool(loop.callback(Progress(step, cost, norm, there, settings, now)))
-
-            found = solved(laid, settings, loop.steps, loop.tolerance, watch)
-        solution = _second_order(found, observation, loop.tolerance or found.tolerance)
-        if isinstance(solution, ControlSolution) and bool(unbounded(found).any()):
-            error = DivergenceError(solution.reason)
-            error.progress = solution
-            raise error
-        failed = (~converged(found)).nonzero().flatten().tolist()
-        if failed:
-            if isinstance(solution, ControlSolution):
-                report(solution.reason, self.on_failure, level=5)
-            else:
-                first = f"the first is problem {failed[0]}: {solution.reason[failed[0]]}"
-                said = f"{len(failed)} of {len(solution.reason)} problems did not converge; {first}"
-                report(said, self.on_failure, level=5)
-        return found, solution
 
     def _final(
         self, descent: Descent, observation: Tree, plans: Plans, random: RandomState | None
@@ -503,46 +358,6 @@ def _solution(
         reason or descent.ending(norm, converged=converged, judged="it is exact but for rounding"),
         final,
         residuals,
-    )
-
-
-def _second_order(
-    found: Solved, observation: Tree, tolerance: float
-) -> ControlSolution | BatchSolution:
-    """The record of a run of the Riccati optimiser."""
-    now, controls = found.iterates, found.laid.controls
-    control, swept = controls.control(found.final.where.point), adjoint_of(found, observation)
-    costs, norms, shifts = (list(x) for x in zip(*now.history, strict=True))
-    ended = [reason(found, i, tolerance) for i in range(found.laid.stages.size)]
-    if controls.batch is not None:
-        return BatchSolution(
-            control,
-            swept.cost,
-            now.residual,
-            costs[:-1],
-            norms[:-1],
-            now.steps,
-            converged(found),
-            ended,
-            swept,
-            kkt_of(found),
-            shifts[:-1],
-            report_of(found),
-        )
-    return ControlSolution(
-        control,
-        float(swept.cost),
-        float(now.residual),
-        [float(x) for x in costs[:-1]],
-        [float(x) for x in norms[:-1]],
-        int(now.steps),
-        bool(converged(found)),
-        ended[0],
-        swept,
-        kkt_of(found),
-        None,
-        [float(x) for x in shifts[:-1]],
-        report_of(found),
     )
 
 

@@ -41,14 +41,6 @@ class Time:
         return function(*args, **kwargs)
 
 
-def _refused(self: Time, *_: Any) -> Any:  # noqa: ARG001
-    raise NeedsNumberError("the step's number is wanted as a Python number")
-
-
-for _name in "hash index int float bool str repr format len iter round trunc floor ceil".split():
-    setattr(Time, f"__{_name}__", _refused)
-
-
 def _number(x: Any) -> Any:
     return x.number if isinstance(x, Time) else x
 
@@ -63,24 +55,22 @@ def _operator(name: str, *, whole: bool) -> Callable[..., Any]:
     return apply
 
 
-for _name in [
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "mul",
-    "rmul",
-    "floordiv",
-    "rfloordiv",
-    "mod",
-    "rmod",
-    "neg",
-    "pos",
-    "abs",
-]:
+def _refused(self: Time, *_: Any) -> Any:  # noqa: ARG001
+    raise NeedsNumberError("the step's number is wanted as a Python number")
+
+
+# What of whole numbers is a whole number, what is not, and what is not to be had.
+_WHOLE = ["add", "radd", "sub", "rsub", "mul", "rmul", "floordiv", "mod", "neg", "pos", "abs"]
+_REAL = ["truediv", "rtruediv", "rfloordiv", "rmod", "pow", "rpow"]
+_REAL += ["lt", "le", "gt", "ge", "eq", "ne"]
+_NONE = ["hash", "index", "int", "float", "bool", "str", "repr", "format", "len", "iter"]
+_NONE += ["round", "trunc", "floor", "ceil"]
+for _name in _WHOLE:
     setattr(Time, f"__{_name}__", _operator(f"__{_name}__", whole=True))
-for _name in ["truediv", "rtruediv", "pow", "rpow", "lt", "le", "gt", "ge", "eq", "ne"]:
+for _name in _REAL:
     setattr(Time, f"__{_name}__", _operator(f"__{_name}__", whole=False))
+for _name in _NONE:
+    setattr(Time, f"__{_name}__", _refused)
 
 
 class Mapped:

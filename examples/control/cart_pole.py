@@ -16,16 +16,17 @@ import time
 
 import matplotlib.pyplot as plt
 import torch
+from torch import Tensor
 
 import bilevel as bl
 from bilevel.control import Constraints
 
 torch.set_num_threads(1)
-DT, FORCE = 0.05, 15.0
+DT, FORCE = 0.08, 15.0
 CART, POLE, LENGTH, GRAVITY = 1.0, 0.1, 0.5, 9.81
 
 
-def cart_pole(state, force, t):
+def cart_pole(state: Tensor, force: Tensor, _t: int) -> Tensor:
     """One semi-implicit Euler step."""
     position, angle, speed, rate = state
     sine, cosine = torch.sin(angle), torch.cos(angle)
@@ -36,7 +37,7 @@ def cart_pole(state, force, t):
     return torch.stack([position + DT * speed, angle + DT * rate, speed, rate])
 
 
-def running(state, force, t):
+def running(state: Tensor, force: Tensor, _t: int) -> Tensor:
     """Little force, an upright pole, and the cart near its place."""
     position, angle, speed, rate = state
     away = 2 * (1 - torch.cos(angle)) + position**2 + 0.1 * (speed**2 + rate**2)
@@ -46,15 +47,15 @@ def running(state, force, t):
 hanging = torch.tensor([0.0, torch.pi, 0.0, 0.0], dtype=torch.float64)
 
 # %%
-# The plan: two and a half seconds, at rest upright at the end.
-N_PLAN = 50
+# The plan: 2.4 seconds, at rest upright at the end.
+N_PLAN = 30
 plan_problem = bl.ControlProblem(
-    bl.Map(cart_pole), lambda state, control: 0 * state.sum(), N_PLAN, running
+    bl.Map(cart_pole), lambda state, _control: 0 * state.sum(), N_PLAN, running
 )
-upright = Constraints(end_equality=lambda state, control: state)
+upright = Constraints(end_equality=lambda state, _control: state)
 planner = bl.ControlSolver(plan_problem, bl.Riccati(bounds=(-FORCE, FORCE), constraints=upright))
 begin = bl.PerStep(
-    [torch.tensor([3.0 if t < 10 else -3.0], dtype=torch.float64) for t in range(N_PLAN)]
+    [torch.tensor([3.0 if t < 6 else -3.0], dtype=torch.float64) for t in range(N_PLAN)]
 )
 plan = planner.solve(begin, hanging, steps=300)
 planned = torch.stack(plan.adjoint.states)
@@ -65,10 +66,10 @@ print(f"multipliers of the end {[round(x, 3) for x in plan.constraints.end_equal
 # %%
 # The loop. The horizon's end is held near rest by a terminal cost. A step takes a few iterations,
 # since it begins where the last one ended.
-N_HORIZON, N_LOOP, BLOW = 20, 40, 20
+N_HORIZON, N_LOOP, BLOW = 15, 30, 12
 
 
-def terminal(state, control):
+def terminal(state: Tensor, _control: bl.PerStep) -> Tensor:
     """Cost of not being at rest where the horizon ends."""
     position, angle, speed, rate = state
     return 20 * (1 - torch.cos(angle)) + 5 * position**2 + speed**2 + rate**2
@@ -86,7 +87,8 @@ for t in range(N_LOOP):
     milliseconds.append(1e3 * (time.perf_counter() - began))
     iterations.append(solution.steps)
     force = solution.control.steps[0]
-    state = cart_pole(state, force, t) + 0.01 * torch.randn(4, generator=noise, dtype=torch.float64)
+    shaken = 0.01 * torch.randn(4, generator=noise, dtype=torch.float64)
+    state = cart_pole(state, force, t) + shaken
     if t == BLOW:
         state = state + torch.tensor([0.0, 0.0, 0.0, 2.0], dtype=torch.float64)
     control = solution.control.shifted()
@@ -97,7 +99,7 @@ tilt = float(path[-10:, 1].abs().max())
 print(
     f"{statistics.median(milliseconds):.0f} ms and {statistics.median(iterations):.0f} iterations a step"
 )
-print(f"(medians); in the last half second the pole stays within {tilt:.3f} rad of upright")
+print(f"(medians); in the last ten steps the pole stays within {tilt:.3f} rad of upright")
 
 # %%
 # The plan, and the loop.
@@ -120,4 +122,11 @@ for (rows, force, multipliers), row, name in zip(runs, axes, ("plan", "loop"), s
         titles.append(f"{name}: milliseconds a step")
     for ax, title in zip(row, titles, strict=True):
         ax.set(xlabel="time [s]", title=title)
+# sphinx_gallery_alt = "A pole is swung up within bounds of the force, and kept up through noise and a blow."
 plt.show()
+
+# %%
+# What this page claims
+assert plan.converged
+assert violation < 1e-8
+assert tilt < 0.3
