@@ -83,8 +83,9 @@ def lqr_by_crocoddyl(_n: int) -> Callable[[], Solved]:
 
     zero = np.zeros((N, M))
     a, b, start = A.numpy(), B.numpy(), starts(1)[0].numpy()
-    running = crocoddyl.ActionModelLQR(a, b, np.eye(N), 0.1 * np.eye(M), zero)
-    terminal = crocoddyl.ActionModelLQR(a, b, 10 * np.eye(N), 0.1 * np.eye(M), zero)
+    nothing = np.zeros(N), np.zeros(N), np.zeros(M)
+    running = crocoddyl.ActionModelLQR(a, b, np.eye(N), 0.1 * np.eye(M), zero, *nothing)
+    terminal = crocoddyl.ActionModelLQR(a, b, 10 * np.eye(N), 0.1 * np.eye(M), zero, *nothing)
     problem = crocoddyl.ShootingProblem(start, [running] * T, terminal)
 
     def solve() -> Solved:

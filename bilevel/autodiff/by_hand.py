@@ -76,8 +76,8 @@ class _Function(torch.autograd.Function):
         return None, *_Pulled.apply(ctx.function, len(leaves), *leaves, *cotangents)  # pyright: ignore[reportGeneralTypeIssues]
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-        leaves = ctx.saved_tensors
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        leaves, tangents = ctx.saved_tensors, grad_inputs[1:]
         given = [
             torch.zeros_like(x) if dx is None else dx
             for x, dx in zip(leaves, tangents, strict=True)
@@ -85,7 +85,9 @@ class _Function(torch.autograd.Function):
         return _Pushed.apply(ctx.function, len(leaves), *leaves, *given)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, function: ByHand, *inputs: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        function, *inputs = args
+
         def one(*leaves: Tensor) -> tuple[Tensor, ...]:
             return _Function.apply(function.again(), *leaves)  # pyright: ignore[reportReturnType]
 
@@ -118,7 +120,9 @@ class _Pulled(_Derivative):
         return function.pull([x.detach() for x in values[n:]])
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, function: ByHand, n: int, *values: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        function, n, *values = args
+
         def one(*members: Tensor) -> tuple[Tensor, ...]:
             return _Pulled.apply(function, n, *members)  # pyright: ignore[reportReturnType]
 
@@ -133,7 +137,9 @@ class _Pushed(_Derivative):
         return function.push([x.detach() for x in values[n:]])
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, function: ByHand, n: int, *values: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        function, n, *values = args
+
         def one(*members: Tensor) -> tuple[Tensor, ...]:
             return _Pushed.apply(function, n, *members)  # pyright: ignore[reportReturnType]
 

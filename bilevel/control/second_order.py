@@ -167,7 +167,8 @@ def iterated(
                 return False
             there: Any = laid.controls.control(now.where.point)
             step = len(now.history) - 1
-            return bool(loop.callback(Progress(step, cost, norm, there, settings, now)))
+            chosen: Any = settings  # there is no torch optimiser
+            return bool(loop.callback(Progress(step, cost, norm, there, chosen, now)))
 
         found = solved(laid, settings, loop.steps, loop.tolerance, watch)
     solution = _second_order(found, observation, loop.tolerance or found.tolerance)

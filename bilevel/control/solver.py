@@ -22,7 +22,7 @@ from bilevel.control.solution import BatchSolution, ControlSolution
 from bilevel.dynamics.per_step import CONTROL_WORDS, Look
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.dynamics.steps import first_infinite
-from bilevel.errors import ArgumentError
+from bilevel.errors import ArgumentError, UnsupportedError
 from bilevel.outer.batches import Grouped
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory, check_finite
 from bilevel.outer.keeping import Keep, OnDivergence
@@ -221,7 +221,7 @@ class ControlSolver:
             ArgumentError: if the solver has no `build` or another optimiser than `Riccati`.
             ConvergenceError: if the optimum is no strict minimum, or was not reached and
                 `on_failure` is "raise".
-            UnsupportedError: where it is differentiated twice.
+            UnsupportedError: where it is differentiated twice, or there are constraints.
 
         Example:
             >>> import torch, bilevel as bl
@@ -245,6 +245,11 @@ class ControlSolver:
             raise ArgumentError(
                 "optimum needs ControlSolver(build, Riccati()) with build(parameters) -> "
                 f"ControlProblem, got {type(build).__name__} and {type(settings).__name__}."
+            )
+        if settings.constraints is not None:
+            raise UnsupportedError(
+                "optimum has no derivative of constraints yet; bounds= it has. Put them into the "
+                "cost of `build`, as a penalty."
             )
         loop = Loop(steps, tolerance=tolerance)
 

@@ -96,10 +96,9 @@ for t in range(N_LOOP):
     forces.append(force)
 path = torch.stack(states)
 tilt = float(path[-10:, 1].abs().max())
-print(
-    f"{statistics.median(milliseconds):.0f} ms and {statistics.median(iterations):.0f} iterations a step"
-)
-print(f"(medians); in the last ten steps the pole stays within {tilt:.3f} rad of upright")
+median, often = statistics.median(milliseconds), statistics.median(iterations)
+print(f"medians of a step: {median:.0f} ms, {often:.0f} iterations")
+print(f"in the last ten steps the pole stays within {tilt:.3f} rad of upright")
 
 # %%
 # The plan, and the loop.
@@ -122,7 +121,7 @@ for (rows, force, multipliers), row, name in zip(runs, axes, ("plan", "loop"), s
         titles.append(f"{name}: milliseconds a step")
     for ax, title in zip(row, titles, strict=True):
         ax.set(xlabel="time [s]", title=title)
-# sphinx_gallery_alt = "A pole is swung up within bounds of the force, and kept up through noise and a blow."
+# sphinx_gallery_alt = "A pole swung up within bounds, and kept up through noise and a blow."
 plt.show()
 
 # %%

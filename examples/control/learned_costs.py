@@ -86,7 +86,7 @@ for forces, style, name in (
     axes[1].plot(forces[:, 0, 0], style, label=name)
 axes[1].set(xlabel="step", title="force of one demonstration")
 axes[1].legend()
-# sphinx_gallery_alt = "The loss falls by many decades; forces of the learned weights lie on the expert's."
+# sphinx_gallery_alt = "The loss falls by decades; the learned forces lie on those of the expert."
 plt.show()
 
 # %%

@@ -68,7 +68,7 @@ axes[2].plot(times, torch.stack(solution.adjoint.multipliers), label=["of angle"
 for ax, title in zip(axes, ("states", "control", "multipliers"), strict=True):
     ax.set(xlabel="time [s]", title=title)
     ax.legend()
-# sphinx_gallery_alt = "Angle and speed of a pendulum that swings up, its torque between two bounds."
+# sphinx_gallery_alt = "A pendulum swings up, its torque between two bounds."
 plt.show()
 
 # %%

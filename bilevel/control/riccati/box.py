@@ -43,6 +43,8 @@ def box_minimum(H: Tensor, g: Tensor, low: Tensor, high: Tensor) -> BoxMinimum:
     identity = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
     shrunk = 0.5 ** torch.arange(_HALVINGS, dtype=g.dtype, device=g.device).view(-1, 1, 1)
     eps = torch.finfo(g.dtype).eps
+    free, factor = torch.ones_like(g, dtype=torch.bool), H
+    info = torch.zeros(len(g), dtype=torch.int32, device=g.device)
     for _ in range(ITERATIONS):
         slope = g + _times(H, x)
         free = ~(((x <= low) & (slope > 0)) | ((x >= high) & (slope < 0)))

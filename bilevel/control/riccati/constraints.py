@@ -139,11 +139,12 @@ class Values:
             duals.end_equality + w * self.end_equality,
         )
         old = [getattr(duals, name) for name in NAMES]
-        kept = [
+        kept: list[Any] = [
             torch.where(which.view(-1, *[1] * (a.ndim - 1)), a, b)
             for a, b in zip(new, old, strict=True)
         ]
-        return Duals(*kept, torch.where(which & grown, duals.weight * 10, duals.weight))
+        kept.append(torch.where(which & grown, duals.weight * 10, duals.weight))
+        return Duals(*kept)
 
     def worst(self, i: int) -> str:
         """The constraint of problem `i` that is violated most, in words."""

@@ -52,8 +52,8 @@ class Riccati:
         ... )
         >>> start = bl.PerStep.unstack(torch.zeros(3))
         >>> found = bl.ControlSolver(problem, bl.Riccati()).solve(start, torch.tensor(4.0))
-        >>> found.steps, found.control.steps
-        (1, (tensor(-1.), tensor(-1.), tensor(-1.)))
+        >>> found.steps, [round(float(x), 5) for x in found.control.steps]
+        (1, [-1.0, -1.0, -1.0])
     """
 
     gauss_newton: bool = False

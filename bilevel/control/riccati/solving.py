@@ -179,10 +179,11 @@ def constrained(
 ) -> Solved:
     """The method of multipliers, Newton's method for each estimate of them."""
     stages, start = laid.stages, laid.start
-    history: list[tuple[Tensor, ...]] = []
+    history: list[tuple[Tensor, Tensor, Tensor]] = []
     values = _values(stages, start)
     weight = torch.full_like(rules.tolerance, constraints.weight)
-    duals = Duals(*(torch.zeros_like(getattr(values, name)) for name in NAMES), weight)
+    begun: list[Any] = [*(torch.zeros_like(getattr(values, name)) for name in NAMES), weight]
+    duals = Duals(*begun)
     before = torch.full_like(weight, torch.inf)
     infeasible = torch.zeros_like(weight, dtype=torch.bool)
     updates = torch.zeros(stages.size, dtype=torch.long, device=stages.device)
@@ -256,7 +257,9 @@ def _check_constraints(
     control = tree.detach(control)
     for name in NAMES[:2]:
         function, shape = getattr(constraints, name), None
-        for t in range(1, problem.horizon + 1) if function is not None else ():
+        if function is None:
+            continue
+        for t in range(1, problem.horizon + 1):
             value = function(readout(states[t - 1]), step_control(control, t), t)
             shape = check_constraint(value, f"{name} at t = {t}", shape)
     for name in NAMES[2:]:

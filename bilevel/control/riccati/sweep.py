@@ -47,11 +47,13 @@ class Model:
 
     def at(self, i: Tensor) -> "Model":
         """Some of the problems."""
-        return Model(*(x if x is None else x[i] for x in self._parts()))
+        parts: list[Any] = [x if x is None else x[i] for x in self._parts()]
+        return Model(*parts)
 
     def repeated(self, n: int) -> "Model":
         """Each problem n times, one after another."""
-        return Model(*(x if x is None else x.repeat_interleave(n, 0) for x in self._parts()))
+        parts: list[Any] = [x if x is None else x.repeat_interleave(n, 0) for x in self._parts()]
+        return Model(*parts)
 
     def _parts(self) -> list[Any]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -108,8 +110,9 @@ class Gains:
 
     def at(self, i: Tensor) -> "Gains":
         """Some of the problems."""
-        parts = [getattr(self, field.name) for field in fields(self)]
-        return Gains(*(x if x is None else x[i] for x in parts))
+        parts: list[Any] = [getattr(self, field.name) for field in fields(self)]
+        parts = [x if x is None else x[i] for x in parts]
+        return Gains(*parts)
 
 
 def backward(model: Model, shift: Tensor) -> Gains:
