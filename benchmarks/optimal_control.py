@@ -7,6 +7,7 @@ start, one thread.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -239,6 +240,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 64, 1024])
+    parser.add_argument(
+        "--cpu", action="store_true", help="processor time, where others compute too"
+    )
     parser.add_argument("--json", help="write the figures here")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -254,7 +258,8 @@ def main() -> None:
                     made.append((name, make(n)))
                 except ImportError as error:
                     print(f"{name} is left out: {error}")
-            times = paired_times([run for _, run in made], chosen.repeats)
+            clock = time.process_time if chosen.cpu else time.perf_counter
+            times = paired_times([run for _, run in made], chosen.repeats, clock=clock)
             least = min((run()[0] for _, run in made), default=0.0)
             for (name, run), timing in zip(made, times, strict=True):
                 cost, iterations = run()

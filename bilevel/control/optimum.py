@@ -12,7 +12,7 @@ from bilevel.control.riccati.controls import Point
 from bilevel.control.riccati.sensitivity import Sensitivity
 from bilevel.control.riccati.settings import Riccati
 from bilevel.control.riccati.solving import Laid, Solved, laid_out, stages_of
-from bilevel.control.riccati.sweep import backward, model_of
+from bilevel.control.riccati.sweep import Gains, Model, backward, model_of
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.errors import ArgumentError, ConvergenceError
 from bilevel.records import Record
@@ -91,14 +91,7 @@ class Optimal(autodiff.ByHand):
         with autodiff.paused():
             model = model_of(final, second, limits)
             gains = backward(model, torch.zeros_like(final.cost))
-        bad = (gains.failed >= 0).nonzero().flatten().tolist()
-        if bad:
-            raise ConvergenceError(
-                f"the optimum{f' of problem {bad[0]}' if laid.stages.size > 1 else ''} has no "
-                f"derivative: its Hessian is not positive definite at t = "
-                f"{int(gains.failed[bad[0]])}, so that it is no minimum or not the only one near; "
-                "give the control a cost of its own, or begin elsewhere."
-            )
+        _check_strict(model, gains)
 
         def stages(parameters: Tree, observation: Tree) -> Any:
             problem = problem_of(self._build, parameters)
@@ -134,6 +127,24 @@ class Optimal(autodiff.ByHand):
             "an optimum has first derivatives here, forward or reverse; a second one, as with "
             "create_graph=True, is not computed: differentiate it with bilevel.implicit, or take "
             "differences of gradients."
+        )
+
+
+def _check_strict(model: Model, gains: Gains) -> None:
+    """Refuse optima that are no strict minima: their derivative would be rounding, or nothing."""
+    flat = 100 * torch.finfo(model.terminal.dtype).eps * model.scale()
+    pivots = [
+        factor.diagonal(dim1=-2, dim2=-1).square().flatten(1)
+        for factor in (gains.factors, gains.shared_factor)
+    ]
+    least = torch.cat([flat.unsqueeze(1) * 2, *pivots], 1).amin(1)
+    bad = ((gains.failed >= 0) | (least <= flat)).nonzero().flatten().tolist()
+    if bad:
+        which = f" of problem {bad[0]}" if len(flat) > 1 else ""
+        raise ConvergenceError(
+            f"the optimum{which} has no derivative: its Hessian is not positive definite, so that "
+            "it is no minimum, or not the only one near; give the control a cost of its own, or "
+            "begin elsewhere."
         )
 
 

@@ -25,7 +25,7 @@ from bilevel.control.solution import BatchSolution, ConstraintReport, ControlSol
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.errors import ArgumentError, DivergenceError
 from bilevel.outer.descent import Loop
-from bilevel.outer.watching import OnFailure, Progress, progress_bar, report
+from bilevel.outer.watching import OnFailure, Progress, carrying, progress_bar, report, told
 from bilevel.tree import Tree
 
 
@@ -158,9 +158,14 @@ def iterated(
     settings: Riccati, laid: Laid, observation: Tree, loop: Loop, on_failure: OnFailure
 ) -> tuple[Solved, ControlSolution | BatchSolution]:
     """Newton's method, and what is to be said of where it ended."""
-    with progress_bar(loop.steps, show=loop.progress) as advance:
+    seen: list[Iterates] = []
+    with (
+        carrying(lambda error: _so_far(laid, seen, told(error))),
+        progress_bar(loop.steps, show=loop.progress) as advance,
+    ):
 
         def watch(now: Iterates) -> bool:
+            seen[:] = [now]
             cost, norm = float(now.cost.mean()), float(now.residual.amax())
             advance(f"cost {cost:.4g}, gradient {norm:.2g}")
             if loop.callback is None:
@@ -178,13 +183,32 @@ def iterated(
         raise error
     failed = (~converged(found)).nonzero().flatten().tolist()
     if failed:
-        if isinstance(solution, ControlSolution):
-            report(solution.reason, on_failure, level=5)
-        else:
-            first = f"the first is problem {failed[0]}: {solution.reason[failed[0]]}"
-            said = f"{len(failed)} of {len(solution.reason)} problems did not converge; {first}"
+        said = solution.reason
+        if isinstance(said, list):
+            first = f"the first is problem {failed[0]}: {said[failed[0]]}"
+            said = f"{len(failed)} of {len(said)} problems did not converge; {first}"
+        with carrying(lambda _: solution):
             report(said, on_failure, level=5)
     return found, solution
+
+
+def _so_far(laid: Laid, seen: list[Iterates], ended: str) -> ControlSolution | BatchSolution:
+    """The record of a run that something ended, after the last whole update."""
+    point = seen[0].where.point if seen else laid.start.point
+    control, size = laid.controls.control(point), laid.stages.size
+    nothing = torch.full((size,), torch.nan, dtype=laid.stages.dtype)
+    cost, norm = (seen[0].cost, seen[0].residual) if seen else (nothing, nothing)
+    costs, norms, shifts = zip(*seen[0].history[:-1], strict=True) if seen else ((), (), ())
+    steps = seen[0].steps if seen else torch.zeros(size, dtype=torch.long)
+    if laid.controls.batch is not None:
+        none = torch.zeros(size, dtype=torch.bool)
+        rest = (None, None, [*shifts], None)
+        said = size * [ended]
+        return BatchSolution(control, cost, norm, [*costs], [*norms], steps, none, said, *rest)
+    lists = ([float(x) for x in column] for column in (costs, norms))
+    return ControlSolution(
+        control, float(cost), float(norm), *lists, int(steps), False, ended, None, None
+    )
 
 
 def _second_order(

@@ -96,8 +96,9 @@ class BatchSolution(Record):
         steps: updates that each made, ``(B,)``.
         converged: which ones are at a minimum, ``(B,)``.
         reason: why each ended, in words.
-        adjoint: states, multipliers and gradients, with a leading axis.
-        kkt: residuals of the optimality conditions, of all problems together.
+        adjoint: states, multipliers and gradients, with a leading axis; None if something else
+            ended the solve.
+        kkt: residuals of the optimality conditions, of all problems together; None likewise.
         shifts: of the Hessians before each round of updates, ``(B,)`` each.
         constraints: their multipliers and violation; None without.
     """
@@ -110,7 +111,7 @@ class BatchSolution(Record):
     steps: Tensor
     converged: Tensor
     reason: list[str]
-    adjoint: Adjoint
-    kkt: KKT
+    adjoint: Adjoint | None
+    kkt: KKT | None
     shifts: list[Tensor]
     constraints: ConstraintReport | None

@@ -77,6 +77,9 @@ class Linearisation:
         self._stages, self.where = stages, where
         self._n, self._q, self._m = stages.n, stages.controls.q, stages.controls.m
         self._chunks = self._evaluated()
+        if not self._faithful():
+            stages.one_by_one()
+            self._chunks = self._evaluated()
         with autodiff.recording():
             self._ended()
             self._begun()
@@ -99,6 +102,14 @@ class Linearisation:
         nx = self._n + self._q
         pulled = torch.einsum("btij,bti->btj", self.maps[:, :, :nx, :nx], self.costates[:, 1:])
         return self.costates[:, :-1] - self._slopes[..., :nx] - pulled
+
+    def _faithful(self) -> bool:
+        """Whether steps evaluated at once lead where they led in the roll-out, with t a number."""
+        if not self._stages.at_once or not self._chunks:
+            return True
+        size = float(self.where.states.abs().amax()) if self.where.states.numel() else 0.0
+        allowed = torch.finfo(self._stages.dtype).eps ** 0.5 * (1 + size)
+        return not self.defects.numel() or not float(self.defects.abs().amax()) > allowed
 
     @property
     def _lead(self) -> tuple[int, int]:
@@ -159,13 +170,15 @@ class Linearisation:
         self.maps[:, :, :n, :nx], self.maps[:, :, :n, nx + 1 :] = maps[..., :nx], maps[..., nx:]
         self.maps[:, :, n:, n : nx + 1].diagonal(dim1=2, dim2=3).fill_(1)
         self._slopes = slopes
-        p = self._end_slope.detach()
+        # Columns, so that a step is one call.
+        p = self._end_slope.detach().unsqueeze(2)
         costates = [p]
-        steps = zip(slopes[..., :nx].unbind(1), self.maps[:, :, :nx, :nx].mT.unbind(1), strict=True)
-        for slope, transposed in reversed([*steps]):
-            p = torch.baddbmm(slope.unsqueeze(2), transposed, p.unsqueeze(2)).squeeze(2)
+        columns = slopes[..., :nx].unsqueeze(3).unbind(1)
+        transposed = self.maps[:, :, :nx, :nx].mT.unbind(1)
+        for t in range(horizon - 1, -1, -1):
+            p = torch.baddbmm(columns[t], transposed[t], p)
             costates.append(p)
-        self.costates = torch.stack(costates[::-1], 1)
+        self.costates = torch.stack(costates[::-1], 1).squeeze(3)
         own = slopes[..., nx:] + torch.einsum(
             "btnm,btn->btm", maps[..., nx:], self.costates[:, 1:, :n]
         )

@@ -92,6 +92,10 @@ class Stages:
         """Whether the user's functions have been mapped so far, not called one by one."""
         return self._steps.together and self._problems.together
 
+    def one_by_one(self) -> None:
+        """Call the user's steps one after another from now on."""
+        self._steps.together = False
+
     def _columns(self, problems: Tensor) -> list[list[Tensor]]:
         """Constants of the control that differ from problem to problem."""
         return [[x[problems] for x in fixed.columns] for fixed in (self._rest, *self._each)]

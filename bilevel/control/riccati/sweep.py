@@ -131,34 +131,39 @@ def backward(model: Model, shift: Tensor) -> Gains:
     shifted = bool(shift.any())
     added = torch.eye(m, dtype=P.dtype, device=P.device) * shift.view(-1, 1, 1)
     values, stages = [P], []
-    maps, steps = model.maps.unbind(1), model.steps.unbind(1)
+    maps = model.maps.unbind(1)
+    # The rows of x and of the control apart: what would fill the block of Q_xc is its transpose.
+    from_x, from_c = model.maps[..., :N].mT.unbind(1), model.maps[..., N:].mT.unbind(1)
+    of_x, of_c = model.steps[:, :, :N, :N].unbind(1), model.steps[:, :, N:].unbind(1)
     for t in range(horizon - 1, -1, -1):
-        Q = torch.baddbmm(steps[t], maps[t].mT, torch.bmm(P, maps[t]))
-        if not m:
-            P = Q
-        elif model.low is None or model.high is None:
-            Qcc = Q[:, N:, N:] + added if shifted else Q[:, N:, N:]
-            factor, info = torch.linalg.cholesky_ex(Qcc)
-            half = torch.linalg.solve_triangular(factor, Q[:, N:, :N], upper=False)
-            P = torch.baddbmm(Q[:, :N, :N], half.mT, half, alpha=-1)
-            stages.append((half, factor, info))
-        else:
-            Qcc = Q[:, N:, N:] + added
-            P, stage = _boxed(Q, Qcc, N, model.low[:, t], model.high[:, t])
-            stages.append(stage)
+        ahead = torch.bmm(P, maps[t])
+        P = torch.baddbmm(of_x[t], from_x[t], ahead.narrow(2, 0, N))
+        if m:
+            Qc = torch.baddbmm(of_c[t], from_c[t], ahead)
+            Qcx, Qcc = Qc.narrow(2, 0, N), Qc.narrow(2, N, m)
+            if shifted:
+                Qcc = Qcc + added
+            if model.low is None or model.high is None:
+                factor, info = torch.linalg.cholesky_ex(Qcc)
+                half = torch.linalg.solve_triangular(factor, Qcx, upper=False)
+                P = torch.baddbmm(P, half.mT, half, alpha=-1)
+                stages.append((half, factor, info))
+            else:
+                P, stage = _boxed(P, Qcx, Qcc, model.low[:, t], model.high[:, t])
+                stages.append(stage)
         values.append(P)
     return _gathered(model, shift, values[::-1], stages[::-1])
 
 
-def _boxed(Q: Tensor, Qcc: Tensor, N: int, low: Tensor, high: Tensor) -> tuple[Tensor, Any]:
+def _boxed(Qxx: Tensor, Qcx: Tensor, Qcc: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Any]:
     """One step of the sweep with bounds: k the minimum in the box, K zero where one holds."""
-    least = box_minimum(Qcc, Q[:, N:, N - 1], low, high)
-    Qcx = Q[:, N:, :N]
+    N = Qxx.shape[1]
+    least = box_minimum(Qcc, Qcx[:, :, N - 1], low, high)
     gain = -torch.cholesky_solve(Qcx * least.free.unsqueeze(2), least.factor)
     gain = torch.cat([gain[:, :, : N - 1], least.x.unsqueeze(2)], 2)
     cross = Qcx.mT @ gain
-    P = Q[:, :N, :N] + cross + cross.mT + gain.mT @ Qcc @ gain
-    slope = (Q[:, N:, N - 1] * least.x).sum(1)
+    P = Qxx + cross + cross.mT + gain.mT @ Qcc @ gain
+    slope = (Qcx[:, :, N - 1] * least.x).sum(1)
     return P, (gain, least.factor, least.failed.int(), least.free, slope)
 
 

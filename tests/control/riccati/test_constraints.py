@@ -68,7 +68,7 @@ def test_limits_of_force_and_speed_are_met_with_signed_multipliers():
 
 def test_equalities_of_steps_and_inequalities_of_the_end():
     limits = Constraints(
-        equality=lambda x, u, t: torch.where(t == 3, u - 1, 0 * u),
+        equality=lambda x, u, t: u - 1 if t == 3 else 0 * u,
         end_inequality=lambda x, c: 1 - x[:1],
     )
     found = solve(limits)
@@ -95,7 +95,7 @@ def test_each_problem_of_a_batch_has_its_own_multipliers():
 
 
 def test_what_cannot_be_met_is_named_with_its_time():
-    impossible = Constraints(inequality=lambda x, u, t: torch.where(t == 4, 1 + u * u, u - 100))
+    impossible = Constraints(inequality=lambda x, u, t: 1 + u * u if t == 4 else u - 100)
     with pytest.warns(bl.ConvergenceWarning, match=r"infeasible: inequality\[0\] at t = 4"):
         found = bl.ControlSolver(cart(), bl.Riccati(constraints=impossible)).solve(zeros(N), REST)
     assert not found.converged

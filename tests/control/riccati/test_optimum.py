@@ -7,6 +7,8 @@ from problems import real, square
 import bilevel as bl
 from bilevel.errors import ArgumentError, ConvergenceError, UnsupportedError
 
+# The first use of forward mode in torch 2.13 scripts decompositions, and warns of that.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 F64 = torch.float64
 T, N, M = 6, 3, 2
 START, REST = real(1, N), bl.PerStep.unstack(torch.zeros(T, M, dtype=F64))
@@ -91,7 +93,7 @@ def directions():
     return {name: real(7, *x.shape) for name, x in POINT.items()}, real(8, N)
 
 
-@pytest.mark.parametrize("bounds", [None, (-0.2, 0.25)], ids=["free", "bounded"])
+@pytest.mark.parametrize("bounds", [None, (-0.05, 0.02)], ids=["free", "bounded"])
 @pytest.mark.parametrize("build", [quadratic, curved])
 def test_derivatives_agree_with_differences_of_solved_problems(build, bounds):
     value = measured(build, bounds=bounds)
@@ -114,7 +116,7 @@ def test_derivatives_agree_with_differences_of_solved_problems(build, bounds):
     if bounds is not None:
         found = bl.ControlSolver(build, bl.Riccati(bounds=bounds)).optimum(POINT, START, REST)
         u = torch.stack([*found.control.steps])
-        assert 0 < int(((u == -0.2) | (u == 0.25)).sum()) < T * M
+        assert 0 < int(((u == -0.05) | (u == 0.02)).sum()) < T * M
 
 
 def test_transforms_of_torch_func_go_through():
@@ -132,7 +134,7 @@ def test_transforms_of_torch_func_go_through():
 
 def test_a_batch_of_optima_has_the_derivatives_of_each():
     several = torch.stack([START, -2 * START, real(9, N)])
-    settings = {"bounds": (-0.2, 0.25)}
+    settings = {"bounds": (-0.05, 0.02)}
     solver = bl.ControlSolver(curved, bl.Riccati(tolerance=1e-11, batched=True, **settings))
     p, _ = leaves()
     x = several.clone().requires_grad_()
