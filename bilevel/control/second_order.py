@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, tree
-from bilevel.control.adjoint import Adjoint
+from bilevel.control.adjoint import Adjoint, adjoint
 from bilevel.control.lagrangian import KKT
 from bilevel.control.riccati.constraints import NAMES
 from bilevel.control.riccati.newton import (
@@ -176,6 +176,9 @@ def iterated(
             return bool(loop.callback(Progress(step, cost, norm, there, chosen, now)))
 
         found = solved(laid, settings, loop.steps, loop.tolerance, watch)
+        if found.final.suspects():
+            # What nothing reads is refused as everywhere: a sweep of one problem tells.
+            adjoint(laid.stages.problem, *laid.first)
     solution = _second_order(found, observation, loop.tolerance or found.tolerance)
     if isinstance(solution, ControlSolution) and bool(unbounded(found).any()):
         error = DivergenceError(solution.reason)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import tree
-from bilevel.checks import check_arguments, check_choice, check_whole
+from bilevel.checks import check_arguments, check_choice, check_kind, check_whole
 from bilevel.control.adjoint import Adjoint, adjoint
 from bilevel.control.lagrangian import KKT, kkt
 from bilevel.control.newton_cg import NewtonCG, NewtonRun
@@ -88,6 +88,8 @@ class ControlSolver:
         if not isinstance(self.problem, ControlProblem):
             check_arguments(self.problem, "build", "batch")
         if not isinstance(self.optimizer, NewtonCG | Riccati):
+            if self.optimizer in (NewtonCG, Riccati):
+                check_kind(self.optimizer, NewtonCG | Riccati, "optimizer", "an instance")
             check_factory(self.optimizer)
         if isinstance(self.optimizer, Riccati) and self.checkpointing is not None:
             raise ArgumentError(

@@ -2,10 +2,10 @@ r"""
 A cart-pole in closed loop
 ==========================
 
-A force on a cart swings its pole up and keeps it there. First a plan that ends at rest exactly: a
-box on the force, and an end constraint met by an augmented Lagrangian. Then model-predictive
-control of the raised pole: at every step the problem is solved anew from the state that noise and a
-blow left, over a horizon that moves along, beginning with the last control shifted by one step.
+A cart carries an upright pole one metre to the right. First a plan that ends at rest exactly: a box
+on the force, and an end constraint met by an augmented Lagrangian. Then model-predictive control:
+at every step the problem is solved anew from the state that noise and a blow left, over a horizon
+that moves along, beginning with the last control shifted by one step.
 """
 
 # %%
@@ -22,7 +22,7 @@ import bilevel as bl
 from bilevel.control import Constraints
 
 torch.set_num_threads(1)
-DT, FORCE = 0.08, 15.0
+DT, FORCE = 0.08, 3.0
 CART, POLE, LENGTH, GRAVITY = 1.0, 0.1, 0.5, 9.81
 
 
@@ -44,20 +44,18 @@ def running(state: Tensor, force: Tensor, _t: int) -> Tensor:
     return DT * (away + 0.002 * force @ force)
 
 
-hanging = torch.tensor([0.0, torch.pi, 0.0, 0.0], dtype=torch.float64)
+start = torch.tensor([-1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
 
 # %%
-# The plan: 2.4 seconds, at rest upright at the end.
+# The plan: 2.4 seconds, at rest at the end. The cart first goes the wrong way, to tilt the pole.
 N_PLAN = 30
 plan_problem = bl.ControlProblem(
     bl.Map(cart_pole), lambda state, _control: 0 * state.sum(), N_PLAN, running
 )
-upright = Constraints(end_equality=lambda state, _control: state)
-planner = bl.ControlSolver(plan_problem, bl.Riccati(bounds=(-FORCE, FORCE), constraints=upright))
-begin = bl.PerStep(
-    [torch.tensor([3.0 if t < 6 else -3.0], dtype=torch.float64) for t in range(N_PLAN)]
-)
-plan = planner.solve(begin, hanging, steps=300)
+at_rest = Constraints(end_equality=lambda state, _control: state)
+planner = bl.ControlSolver(plan_problem, bl.Riccati(bounds=(-FORCE, FORCE), constraints=at_rest))
+begin = bl.PerStep.unstack(torch.zeros(N_PLAN, 1, dtype=torch.float64))
+plan = planner.solve(begin, start)
 planned = torch.stack(plan.adjoint.states)
 violation = float(plan.constraints.violation)
 print(f"{plan.steps} iterations, cost {plan.cost:.4f}, end constraint violated by {violation:.1e}")
@@ -66,7 +64,7 @@ print(f"multipliers of the end {[round(x, 3) for x in plan.constraints.end_equal
 # %%
 # The loop. The horizon's end is held near rest by a terminal cost. A step takes a few iterations,
 # since it begins where the last one ended.
-N_HORIZON, N_LOOP, BLOW = 15, 30, 12
+N_HORIZON, N_LOOP, BLOW = 20, 40, 15
 
 
 def terminal(state: Tensor, _control: bl.PerStep) -> Tensor:
@@ -78,8 +76,7 @@ def terminal(state: Tensor, _control: bl.PerStep) -> Tensor:
 problem = bl.ControlProblem(bl.Map(cart_pole), terminal, N_HORIZON, running)
 controller = bl.ControlSolver(problem, bl.Riccati(bounds=(-FORCE, FORCE), tolerance=1e-5))
 noise = torch.Generator().manual_seed(0)
-state = torch.tensor([0.0, 0.4, 0.0, 0.0], dtype=torch.float64)
-control = bl.PerStep.unstack(torch.zeros(N_HORIZON, 1, dtype=torch.float64))
+state, control = start, bl.PerStep(plan.control.steps[:N_HORIZON])
 states, forces, milliseconds, iterations = [state], [], [], []
 for t in range(N_LOOP):
     began = time.perf_counter()
@@ -87,10 +84,10 @@ for t in range(N_LOOP):
     milliseconds.append(1e3 * (time.perf_counter() - began))
     iterations.append(solution.steps)
     force = solution.control.steps[0]
-    shaken = 0.01 * torch.randn(4, generator=noise, dtype=torch.float64)
+    shaken = 0.005 * torch.randn(4, generator=noise, dtype=torch.float64)
     state = cart_pole(state, force, t) + shaken
     if t == BLOW:
-        state = state + torch.tensor([0.0, 0.0, 0.0, 2.0], dtype=torch.float64)
+        state = state + torch.tensor([0.0, 0.0, 0.0, 0.5], dtype=torch.float64)
     control = solution.control.shifted()
     states.append(state)
     forces.append(force)
@@ -121,11 +118,11 @@ for (rows, force, multipliers), row, name in zip(runs, axes, ("plan", "loop"), s
         titles.append(f"{name}: milliseconds a step")
     for ax, title in zip(row, titles, strict=True):
         ax.set(xlabel="time [s]", title=title)
-# sphinx_gallery_alt = "A pole swung up within bounds, and kept up through noise and a blow."
+# sphinx_gallery_alt = "A cart moves its upright pole within bounds, by plan and through noise and a blow."
 plt.show()
 
 # %%
 # What this page claims
 assert plan.converged
 assert violation < 1e-8
-assert tilt < 0.3
+assert tilt < 0.2

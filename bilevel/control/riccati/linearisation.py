@@ -228,6 +228,14 @@ class Linearisation:
                     first = autodiff.rows(pulled, self._shared, keep=True)
         return Hessians(steps, terminal, first)
 
+    def suspects(self) -> bool:
+        """Whether a number of the control moves no state and has no gradient, at any step."""
+        n, nx = self._n, self._n + self._q
+        still = (self.maps[:, :, :n, nx + 1 :] == 0).all(2) & (self.gradient.own == 0)
+        shared = (self.maps[:, :, :n, n:nx] == 0).flatten(0, 2).all(0)
+        shared &= (self.gradient.shared == 0).all(0)
+        return bool(still.flatten(0, 1).all(0).any()) or bool(shared.any())
+
     def noise(self) -> Tensor:
         """How large a gradient may be by rounding alone, roughly: ``(b,)``."""
         n, nx = self._n, self._n + self._q

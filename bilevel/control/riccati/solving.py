@@ -45,12 +45,14 @@ class Laid:
         stages: the functions of the problem.
         limits: of the control; None without bounds.
         start: the control to begin with, and where it leads.
+        first: observation and control of the first problem.
     """
 
     controls: Controls
     stages: Stages
     limits: Limits | None
     start: Swept
+    first: tuple[Tree, Tree]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +133,7 @@ def laid_out(settings: Riccati, problem: ControlProblem, observation: Tree, cont
             rolled, own = stages.rollout(begun, Plan(point.own, point.shared), problems)
     _check_states(rolled, stages.size)
     start = Swept(problems, type(point)(own.clone(), point.shared.clone()), rolled.clone())
-    return Laid(controls, stages, limits, start)
+    return Laid(controls, stages, limits, start, first)
 
 
 def stages_of(problem: ControlProblem, observation: Tree, laid: Laid) -> Stages:

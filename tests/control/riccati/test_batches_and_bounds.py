@@ -8,7 +8,13 @@ from problems import real, square, zeros
 
 import bilevel as bl
 from bilevel import tree
-from bilevel.errors import ArgumentError, DivergenceError, StructureError, UnsupportedError
+from bilevel.errors import (
+    ArgumentError,
+    DivergenceError,
+    LostGradientError,
+    StructureError,
+    UnsupportedError,
+)
 
 F64 = torch.float64
 
@@ -185,6 +191,8 @@ def test_what_is_no_problem_for_a_sweep_is_refused_by_name():
         quiet(line(lambda x, c: square(x))).solve(
             bl.PerStep([torch.tensor([1]) for _ in range(3)]), torch.zeros(1)
         )
+    with pytest.raises(ArgumentError, match="the class Riccati"):
+        bl.ControlSolver(swing(), bl.Riccati)
     with pytest.raises(ArgumentError, match="checkpointing"):
         bl.ControlSolver(swing(), bl.Riccati(), bl.Checkpointing())
     with pytest.raises(ArgumentError, match="bounds="):
@@ -213,6 +221,28 @@ def test_callbacks_see_and_end_the_iteration():
     quiet(swing()).solve(pushes(0.1), REST, callback=lambda p: seen.append(p.cost) or p.step == 3)
     assert len(seen) == 3
     assert seen == sorted(seen, reverse=True)
+
+
+def test_an_interruption_takes_with_it_what_was_reached():
+    def interrupt(progress):
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        quiet(swing()).solve(pushes(0.1), REST, callback=interrupt)
+    reached = caught.value.progress
+    assert (reached.steps, len(reached.costs)) == (2, 2)
+    assert reached.cost < reached.costs[0]
+
+
+def test_what_nothing_reads_is_refused():
+    problem = line(lambda x, c: square(x), lambda x, u, t: square(u["a"]))
+    deaf = bl.ControlProblem(
+        bl.Map(lambda x, u, t: x + u["a"]), problem.terminal, 3, problem.running
+    )
+    control = bl.PerStep([{"a": REST + 0 * t, "b": REST + t} for t in range(3)])
+    with pytest.raises(LostGradientError, match=r"\['b'\] reaches no cost"):
+        quiet(deaf).solve(control, torch.ones(2, dtype=F64))
 
 
 def test_arguments_stay_as_they_are():
