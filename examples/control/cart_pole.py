@@ -118,7 +118,7 @@ for (rows, force, multipliers), row, name in zip(runs, axes, ("plan", "loop"), s
         titles.append(f"{name}: milliseconds a step")
     for ax, title in zip(row, titles, strict=True):
         ax.set(xlabel="time [s]", title=title)
-# sphinx_gallery_alt = "A cart moves its upright pole within bounds, by plan and through noise and a blow."
+# sphinx_gallery_alt = "A cart moves its upright pole, by plan and through noise and a blow."
 plt.show()
 
 # %%

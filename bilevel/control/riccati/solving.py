@@ -187,7 +187,8 @@ def constrained(
     begun: list[Any] = [*(torch.zeros_like(getattr(values, name)) for name in NAMES), weight]
     duals = Duals(*begun)
     before = torch.full_like(weight, torch.inf)
-    infeasible = torch.zeros_like(weight, dtype=torch.bool)
+    infeasible = over = torch.zeros_like(weight, dtype=torch.bool)
+    status = torch.zeros_like(weight, dtype=torch.long)
     updates = torch.zeros(stages.size, dtype=torch.long, device=stages.device)
     eps = torch.finfo(stages.dtype).eps
     tolerance, enough = max(constraints.tolerance, 1e3 * eps), max(constraints.tolerance, eps**0.5)
@@ -197,8 +198,11 @@ def constrained(
         # The first estimates of the multipliers are not worth an exact solution.
         enough_now = (before / 10).clamp(max=1e-2).clamp(min=target)
         enough_now = torch.where(before <= enough, target, enough_now)
+        # A problem that is given up stays where it is while others go on.
+        enough_now = torch.where(over, torch.inf, enough_now)
         newton = Newton(stages, replace(rules, tolerance=enough_now), laid.limits, start)
         now = newton.run(watch)
+        now.status = torch.where(over, status, now.status)
         start, updates = now.where, updates + now.steps
         history += now.history[:-1]
         values = _values(stages, start)
@@ -207,12 +211,13 @@ def constrained(
         # Where rounding ends the convergence of the multipliers, they are as good as they get.
         near = (unmet <= enough) & (unmet > before / 2)
         heavy = duals.weight / constraints.weight
-        infeasible |= fine & (heavy >= HEAVIEST) & (unmet > enough)
-        infeasible |= (now.status == STANDSTILL) & (heavy >= HEAVIEST**0.5) & (unmet > enough)
+        lost = fine & (heavy >= HEAVIEST)
+        lost |= (now.status == STANDSTILL) & (heavy >= HEAVIEST**0.5)
+        infeasible = infeasible | (lost & (unmet > enough))
         # What Newton's method did not solve is not made better by other multipliers.
-        open_ = fine & ~infeasible
-        left = open_ & (unmet > tolerance) & ~near & (heavy < HEAVIEST)
-        rough = open_ & ~left & (enough_now > target)
+        over, status = ~fine | infeasible, now.status
+        left = ~over & (unmet > tolerance) & ~near & (heavy < HEAVIEST)
+        rough = ~over & ~left & (enough_now > target)
         if not bool((left | rough).any()):
             break
         duals = values.updated(duals, left, unmet > before / 4)
