@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+CONTROL_PEERS := .venv-control-peers
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMPS := $(VENV)/.stamps
 DEMO ?= demo-output
 DEMO_FLAGS ?=
 
-.PHONY: demo test test-all lint docs bench bench-peers clean help
+.PHONY: demo test test-all lint docs bench bench-peers bench-control clean help
 
 help:
 	@echo "make demo   simulate, reconstruct and evaluate scans, all on bundled data; results in $(DEMO)/"
@@ -17,6 +18,7 @@ help:
 	@echo "make docs   build the Sphinx site into docs/_build/html"
 	@echo "make bench  run the benchmarks (by hand; several minutes)"
 	@echo "make bench-peers  compare with other libraries, in an environment of its own"
+	@echo "make bench-control  compare with other solvers of optimal control, likewise"
 
 # One stamp an extra: a second run starts at once, a changed requirement installs again.
 $(STAMPS)/%: pyproject.toml constraints.txt
@@ -61,5 +63,15 @@ bench-peers: $(PEERS)/.made
 	$(PEERS)/bin/python -m benchmarks.hypergradient
 	$(PEERS)/bin/python -m benchmarks.peer_cases
 
+$(CONTROL_PEERS)/.made: benchmarks/control_peers.txt
+	$(PYTHON) -m venv $(CONTROL_PEERS)
+	$(CONTROL_PEERS)/bin/python -m pip install --quiet --only-binary :all: -r benchmarks/control_peers.txt
+	$(CONTROL_PEERS)/bin/python -m pip install --quiet --no-deps mpc==0.0.6
+	$(CONTROL_PEERS)/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+bench-control: $(CONTROL_PEERS)/.made
+	$(CONTROL_PEERS)/bin/python -m benchmarks.optimal_control
+
 clean:
-	rm -rf $(VENV) $(PEERS) docs/_build docs/gallery
+	rm -rf $(VENV) $(PEERS) $(CONTROL_PEERS) docs/_build docs/gallery

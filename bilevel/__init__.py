@@ -29,6 +29,7 @@ from bilevel.certificates import AgainstMinimiser, AgainstSteps
 from bilevel.control import (
     ControlSolver,
     NewtonCG,
+    Riccati,
     adjoint,
     hvp,
     kkt,
@@ -63,7 +64,7 @@ __all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelPr
 __all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
 __all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "FirstOrder", "Given", "Implicit"]
 __all__ += ["InMemory", "Keep", "Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost"]
-__all__ += ["OneStep", "Penalty", "PerStep", "Phases", "Restore", "Softmax", "Sparsemax"]
+__all__ += ["OneStep", "Penalty", "PerStep", "Phases", "Restore", "Riccati", "Softmax", "Sparsemax"]
 __all__ += ["TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint", "check_hypergradient"]
 __all__ += ["functional", "hvp", "implicit"]
 __all__ += ["kkt", "lagrangian", "plan", "rollout", "total_cost", "weighted_problem"]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # ground that they stand on, and their roof.
 ROOMS = {
     "bilevel": ["errors", "tree", "records", "checks", "settings", "drawing"],
-    "bilevel.autodiff": ["graphs", "gradients", "linearisation", "nested", "reversible"],
+    "bilevel.autodiff": ["graphs", "gradients", "linearisation", "nested", "reversible", "by_hand"],
     "bilevel.dynamics": [
         "dynamics",
         "closures",
@@ -27,7 +27,7 @@ ROOMS = {
     ],
     "bilevel.linear": [
         *("operator", "flat", "system", "cg", "normal_cg", "gmres", "neumann", "direct"),
-        "singular",
+        *("singular", "steihaug"),
     ],
     "bilevel.sweeps": [
         *("storage", "host", "disk", "schedule", "checkpointing", "randomness"),
@@ -37,8 +37,13 @@ ROOMS = {
         *("watching", "generators", "batches", "leaves", "encoding", "checkpoints", "signals"),
         *("keeping", "running", "descent"),
     ],
+    "bilevel.control.riccati": [
+        *("layout", "controls", "mapping", "constraints", "settings", "stages", "linearisation"),
+        *("box", "sweep", "bounds", "newton", "solving", "sensitivity"),
+    ],
     "bilevel.control": [
-        *("lagrangian", "adjoint", "many", "tangent", "rollout", "newton_cg", "solver"),
+        *("lagrangian", "adjoint", "many", "tangent", "rollout", "newton_cg", "solution"),
+        *("second_order", "optimum", "solver"),
     ],
     "bilevel.prox": ["operators", "sets", "groups"],
     "bilevel.optim": [
@@ -363,6 +368,7 @@ ALLOWED = {
             "torch.autograd.forward_ad.unpack_dual",
         ),
     },
+    "bilevel.control.riccati.mapping": {"torch.func.vmap"},
 }
 
 
