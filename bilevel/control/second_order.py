@@ -208,9 +208,9 @@ def _so_far(laid: Laid, seen: list[Iterates], ended: str) -> ControlSolution | B
         rest = (None, None, [*shifts], None)
         said = size * [ended]
         return BatchSolution(control, cost, norm, [*costs], [*norms], steps, none, said, *rest)
-    lists = ([float(x) for x in column] for column in (costs, norms))
+    before, sizes = ([float(x) for x in column] for column in (costs, norms))
     return ControlSolution(
-        control, float(cost), float(norm), *lists, int(steps), False, ended, None, None
+        control, float(cost), float(norm), before, sizes, int(steps), False, ended, None, None
     )
 
 
