@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # ground that they stand on, and their roof.
 ROOMS = {
     "bilevel": ["errors", "tree", "records", "checks", "settings", "drawing"],
-    "bilevel.autodiff": ["graphs", "gradients", "linearisation", "reversible"],
+    "bilevel.autodiff": ["graphs", "gradients", "linearisation", "nested", "reversible"],
     "bilevel.dynamics": [
         "dynamics",
         "closures",
@@ -27,6 +27,7 @@ ROOMS = {
     ],
     "bilevel.linear": [
         *("operator", "flat", "system", "cg", "normal_cg", "gmres", "neumann", "direct"),
+        "singular",
     ],
     "bilevel.sweeps": [
         *("storage", "host", "disk", "schedule", "checkpointing", "randomness"),
@@ -40,10 +41,20 @@ ROOMS = {
         *("lagrangian", "adjoint", "many", "tangent", "rollout", "newton_cg", "solver"),
     ],
     "bilevel.prox": ["operators", "sets", "groups"],
-    "bilevel.optim": ["rules", "descent", "proximal", "adaptive", "around", "torch_rules"],
-    "bilevel.inner": ["problem", "iteration", "batches"],
+    "bilevel.optim": [
+        "rules",
+        "descent",
+        "proximal",
+        "adaptive",
+        "around",
+        "torch_rules",
+        "roots",
+        "given",
+    ],
+    "bilevel.inner": ["problem", "residuals", "iteration", "batches"],
     "bilevel.methods": [
         "base",
+        "pairing",
         "unrolled",
         "mlm",
         "implicit",
@@ -55,9 +66,10 @@ ROOMS = {
         *("certificate", "against_steps", "curvature", "matrix", "correction", "judgement"),
         *("orders", "against_minimiser"),
     ],
+    "bilevel.implicit_function": ["question", "systems", "equations", "function"],
     "bilevel.tasks": ["normalisers", "weights", "problem", "adaptation", "stacked"],
     "bilevel, above its rooms": [
-        *("solution", "kept_solution", "accumulated", "solver", "testing"),
+        *("solution", "kept_solution", "accumulated", "hessian", "solver", "testing"),
     ],
     "applications": [
         "errors",
@@ -354,6 +366,14 @@ ALLOWED = {
     "bilevel.dynamics.modules": {"torch.func.functional_call"},
     "bilevel.tasks.problem": {"torch.func.vmap"},
     "bilevel.tasks.stacked": {"torch.func.vmap"},
+    "bilevel.implicit_function.question": {"torch.vmap"},
+    "bilevel.implicit_function.function": {
+        *("torch.autograd.Function", "torch.autograd.forward_ad"),
+        *(
+            "torch.autograd.forward_ad._set_fwd_grad_enabled",
+            "torch.autograd.forward_ad.unpack_dual",
+        ),
+    },
 }
 
 

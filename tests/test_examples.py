@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALLER: dict[str, dict[str, object]] = {
     "learning/learned_start.py": {"UPDATES": 60},
     "control/unrolled_network.py": {"UPDATES": 150},
+    "solvers/deep_equilibrium.py": {"UPDATES": 60},
 }
 SCRIPTS = sorted(EXAMPLES.rglob("*.py"))
 every_script = pytest.mark.parametrize(
