@@ -46,6 +46,7 @@ from bilevel.dynamics.closures import buffers_kept
 from bilevel.errors import ArgumentError, DivergenceError, UnsupportedError
 from bilevel.methods.base import Comparison, Found, Instance
 from bilevel.methods.mlm import relative
+from bilevel.optim.given import Given
 from bilevel.sweeps.randomness import devices_of, preserved
 
 MINIMISER = "the exact inner minimiser"
@@ -189,6 +190,9 @@ class AgainstMinimiser(Certifier):
             drawn = not start.stands()
         if by_residual:
             judged = replace(judged, reason=judged.reason.replace("minimiser", "root"))
+        if isinstance(instance.optimizer, Given):
+            more = "make more inner steps", "solve the inner problem further"
+            judged = replace(judged, reason=judged.reason.replace(*more))
         # Draws of the outer objective were repeated; those of the inner one are new each time.
         return replace(known, reason=RANDOM) if drawn else judged
 

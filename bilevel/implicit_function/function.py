@@ -120,7 +120,7 @@ def implicit(
             derivatives are wanted; everything differentiated is an argument.
         objective: f in the place of R, a real scalar that `solve` minimises: R is its gradient.
         linear: solver of the linear systems. `CG` needs a derivative of R that is symmetric, which
-            is looked at. None forms the matrix up to 128 real unknowns, and takes conjugate
+            is looked at. None forms the matrix up to 64 real unknowns, and takes conjugate
             gradients beyond, or GMRES where it is not symmetric.
         has_aux: whether `solve` returns a pair `(solution, aux)`; aux is handed on as it is, its
             tensors detached. Under vmap its tensors are stacked, and other leaves are those of the
@@ -178,6 +178,7 @@ def implicit(
                 tolerance,
                 on_failure,
                 given,
+                autodiff.transformed(),
             )
             # Tensors of inference mode cannot be differentiated: there is nothing to lose here.
             with torch.inference_mode(mode=False):

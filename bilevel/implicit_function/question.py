@@ -55,6 +55,7 @@ class Question:
         tolerance: largest residual relative to the terms in it.
         on_failure: what to do beyond.
         given: the form of the arguments, a pair of those by place and those by name.
+        mapped: whether it was asked under a transform of `torch.func`.
         solution: the form of the solution, known once there is one.
         aux: the form of what comes with it.
     """
@@ -68,6 +69,7 @@ class Question:
     tolerance: float
     on_failure: OnFailure
     given: Form
+    mapped: bool
     solution: Form = field(init=False)
     aux: Form = field(init=False)
 
@@ -166,7 +168,7 @@ class Question:
     def check(self, arguments: list[Tensor]) -> str:
         """Refuse a residual that loses a gradient; what to say of one that is not small, if any."""
         solution, form = self.solution.tensors, self.solution
-        if any(map(is_functorch_wrapped_tensor, tensors_of(self.residual))):
+        if self.mapped and any(map(is_functorch_wrapped_tensor, tensors_of(self.residual))):
             raise followed(self.name)  # one that only a transform inside of the residual meets
         point = [
             x.detach().requires_grad_() if i in form.variables else x

@@ -16,7 +16,7 @@ from bilevel.linear.operator import LinearResult, LinearSolver, Operator
 from bilevel.linear.singular import random_like, shortcoming
 from bilevel.tree import Tree
 
-SMALL = 128  # real unknowns up to which a matrix is formed
+SMALL = 64  # real unknowns up to which a matrix is formed
 RTOL = 1e-12
 
 

@@ -48,26 +48,27 @@ class InnerIteration(Dynamics):
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         try:
+            if not self.optimizer.reversible:  # it makes its step by itself
+                return self.optimizer.step(
+                    state,
+                    lambda params: self.gradient(params, control, t, check=t == 1),
+                    control,
+                    at_step(self.batch, self.offset + t),
+                    self.offset + t,
+                )
+            gradient = self.gradient(self.optimizer.point(state), control, t, check=t == 1)
             if self.optimizer.searches:
-                return self._searched(state, control, t)
-            return self.optimizer.step(
-                state,
-                lambda params: self.gradient(params, control, t, check=t == 1),
-                control,
-                at_step(self.batch, self.offset + t),
-                self.offset + t,
-            )
+                state = self._searched(state, gradient, control, t)
         except DivergenceError as error:
             raise DivergenceError(f"inner step {t}: {error}") from error
+        return self.optimizer.update(state, gradient, control, self.offset + t)
 
-    def _searched(self, state: Tree, control: Tree, t: int) -> Tree:
-        optimizer, now = self.optimizer, self.offset + t
-        inner, batch, fixed = self.problem.inner, at_step(self.batch, now), tree.detach(control)
-        gradient = self.gradient(optimizer.point(state), control, t, check=t == 1)
-        state = optimizer.searched(
-            state, gradient, control, now, lambda params: inner(params, fixed, batch)
+    def _searched(self, state: Tree, gradient: Tree, control: Tree, t: int) -> Tree:
+        inner, batch = self.problem.inner, at_step(self.batch, self.offset + t)
+        fixed = tree.detach(control)
+        return self.optimizer.searched(
+            state, gradient, control, self.offset + t, lambda params: inner(params, fixed, batch)
         )
-        return optimizer.update(state, gradient, control, now)
 
     def readout(self, state: Tree) -> Tree:  # noqa: D102
         return self.optimizer.params(state)

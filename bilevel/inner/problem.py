@@ -73,8 +73,8 @@ class BilevelProblem:
     outer: Objective = missing
     start: Start | None = None
     columns: int | None = None
-    residual: Residual | None = None
     outer_each: Callable[..., Tensor] | None = None
+    residual: Residual | None = None
     _takes_step: bool = field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:

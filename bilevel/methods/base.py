@@ -276,7 +276,8 @@ class Instance:
 
     def linearised(self, params: Tree) -> Linearisation:
         """The inner residual at some params, in params and control, with the judging batch."""
-        return Linearisation(self.residual, params, self.control, name="the inner objective")
+        name = "objective" if self.problem.residual is None else "residual"
+        return Linearisation(self.residual, params, self.control, name=f"the inner {name}")
 
     def residual(self, params: Tree, control: Tree) -> Tree:
         """What vanishes at the inner solution, with the judging batch."""

@@ -2,7 +2,7 @@
 
 Read `rules`, what one is; then `descent`, `proximal` and `adaptive`; `around` has rules around
 rules, and `torch_rules` makes one of a `torch.optim` optimiser; `roots` are for residuals in the
-place of objectives, `given` is for solutions from elsewhere.
+place of objectives, and `given` is for solutions from elsewhere.
 """
 
 from bilevel.optim.adaptive import Adam, AdamW

@@ -105,7 +105,7 @@ class InnerOptimizer(ABC):
         batch: Any,  # noqa: ARG002
         t: int,
     ) -> Tree:
-        """The state after inner step t; by default `update` by the gradient at `point`.
+        """The state after inner step t; by default `update` by the gradient at the params.
 
         Args:
             state: before.
@@ -117,7 +117,7 @@ class InnerOptimizer(ABC):
         Returns:
             The state after.
         """
-        return self.update(state, gradient(self.point(state)), control, t)
+        return self.update(state, gradient(self.params(state)), control, t)
 
     def check(self, params: Tree, control: Tree, t: int) -> None:  # noqa: ARG002
         """Refuse settings that are out of range where an iteration starts.

@@ -58,7 +58,7 @@ def test_what_is_no_minimiser_is_not_trusted():
     solver = bl.BilevelSolver(
         case.problem, bl.Given(lambda w, a, batch: case.minimiser + 0.3), method=bl.Implicit()
     )
-    with pytest.warns(bl.ConvergenceWarning, match="not trustworthy"):
+    with pytest.warns(bl.ConvergenceWarning, match="solve the inner problem further"):
         solver.hypergradient(case.params, case.control)
     saddle = bl.BilevelProblem(
         lambda w, a, batch: w[0] ** 2 - w[1] ** 2 + w[1] ** 4 - a * w[0],
@@ -124,7 +124,11 @@ def test_a_solver_that_returns_something_else(solve, error, message):
         solver.hypergradient(case.params, case.control)
 
 
-@pytest.mark.parametrize("method", [bl.MLM(), bl.Unrolled(), bl.OneStep()], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    [bl.MLM(), bl.Unrolled(), bl.OneStep(), bl.Penalty(), bl.FirstOrder()],
+    ids=lambda method: type(method).__name__,
+)
 def test_methods_that_reverse_steps_are_refused_by_name(method):
     name = type(method).__name__
     with pytest.raises(
@@ -140,6 +144,8 @@ def test_settings():
         bl.Given(lambda w: w)
     with pytest.raises(ArgumentError, match="rule must be a rule such as ProximalGradient"):
         bl.Given(lambda w, a, b: w, "l1")
+    with pytest.raises(ArgumentError, match="makes its steps by itself"):
+        bl.optim.Clipped(bl.Given(lambda w, a, b: w), max_norm=1.0)
     with pytest.raises(UnsupportedError, match="no learning rate to scale"):
         bl.adapt(bl.Given(lambda w, a, b: w), real(1, 2), square, 3)
 

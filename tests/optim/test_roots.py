@@ -168,6 +168,15 @@ def test_a_residual_that_is_no_square_system(residual, error, message):
 HIDDEN = torch.tensor(1.0, dtype=F64, requires_grad=True)
 
 
+def test_a_tensor_that_a_residual_closes_over_is_named_with_a_given_solver_too():
+    problem = bl.BilevelProblem(
+        residual=lambda w, a, batch: w - a * HIDDEN, outer=lambda w, a, batch: square(w)
+    )
+    solver = bl.BilevelSolver(problem, bl.Given(lambda w, a, batch: a), method=bl.Implicit())
+    with pytest.raises(LostGradientError, match="the inner residual uses a tensor"):
+        solver.hypergradient(real(1, 2), real(2, 2))
+
+
 @pytest.mark.parametrize("certificate", [None, bl.AgainstMinimiser()], ids=["nobody", "judged"])
 def test_a_singular_derivative_is_named_with_the_smallest_value_met(certificate):
     ones = torch.ones(2, 2, dtype=F64)
@@ -195,6 +204,11 @@ def test_rules_of_descent_are_refused(rule):
 def test_methods_that_reverse_steps_are_refused_by_name(rule, method):
     with pytest.raises(ArgumentError, match=rf"{type(method).__name__} differentiates"):
         bl.BilevelSolver(EQUILIBRIUM, rule, method=method)
+
+
+def test_a_method_that_evaluates_the_objective_is_refused_by_name():
+    with pytest.raises(ArgumentError, match="Penalty needs an inner objective"):
+        bl.BilevelSolver(EQUILIBRIUM, bl.optim.FixedPoint(), method=bl.Penalty())
 
 
 def test_settings():
