@@ -50,6 +50,8 @@ bench: $(STAMPS)/mri
 	$(VENV)/bin/python -m benchmarks.memory
 	$(VENV)/bin/python -m benchmarks.speed
 	$(VENV)/bin/python -m benchmarks.columns
+	$(VENV)/bin/python -m benchmarks.many_outers
+	$(VENV)/bin/python -m benchmarks.first_derivatives
 
 # The peers need versions of their own. pip 24.1 began to refuse how betty-ml writes "torch>=1.6.*".
 $(PEERS)/.made: benchmarks/peers.txt
