@@ -227,7 +227,7 @@ def _tensors(path: Path) -> str:
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
             digest.update(name.encode() + file.get_tensor(name).numpy().tobytes())
-        for name, text in sorted((file.metadata() or {}).items()):
+        for _, text in sorted((file.metadata() or {}).items()):
             digest.update(json.dumps(_timeless(json.loads(text)), sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -260,7 +260,7 @@ def cycle(run: Run, whole: dict[str, Any], seconds: float, draws: random.Random)
             code = ended(started(run, folder))
             if code:
                 return f"code {code} when it went on: {_said(folder)}", kills
-        left = [p for p in folder.rglob(".writing-*")]
+        left = list(folder.rglob(".writing-*"))
         found = results(folder)
         if found != whole:
             names = [n for n in {**found, **whole} if found.get(n) != whole.get(n)]
