@@ -9,8 +9,8 @@ import h5py
 import torch
 
 from applications.errors import InputError
-from applications.files import whole_file
 from applications.mri.data import VolumeFile
+from applications.mri.data.writing import hdf5_file
 from applications.mri.evaluation.figures import Panel, draw_errors
 from applications.mri.evaluation.scoring import VolumeImages
 from applications.outputs import PICTURE, Kind, Output
@@ -85,7 +85,7 @@ class KeptImages:
         for name, found in images.found.items():
             if not bool(torch.isfinite(found).all()):
                 raise InputError(f"{values}: images must be finite, those of {name!r} are not.")
-        with whole_file(values) as temporary, h5py.File(temporary, "w") as file:
+        with hdf5_file(values) as file:
             file["reference"] = images.reference.numpy()
             for name, found in images.found.items():
                 file[f"images/{name}"] = found.numpy()
