@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Watch:
         if len(self.times) % quarter:
             return
         latest = self.times[-quarter:]
-        steps = [b - a for a, b in zip(latest, latest[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(latest)]
         gc.collect()
         self.medians.append(statistics.median(steps))
         self.tensors.append(sum(isinstance(x, Tensor) for x in gc.get_objects()))
