@@ -1,7 +1,7 @@
 """Runs killed at random times, and resumed: what they end with against runs that nobody killed.
 
 `python -m benchmarks.kill_and_resume 100` makes that many cycles, in turn over both solvers and the
-commands that keep their state. In a cycle a run is forked, and SIGKILL, SIGTERM or SIGINT comes at
+commands that keep their state; a second argument, such as `Solver`, is part of the names of some. In a cycle a run is forked, and SIGKILL, SIGTERM or SIGINT comes at
 a random time of it; then it goes on in another process, is perhaps killed again, and at last is
 left to end. Results must be equal in every bit, times apart. Every start is a process of its own,
 forked from one that has torch loaded, with one thread.
@@ -278,12 +278,12 @@ def _said(folder: Path) -> str:
     return log.read_text()[-1500:] if log.exists() else ""
 
 
-def main(cycles: int, seed: int = 0) -> None:
+def main(cycles: int, only: str = "", seed: int = 0) -> None:
     torch.set_num_threads(1)
     draws, wrong = random.Random(seed), 0
     counts: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as name:
-        runs = cases(Path(name))
+        runs = {name: run for name, run in cases(Path(name)).items() if only in name}
         known: dict[str, tuple[dict[str, Any], float]] = {}
         for i in range(cycles):
             case = list(runs)[i % len(runs)]
@@ -307,4 +307,5 @@ def main(cycles: int, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:] or ["100"]))
+    given = sys.argv[1:]
+    main(int(given[0]) if given else 100, *given[1:2])
