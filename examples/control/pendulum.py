@@ -21,6 +21,7 @@ from torch import Tensor
 import bilevel as bl
 
 N_STEPS, DURATION = 60, 4.0  # s
+ITERATIONS = 150
 GRAVITY, DAMPING = 9.81, 0.1  # of a pendulum of 1 m and 1 kg
 STRONGEST = GRAVITY / 2  # torque [N m]
 DT = DURATION / N_STEPS
@@ -61,7 +62,9 @@ idle = bl.PerStep([torch.full((), 0.01, dtype=torch.float64) for _ in range(N_ST
 # ----------
 # L-BFGS, with the gradient from two sweeps. Sixty steps are few, so all their graphs are kept.
 def lbfgs(leaves: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.LBFGS(leaves, max_iter=150, history_size=20, line_search_fn="strong_wolfe")
+    return torch.optim.LBFGS(
+        leaves, max_iter=ITERATIONS, history_size=20, line_search_fn="strong_wolfe"
+    )
 
 
 solver = bl.ControlSolver(problem, lbfgs, bl.Checkpointing(block=None))
