@@ -39,11 +39,15 @@ STYLE = {
 
 
 def fresh(*_about: object) -> None:
-    """Begin each script with the style, and with torch as it is when it is imported."""
+    """Begin each script with the style, and with torch as it is when it is imported.
+
+    But for threads: on tensors as small as these they only wait for each other.
+    """
     plt.rcdefaults()
     plt.rcParams.update(STYLE)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)
 
 
 def described(block: tuple, block_vars: dict, gallery_conf: dict, **options: object) -> str:

@@ -93,7 +93,7 @@ right.stairs(torques, time, color="C1", linewidth=1.8)
 right.set_ylabel("torque [N m]", color="C1")
 right.set_ylim(-2.5 * STRONGEST, 2.5 * STRONGEST)
 
-colours = plt.get_cmap("viridis")(torch.linspace(0, 0.9, N_STEPS + 1).tolist())
+colours = plt.get_cmap("viridis")(torch.linspace(0.15, 0.9, N_STEPS + 1).tolist())
 for x, colour in zip(states[:, 0], colours, strict=True):
     bottom.plot([0, x.sin()], [0, -x.cos()], color=colour, linewidth=1, alpha=0.5)
     bottom.plot(x.sin(), -x.cos(), "o", color=colour)

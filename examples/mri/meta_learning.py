@@ -30,7 +30,7 @@ from applications.mri.network.reconstruction import Network
 from applications.mri.tasks.task_list import TaskSettings
 from applications.mri.tasks.tasks import open_tasks
 
-EVALUATIONS = 90
+EVALUATIONS = 60
 scans = {"size": 48, "coils": 4, "acceleration": 4.0, "center": 0.1}
 settings = [
     TaskSettings("T1", anatomy="brain_t1_axial", **scans),
