@@ -70,7 +70,7 @@ figure, panels = plt.subplots(2, 3, figsize=(6, 5.4))
 for line, (title, (*images, psnr, certificate)) in zip(panels, rows.items(), strict=True):
     names = ("all data", f"zero-filled: {psnr[0]:.1f} dB", f"network: {psnr[1]:.1f} dB")
     for axes, name, image in zip(line, names, images, strict=True):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=0.7 * float(images[0].max()))
+        axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=0.7 * float(images[0].max()))
         axes.set_title(name, fontsize="small")
         axes.set(xticks=[], yticks=[])
     line[0].set_ylabel(title)
