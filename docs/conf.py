@@ -52,7 +52,7 @@ sphinx_gallery_conf = {
         *("../examples/learning", "../examples/control", "../examples/trust", "*"),
         "../examples/mri",
     ],
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": "gallery_style.Order",
     "image_scrapers": ("gallery_style.described",),
     "image_srcset": ["2x"],
     "reset_modules": ("gallery_style.fresh",),
