@@ -2,10 +2,10 @@
 
 `python -m benchmarks.kill_and_resume 100` makes that many cycles, in turn over both solvers and the
 commands that keep their state; a second argument, such as `Solver`, is part of the names of some.
-In a cycle a run is forked, and SIGKILL, SIGTERM or SIGINT comes at
-a random time of it; then it goes on in another process, is perhaps killed again, and at last is
-left to end. Results must be equal in every bit, times apart. Every start is a process of its own,
-forked from one that has torch loaded, with one thread.
+In a cycle a run is forked, and SIGKILL, SIGTERM or SIGINT comes at a random time of it; then it
+goes on in another process, is perhaps killed again, and at last is left to end. Results must be
+equal in every bit, times apart. Every start is a process of its own, forked from one that has torch
+loaded, with one thread.
 """
 
 import hashlib
