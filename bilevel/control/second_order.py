@@ -205,12 +205,20 @@ def _so_far(laid: Laid, seen: list[Iterates], ended: str) -> ControlSolution | B
     steps = seen[0].steps if seen else torch.zeros(size, dtype=torch.long)
     if laid.controls.batch is not None:
         none = torch.zeros(size, dtype=torch.bool)
-        rest = (None, None, [*shifts], None)
         said = size * [ended]
-        return BatchSolution(control, cost, norm, [*costs], [*norms], steps, none, said, *rest)
-    before, sizes = ([float(x) for x in column] for column in (costs, norms))
+        before = [*costs], [*norms], steps, none, said
+        return BatchSolution(control, cost, norm, *before, None, None, [*shifts], None)
     return ControlSolution(
-        control, float(cost), float(norm), before, sizes, int(steps), False, ended, None, None
+        control,
+        float(cost),
+        float(norm),
+        [float(x) for x in costs],
+        [float(x) for x in norms],
+        int(steps),
+        converged=False,
+        reason=ended,
+        adjoint=None,
+        kkt=None,
     )
 
 

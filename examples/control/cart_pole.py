@@ -64,7 +64,8 @@ print(f"multipliers of the end {[round(x, 3) for x in plan.constraints.end_equal
 # %%
 # The loop. The horizon's end is held near rest by a terminal cost. A step takes a few iterations,
 # since it begins where the last one ended.
-N_HORIZON, N_LOOP, BLOW = 20, 40, 15
+N_HORIZON, BLOW = 20, 15
+N_LOOP = 40
 
 
 def terminal(state: Tensor, _control: bl.PerStep) -> Tensor:
