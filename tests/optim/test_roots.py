@@ -33,7 +33,9 @@ def exact():
     return value.detach(), c.grad
 
 
-@pytest.mark.parametrize("rule", [*RULES, bl.Given(lambda z, c, b: equilibrium(c))], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [*RULES, bl.Given(lambda z, c, b: equilibrium(c))], ids=lambda rule: type(rule).__name__
+)
 def test_every_rule_finds_the_fixed_point_and_its_hypergradient(rule):
     solver = bl.BilevelSolver(EQUILIBRIUM, rule, 60, bl.Implicit(), on_failure="raise")
     found = solver.hypergradient(START, CONTROL)
