@@ -16,7 +16,6 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALLER: dict[str, dict[str, object]] = {
     "control/pendulum.py": {"ITERATIONS": 70},
     "control/unrolled_network.py": {"UPDATES": 150},
-    "control/cart_pole.py": {"N_LOOP": 26},
     "learning/clean_digits.py": {"UPDATES": 18},
     "learning/decay_each_layer.py": {"UPDATES": 5},
     "learning/distilled_digits.py": {"UPDATES": 20},
