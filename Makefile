@@ -40,7 +40,7 @@ lint: $(STAMPS)/lint
 	$(VENV)/bin/basedpyright
 
 docs: $(STAMPS)/docs
-	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(VENV)/bin/python -m sphinx -W -n --keep-going -q -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
 bench: $(STAMPS)/mri

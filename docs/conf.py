@@ -11,6 +11,8 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.transforms import SphinxTransform
 
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
 from bilevel import __version__
 
 sys.path.insert(0, str(Path(__file__).parent))  # for gallery_style
@@ -26,19 +28,41 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
     "sphinx_gallery.gen_gallery",
+    # What the site has of its own, in _ext.
+    "drawings",
+    "offline_math",
+    "parameters",
+    "plain_code",
+    "public_names",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_ext", "figures"]
 default_role = "code"  # docstrings write names in single backticks
-myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
-html_title = f"bilevel {release}"
+html_title = "bilevel"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+html_theme_options = {
+    "sidebar_hide_name": False,
+    "navigation_with_keys": True,
+    "light_css_variables": {"color-brand-primary": "#3b5bb5", "color-brand-content": "#3b5bb5"},
+    "dark_css_variables": {"color-brand-primary": "#8fb0ff", "color-brand-content": "#8fb0ff"},
+}
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
+autodoc_typehints = "none"  # they stand with the parameters
 autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 70
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # fields of dataclasses; as attributes they would be described twice
@@ -72,6 +96,9 @@ INVENTORIES = {
 }
 
 
+ELSEWHERE = r"(torch|numpy|collections|pathlib|abc|enum|functools|h5py|inspect|typer|typing|os)\..*"
+
+
 def fetched(url: str, path: Path) -> bool:
     """Whether the inventory of `url` is at `path`, fetched now if it was not."""
     if not path.exists():
@@ -95,6 +122,16 @@ def add_inventories(app: Sphinx, config: Config) -> None:
         for name, url in INVENTORIES.items()
         if fetched(url, folder / f"{name}.inv")
     }
+    if len(config.intersphinx_mapping) < len(INVENTORIES):
+        config.nitpick_ignore_regex = [*config.nitpick_ignore_regex, ("py:.*", ELSEWHERE)]
+
+
+# Classes that the pages of the applications leave out; see HIDDEN in tests/test_docs.py.
+nitpick_ignore_regex = [
+    ("py:.*", r"applications\.(mri\.formats\.lines\.Placed|options\.Settings)"),
+    ("py:.*", r"bilevel\.(sweeps\.memory\.Rehearsed|methods\.base\.(Draws|OuterGradient))"),
+    ("py:.*", r"bilevel\.autodiff\..*|typer\..*|h5py\..*"),
+]
 
 
 class Magnitudes(SphinxTransform):
