@@ -13,32 +13,30 @@ from sphinx.util.typing import stringify_annotation
 COLON = "\N{RATIO} "
 
 # Dataclasses that come back from the library, and are not made by its users: they have fields.
-RETURNED = set(
-    [
-        "Adjoint",
-        "Certificate",
-        "ControlSolution",
-        "Correlation",
-        "DotProductTest",
-        "Found",
-        "GradientCheck",
-        "HessianProduct",
-        "Hypergradient",
-        "HypergradientCheck",
-        "Instance",
-        "KKT",
-        "LinearResult",
-        "Measurement",
-        "MethodCheck",
-        "Progress",
-        "Schedule",
-        "Solution",
-        "Swept",
-        "TaylorTest",
-        "Truncation",
-        "Warm",
-    ]
-)
+RETURNED = {
+    "Adjoint",
+    "Certificate",
+    "ControlSolution",
+    "Correlation",
+    "DotProductTest",
+    "Found",
+    "GradientCheck",
+    "HessianProduct",
+    "Hypergradient",
+    "HypergradientCheck",
+    "Instance",
+    "KKT",
+    "LinearResult",
+    "Measurement",
+    "MethodCheck",
+    "Progress",
+    "Schedule",
+    "Solution",
+    "Swept",
+    "TaylorTest",
+    "Truncation",
+    "Warm",
+}
 
 
 def is_made_by_users(kind: type) -> bool:
