@@ -11,11 +11,10 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.transforms import SphinxTransform
 
-sys.path.insert(0, str(Path(__file__).parent / "_ext"))
-
 from bilevel import __version__
 
-sys.path.insert(0, str(Path(__file__).parent))  # for gallery_style
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / "_ext"), str(HERE)]  # and gallery_style
 
 project = "bilevel"
 author = "The bilevel developers"
@@ -38,7 +37,7 @@ extensions = [
     "plain_code",
     "public_names",
 ]
-exclude_patterns = ["_build", "_ext", "figures"]
+exclude_patterns = ["_build", "_ext", "figures", "peers"]
 default_role = "code"  # docstrings write names in single backticks
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -128,8 +127,11 @@ def add_inventories(app: Sphinx, config: Config) -> None:
 
 # Classes that the pages of the applications leave out; see HIDDEN in tests/test_docs.py.
 nitpick_ignore_regex = [
-    ("py:.*", r"applications\.(mri\.formats\.lines\.Placed|options\.Settings)"),
-    ("py:.*", r"bilevel\.(sweeps\.memory\.Rehearsed|methods\.base\.(Draws|OuterGradient))"),
+    ("py:.*", r"applications\.(mri\.formats\.lines\.Placed|options\.Settings|keeping\.T)"),
+    (
+        "py:.*",
+        r"bilevel\.(settings\.Stepwise|sweeps\.memory\.Rehearsed|methods\.base\.(Draws|OuterGradient))",
+    ),
     ("py:.*", r"bilevel\.autodiff\..*|typer\..*|h5py\..*"),
 ]
 

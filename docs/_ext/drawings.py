@@ -8,6 +8,14 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 
+# Of figures by matplotlib.
+COLOURS = {
+    "fill: #ffffff": "fill: none",
+    "#000000": "currentColor",
+    "#dddddd": "var(--color-background-border)",
+}
+
+
 class Drawing(SphinxDirective):
     """An SVG file, whose `currentColor` and `var(--...)` are those of the page."""
 
@@ -23,6 +31,8 @@ class Drawing(SphinxDirective):
         self.env.note_dependency(name)
         text = Path(path).read_text(encoding="utf-8")
         text = text[text.index("<svg") :]
+        for given, own in COLOURS.items():
+            text = text.replace(given, own)
         alt = nodes.Text(self.options["alt"]).astext().replace('"', "&quot;")
         text = text.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
         classes = " ".join(["drawing", *self.options.get("class", [])])
