@@ -32,6 +32,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     # What the site has of its own, in _ext.
     "drawings",
+    "imports",
     "offline_math",
     "parameters",
     "plain_code",
@@ -39,7 +40,13 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_ext", "figures", "peers"]
 default_role = "code"  # docstrings write names in single backticks
-myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = [
+    "amsmath",
+    "attrs_inline",
+    "colon_fence",
+    "deflist",
+    "dollarmath",
+]
 myst_heading_anchors = 3
 
 html_theme = "furo"
@@ -51,8 +58,14 @@ html_copy_source = False
 html_theme_options = {
     "sidebar_hide_name": False,
     "navigation_with_keys": True,
-    "light_css_variables": {"color-brand-primary": "#3b5bb5", "color-brand-content": "#3b5bb5"},
-    "dark_css_variables": {"color-brand-primary": "#8fb0ff", "color-brand-content": "#8fb0ff"},
+    "light_css_variables": {
+        "color-brand-primary": "#3b5bb5",
+        "color-brand-content": "#3b5bb5",
+    },
+    "dark_css_variables": {
+        "color-brand-primary": "#8fb0ff",
+        "color-brand-content": "#8fb0ff",
+    },
 }
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
@@ -64,7 +77,9 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 70
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True  # fields of dataclasses; as attributes they would be described twice
+napoleon_use_ivar = (
+    True  # fields of dataclasses; as attributes they would be described twice
+)
 
 # Every script in examples/ is run, and runs again only when it changes: `make clean` forgets them.
 sphinx_gallery_conf = {
@@ -72,7 +87,12 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",
     "subsection_order": [
-        *("../examples/learning", "../examples/control", "../examples/trust", "*"),
+        *(
+            "../examples/learning",
+            "../examples/control",
+            "../examples/trust",
+            "*",
+        ),
         "../examples/mri",
     ],
     "within_subsection_order": "FileNameSortKey",
@@ -102,7 +122,9 @@ def fetched(url: str, path: Path) -> bool:
     """Whether the inventory of `url` is at `path`, fetched now if it was not."""
     if not path.exists():
         try:
-            with urllib.request.urlopen(f"{url}objects.inv", timeout=5) as answer:
+            with urllib.request.urlopen(
+                f"{url}objects.inv", timeout=5
+            ) as answer:
                 content = answer.read()
         except (OSError, HTTPException):
             return False
@@ -122,12 +144,18 @@ def add_inventories(app: Sphinx, config: Config) -> None:
         if fetched(url, folder / f"{name}.inv")
     }
     if len(config.intersphinx_mapping) < len(INVENTORIES):
-        config.nitpick_ignore_regex = [*config.nitpick_ignore_regex, ("py:.*", ELSEWHERE)]
+        config.nitpick_ignore_regex = [
+            *config.nitpick_ignore_regex,
+            ("py:.*", ELSEWHERE),
+        ]
 
 
 # Classes that the pages of the applications leave out; see HIDDEN in tests/test_docs.py.
 nitpick_ignore_regex = [
-    ("py:.*", r"applications\.(mri\.formats\.lines\.Placed|options\.Settings|keeping\.T)"),
+    (
+        "py:.*",
+        r"applications\.(mri\.formats\.lines\.Placed|options\.Settings|keeping\.T)",
+    ),
     (
         "py:.*",
         r"bilevel\.(settings\.Stepwise|sweeps\.memory\.Rehearsed|methods\.base\.(Draws|OuterGradient))",
@@ -150,7 +178,9 @@ class Magnitudes(SphinxTransform):
 def readable(*event: object) -> tuple[str | None, object]:
     """A signature whose defaults that are no Python, such as <factory>, are dots."""
     *_, signature, returned = event
-    return (re.sub(r"<[^<>]*>", "...", signature) if signature else None), returned
+    return (
+        re.sub(r"<[^<>]*>", "...", signature) if signature else None
+    ), returned
 
 
 def setup(app: Sphinx) -> None:

@@ -1,12 +1,12 @@
 """Drawings stand in the page itself, so that they take its colours, light and dark."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
-
 
 # Of figures by matplotlib.
 COLOURS = {
@@ -21,7 +21,10 @@ class Drawing(SphinxDirective):
 
     required_arguments = 1
     has_content = True
-    option_spec = {"alt": directives.unchanged_required, "class": directives.class_option}  # noqa: RUF012
+    option_spec: ClassVar = {
+        "alt": directives.unchanged_required,
+        "class": directives.class_option,
+    }
 
     def run(self) -> list[nodes.Node]:
         """The drawing, described by its `alt`, with the content as its caption."""
@@ -37,7 +40,9 @@ class Drawing(SphinxDirective):
         text = text.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
         classes = " ".join(["drawing", *self.options.get("class", [])])
         figure = nodes.container(classes=["drawing-figure"])
-        figure += nodes.raw("", f'<div class="{classes}">{text}</div>', format="html")
+        figure += nodes.raw(
+            "", f'<div class="{classes}">{text}</div>', format="html"
+        )
         if self.content:
             caption = nodes.container(classes=["drawing-caption"])
             self.state.nested_parse(self.content, self.content_offset, caption)

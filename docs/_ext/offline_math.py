@@ -12,7 +12,11 @@ SCRIPT = "mathjax/tex-chtml.js"
 
 def mathjax() -> Path:
     """The folder of MathJax in the package."""
-    found = [path for path in files(PACKAGE) or [] if path.as_posix().endswith(SCRIPT)]
+    found = [
+        path
+        for path in files(PACKAGE) or []
+        if path.as_posix().endswith(SCRIPT)
+    ]
     return Path(str(found[0].locate())).parent
 
 

@@ -75,21 +75,33 @@ class _Made:
 def defaults_of(thing: Any) -> dict[str, tuple[Any, Any]]:
     """Annotation and default of each parameter."""
     if inspect.isclass(thing) and dataclasses.is_dataclass(thing):
-        return {f.name: (f.type, _default(f)) for f in dataclasses.fields(thing)}
+        return {
+            f.name: (f.type, _default(f)) for f in dataclasses.fields(thing)
+        }
     try:
         signature = inspect.signature(thing)
     except (TypeError, ValueError):
         return {}
-    return {name: (p.annotation, p.default) for name, p in signature.parameters.items()}
+    return {
+        name: (p.annotation, p.default)
+        for name, p in signature.parameters.items()
+    }
 
 
 def as_parameters(
-    app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
+    app: Sphinx,
+    what: str,
+    name: str,
+    thing: Any,
+    options: Any,
+    lines: list[str],
 ) -> None:
     """Before napoleon reads a docstring: fields of what users make are its arguments."""
     del app, name, options
     if what in {"attribute", "data", "property"} and lines:
-        lines[0] = lines[0].replace(": ", COLON)  # which napoleon would take for a type
+        lines[0] = lines[0].replace(
+            ": ", COLON
+        )  # which napoleon would take for a type
     if what != "class" or not is_made_by_users(thing):
         return
     for i, line in enumerate(lines):
@@ -98,7 +110,12 @@ def as_parameters(
 
 
 def with_types(
-    app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]
+    app: Sphinx,
+    what: str,
+    name: str,
+    thing: Any,
+    options: Any,
+    lines: list[str],
 ) -> None:
     """After napoleon: the type of each parameter, and its default."""
     del app, name, options
@@ -108,8 +125,19 @@ def with_types(
         return
     known = defaults_of(thing)
     typed: list[str] = []
-    answer = getattr(thing, "__annotations__", {}).get("return") if what != "class" else None
-    taken = next((line[len(":rtype: ") :] for line in lines if line.startswith(":rtype: ")), None)
+    answer = (
+        getattr(thing, "__annotations__", {}).get("return")
+        if what != "class"
+        else None
+    )
+    taken = next(
+        (
+            line[len(":rtype: ") :]
+            for line in lines
+            if line.startswith(":rtype: ")
+        ),
+        None,
+    )
     for line in lines:
         if line.startswith(":rtype:") and answer is not None:
             continue
@@ -120,8 +148,12 @@ def with_types(
             if kind:
                 typed.append(f":{role} {found[1]}: {kind}")
         if line.startswith(":returns:") and answer is not None:
-            typed.append(f":rtype: {described(answer, inspect.Parameter.empty)}")
-            if taken is not None:  # "Words: more", of which napoleon takes the words for a type
+            typed.append(
+                f":rtype: {described(answer, inspect.Parameter.empty)}"
+            )
+            if (
+                taken is not None
+            ):  # "Words: more", of which napoleon takes the words for a type
                 line = line.replace(":returns:", f":returns: {taken}:", 1)
         typed.append(line)
     # A field list must not be torn: types stand before their own parameter, on a line each.
@@ -132,7 +164,11 @@ def described(annotation: Any, default: Any) -> str:
     """A type with its default, in words."""
     if annotation is inspect.Parameter.empty:
         return ""
-    text = linked(as_public(stringify_annotation(annotation, "fully-qualified-except-typing")))
+    text = linked(
+        as_public(
+            stringify_annotation(annotation, "fully-qualified-except-typing")
+        )
+    )
     if default is not inspect.Parameter.empty:
         shown = "..." if default is ... else as_public(_shown(default))
         text += f", default ``{shown}``" if shown else ""

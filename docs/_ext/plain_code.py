@@ -1,11 +1,13 @@
 """Doctests become plain code: no prompts, results as comments, so that a reader can paste it."""
 
 import re
+from textwrap import wrap
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
+COLUMNS = 78
 PROMPTS = (">>>", "...")
 FLAGS = re.compile(r"\s*#\s*doctest:.*$")
 
@@ -19,7 +21,10 @@ def without_prompts(session: str) -> str:
         elif line.strip() == "<BLANKLINE>":
             lines.append("#")
         else:
-            lines.append(f"# {line}".rstrip() if line.strip() else "")
+            result = wrap(
+                line, COLUMNS, drop_whitespace=len(line) > COLUMNS
+            ) or [""]
+            lines += [f"# {part}" if part else "" for part in result]
     return _spaced(lines)
 
 
@@ -28,11 +33,15 @@ def _spaced(lines: list[str]) -> str:
     spaced: list[str] = []
     for line in lines:
         indented = line.startswith((" ", ")", "]", "}"))
-        opens = re.match(r"(def|class|@|for|with|try|while|if)\b", line) is not None or (
-            line.startswith("@")
-        )
+        opens = re.match(
+            r"(def|class|@|for|with|try|while|if)\b", line
+        ) is not None or (line.startswith("@"))
         before = spaced[-1] if spaced else ""
-        after_body = before.startswith("    ") and not indented and not before.endswith(",")
+        after_body = (
+            before.startswith("    ")
+            and not indented
+            and not before.endswith(",")
+        )
         decorated = before.startswith("@")
         continues = line.startswith(("except", "finally", "else", "elif"))
         if before and not decorated and not continues:

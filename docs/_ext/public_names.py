@@ -40,7 +40,8 @@ def public(package: str) -> Iterator[tuple[str, Any]]:
     names = getattr(module, "__all__", None) or [
         name
         for name, value in vars(module).items()
-        if not name.startswith("_") and getattr(value, "__module__", "") == package
+        if not name.startswith("_")
+        and getattr(value, "__module__", "") == package
     ]
     for name in names:
         yield name, getattr(module, name)
@@ -52,7 +53,10 @@ def private_paths() -> dict[str, str]:
     for package in PACKAGES:
         for name, value in public(package):
             if hasattr(value, "__qualname__"):
-                found.setdefault(f"{value.__module__}.{value.__qualname__}", f"{package}.{name}")
+                found.setdefault(
+                    f"{value.__module__}.{value.__qualname__}",
+                    f"{package}.{name}",
+                )
     return found
 
 
@@ -74,10 +78,15 @@ class PublicNames(SphinxDirective):
                 role = "func" if inspect.isfunction(value) else "class"
                 if inspect.isclass(value) and issubclass(value, BaseException):
                     role = "exc"
-                path = private_paths().get(f"{value.__module__}.{value.__qualname__}", "")
+                path = private_paths().get(
+                    f"{value.__module__}.{value.__qualname__}", ""
+                )
                 if path != f"{package.strip()}.{name}":
                     continue  # it is in the table of the front door
-                text += [f"   * - :{role}:`~{path}`", f"     - {first_sentence(value)}"]
+                text += [
+                    f"   * - :{role}:`~{path}`",
+                    f"     - {first_sentence(value)}",
+                ]
         container = nodes.container()
         self.state.nested_parse(StringList(text, "names"), 0, container)
         return container.children

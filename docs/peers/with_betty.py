@@ -51,7 +51,9 @@ def made(kind, name, value, config):
 
 
 up = made(Outer, "outer", DECAY, Config(type="darts", retain_graph=True))
-settings = Config(type="neumann", neumann_iterations=100, neumann_alpha=0.1, unroll_steps=100)
+settings = Config(
+    type="neumann", neumann_iterations=100, neumann_alpha=0.1, unroll_steps=100
+)
 low = made(Inner, "inner", START, settings)
 Engine(
     config=EngineConfig(train_iters=100),

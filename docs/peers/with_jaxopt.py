@@ -5,7 +5,9 @@ import jaxopt
 from docs.peers import ridge
 
 jax.config.update("jax_enable_x64", val=True)
-x, y, new_x, new_y = (jnp.array(part) for part in (ridge.X, ridge.Y, ridge.NEW_X, ridge.NEW_Y))
+x, y, new_x, new_y = (
+    jnp.array(part) for part in (ridge.X, ridge.Y, ridge.NEW_X, ridge.NEW_Y)
+)
 
 
 def inner(w, decay):

@@ -16,6 +16,8 @@ model = Pendulum()
 state = (torch.tensor(1.0).double(), torch.tensor(0.0).double())
 times = torch.tensor([0.0, 4.0]).double()
 options = {"step_size": 0.1}
-angle, speed = odeint_adjoint(model, state, times, method="midpoint", options=options)
+angle, speed = odeint_adjoint(
+    model, state, times, method="midpoint", options=options
+)
 angle[-1].square().backward()
 print(model.damping.grad)
