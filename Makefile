@@ -7,7 +7,7 @@ STAMPS := $(VENV)/.stamps
 DEMO ?= demo-output
 DEMO_FLAGS ?=
 
-.PHONY: demo test test-all lint docs bench bench-peers clean help
+.PHONY: demo test test-all lint docs bench bench-peers packages lowest clean help
 
 help:
 	@echo "make demo   simulate, reconstruct and evaluate scans, all on bundled data; results in $(DEMO)/"
@@ -16,6 +16,8 @@ help:
 	@echo "make lint   ruff and basedpyright"
 	@echo "make docs   build the Sphinx site into docs/_build/html"
 	@echo "make bench  run the benchmarks (by hand; several minutes)"
+	@echo "make packages  build wheel and sdist, and use them outside of the checkout"
+	@echo "make lowest  test the library with the oldest versions of what it needs"
 	@echo "make bench-peers  compare with other libraries, in an environment of its own"
 
 # One stamp an extra: a second run starts at once, a changed requirement installs again.
@@ -60,6 +62,12 @@ $(PEERS)/.made: benchmarks/peers.txt
 bench-peers: $(PEERS)/.made
 	$(PEERS)/bin/python -m benchmarks.hypergradient
 	$(PEERS)/bin/python -m benchmarks.peer_cases
+
+packages:
+	PYTHON=$(PYTHON) .ci/packages
+
+lowest:
+	PYTHON=$(PYTHON) .ci/lowest
 
 clean:
 	rm -rf $(VENV) $(PEERS) docs/_build docs/gallery

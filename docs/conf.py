@@ -158,8 +158,9 @@ nitpick_ignore_regex = [
     ),
     (
         "py:.*",
-        r"bilevel\.(settings\.Stepwise|sweeps\.memory\.Rehearsed|methods\.base\.(Draws|OuterGradient))",
+        r"bilevel\.(settings\.Stepwise|outer\.keeping\.Stateful|sweeps\.memory\.Rehearsed)",
     ),
+    ("py:.*", r"bilevel\.methods\.base\.(Draws|OuterGradient)"),
     ("py:.*", r"bilevel\.autodiff\..*|typer\..*|h5py\..*"),
 ]
 

@@ -12,6 +12,7 @@ from sphinx.util.docutils import SphinxDirective
 COLOURS = {
     "fill: #ffffff": "fill: none",
     "#000000": "currentColor",
+    "#444444": "currentColor",
     "#dddddd": "var(--color-background-border)",
 }
 
