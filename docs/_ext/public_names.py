@@ -34,6 +34,11 @@ PACKAGES = ["bilevel"] + [
 ]
 
 
+# Handed on between rooms, and of no use to users.
+INNER = {"InnerIteration", "Interrupts", "Kept", "Loop", "Trees", "opened"}
+INNER |= {"random_like", "unit_like"}
+
+
 def public(package: str) -> Iterator[tuple[str, Any]]:
     """Names of a package, or of a module, with what they name."""
     module = importlib.import_module(package)
@@ -78,6 +83,8 @@ class PublicNames(SphinxDirective):
                 role = "func" if inspect.isfunction(value) else "class"
                 if inspect.isclass(value) and issubclass(value, BaseException):
                     role = "exc"
+                if name in INNER:
+                    continue
                 path = private_paths().get(
                     f"{value.__module__}.{value.__qualname__}", ""
                 )
