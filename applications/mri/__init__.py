@@ -2,13 +2,11 @@
 
 from typing import Any
 
-__all__ = ["reconstruct"]
+__all__ = ["reconstruct"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     """`reconstruct`, imported when it is asked for: a program first says which extra it lacks."""
-    if name in __all__:
-        from applications.mri.network.checked import reconstruct
+    from applications.mri.network import checked
 
-        return reconstruct
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(checked, name)
