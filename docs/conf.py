@@ -102,6 +102,7 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "show_signature": False,
     "download_all_examples": False,
+    "write_computation_times": False,  # pages that ask other hosts for scripts
     "capture_repr": (),  # what a script prints is shown, and nothing else
     "doc_module": ("bilevel", "applications"),
 }
