@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["reconstruct"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["reconstruct"]  # noqa: F822  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
