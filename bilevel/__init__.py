@@ -10,6 +10,7 @@ from bilevel import (
     control as control,
     dynamics as dynamics,
     errors as errors,
+    implicit_function as implicit_function,
     inner as inner,
     linear as linear,
     methods as methods,
@@ -28,6 +29,7 @@ from bilevel.certificates import AgainstMinimiser, AgainstSteps
 from bilevel.control import (
     ControlSolver,
     NewtonCG,
+    Riccati,
     adjoint,
     hvp,
     kkt,
@@ -37,8 +39,10 @@ from bilevel.control import (
 )
 from bilevel.dynamics import Compiled, ControlProblem, Dynamics, Map, PerStep, Phases, functional
 from bilevel.errors import BilevelError, ConvergenceWarning
+from bilevel.implicit_function import implicit
 from bilevel.inner import BilevelProblem, Minibatches
 from bilevel.methods import MLM, FirstOrder, Implicit, OneStep, Penalty, Unrolled
+from bilevel.optim import Given
 from bilevel.outer import Keep, Restore
 from bilevel.settings import ByStep
 from bilevel.solver import BilevelSolver
@@ -58,8 +62,9 @@ __version__ = "0.1.0"
 
 __all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelProblem"]
 __all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
-__all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "FirstOrder", "Implicit", "InMemory"]
-__all__ += ["Keep", "Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep"]
-__all__ += ["Penalty", "PerStep", "Phases", "Restore", "Softmax", "Sparsemax", "TaskWeights"]
-__all__ += ["Unrolled", "Vmapped", "adapt", "adjoint", "check_hypergradient", "functional", "hvp"]
+__all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "FirstOrder", "Given", "Implicit"]
+__all__ += ["InMemory", "Keep", "Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost"]
+__all__ += ["OneStep", "Penalty", "PerStep", "Phases", "Restore", "Riccati", "Softmax", "Sparsemax"]
+__all__ += ["TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint", "check_hypergradient"]
+__all__ += ["functional", "hvp", "implicit"]
 __all__ += ["kkt", "lagrangian", "plan", "rollout", "total_cost", "weighted_problem"]

@@ -415,7 +415,7 @@ def check_hypergradient(
     check_whole(n_directions, "n_directions", 1)
     if step is not None:
         check_range(step, "step", above=0)
-    quiet = replace(solver, certificate=None, on_failure="ignore", method=Unrolled())
+    quiet = replace(solver, certificate=None, on_failure="ignore")
     control = tree.detach(control)
     generator = torch.Generator().manual_seed(seed)
     directions = [unit_like(control, generator) for _ in range(n_directions)]
@@ -452,8 +452,12 @@ def check_hypergradient(
 
 
 def _all_methods(solver: BilevelSolver) -> list[HypergradientMethod]:
-    implicit = Implicit() if solver.optimizer.symmetric else Implicit(GMRES())
-    standard = {type(m): m for m in (Unrolled(), MLM(), implicit, OneStep())}
+    by_objective = solver.problem.residual is None
+    implicit = Implicit() if solver.optimizer.symmetric and by_objective else Implicit(GMRES())
+    reversible = solver.optimizer.reversible
+    standard = {
+        type(m): m for m in (Unrolled(), MLM(), implicit, OneStep()) if reversible or not m.steps
+    }
     return list({**standard, type(solver.method): solver.method}.values())
 
 

@@ -95,7 +95,7 @@ sphinx_gallery_conf = {
         ),
         "../examples/mri",
     ],
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": "gallery_style.Order",
     "image_scrapers": ("gallery_style.described",),
     "image_srcset": ["2x"],
     "reset_modules": ("gallery_style.fresh",),
@@ -155,7 +155,7 @@ def add_inventories(app: Sphinx, config: Config) -> None:
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"applications\.(mri\.formats\.lines\.Placed|options\.Settings|keeping\.T)",
+        r"applications\.(mri\.formats\.lines\.Placed|options\.Settings|mri\.formats\.hdf5\.\w+|keeping\.T)",
     ),
     (
         "py:.*",

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # ground that they stand on, and their roof.
 ROOMS = {
     "bilevel": ["errors", "tree", "records", "checks", "settings", "drawing"],
-    "bilevel.autodiff": ["graphs", "gradients", "linearisation", "reversible"],
+    "bilevel.autodiff": ["graphs", "gradients", "linearisation", "nested", "reversible", "by_hand"],
     "bilevel.dynamics": [
         "dynamics",
         "closures",
@@ -27,6 +27,7 @@ ROOMS = {
     ],
     "bilevel.linear": [
         *("operator", "flat", "system", "cg", "normal_cg", "gmres", "neumann", "direct"),
+        *("singular", "steihaug"),
     ],
     "bilevel.sweeps": [
         *("storage", "host", "disk", "schedule", "checkpointing", "randomness"),
@@ -36,31 +37,35 @@ ROOMS = {
         *("watching", "generators", "batches", "leaves", "encoding", "checkpoints", "signals"),
         *("keeping", "running", "descent"),
     ],
+    "bilevel.control.riccati": [
+        *("layout", "controls", "mapping", "constraints", "settings", "stages", "linearisation"),
+        *("box", "sweep", "bounds", "newton", "solving", "sensitivity"),
+    ],
     "bilevel.control": [
-        *("lagrangian", "adjoint", "many", "tangent", "rollout", "newton_cg", "solver"),
+        *("lagrangian", "adjoint", "many", "tangent", "rollout", "newton_cg", "solution"),
+        *("second_order", "optimum", "solver"),
     ],
     "bilevel.prox": ["operators", "sets", "groups"],
-    "bilevel.optim": ["rules", "descent", "proximal", "adaptive", "around", "torch_rules"],
-    "bilevel.inner": ["problem", "iteration", "batches"],
+    "bilevel.optim": [
+        *("rules", "descent", "proximal", "adaptive", "around", "torch_rules", "roots", "given"),
+    ],
+    "bilevel.inner": ["problem", "residuals", "iteration", "batches"],
     "bilevel.methods": [
-        "base",
-        "unrolled",
-        "mlm",
-        "implicit",
-        "one_step",
-        "penalty",
-        "first_order",
+        *("base", "pairing", "unrolled", "mlm", "implicit", "one_step", "penalty", "first_order"),
     ],
     "bilevel.certificates": [
         *("certificate", "against_steps", "curvature", "matrix", "correction", "judgement"),
         *("orders", "against_minimiser"),
     ],
+    "bilevel.implicit_function": ["question", "systems", "equations", "function"],
     "bilevel.tasks": ["normalisers", "weights", "problem", "adaptation", "stacked"],
     "bilevel, above its rooms": [
-        *("solution", "kept_solution", "accumulated", "solver", "testing"),
+        *("solution", "kept_solution", "accumulated", "hessian", "solver", "testing"),
     ],
     "applications": [
         "errors",
+        "inputs",
+        "trials",
         "files",
         "outputs",
         "keeping",
@@ -113,6 +118,7 @@ ROOMS = {
         "scan",
         "certificate",
         "reconstruction",
+        "tensor_files",
         "weights",
         "held_out",
         "checked",
@@ -355,6 +361,15 @@ ALLOWED = {
     "bilevel.dynamics.modules": {"torch.func.functional_call"},
     "bilevel.tasks.problem": {"torch.func.vmap"},
     "bilevel.tasks.stacked": {"torch.func.vmap"},
+    "bilevel.implicit_function.question": {"torch.vmap"},
+    "bilevel.implicit_function.function": {
+        *("torch.autograd.Function", "torch.autograd.forward_ad"),
+        *(
+            "torch.autograd.forward_ad._set_fwd_grad_enabled",
+            "torch.autograd.forward_ad.unpack_dual",
+        ),
+    },
+    "bilevel.control.riccati.mapping": {"torch.func.vmap"},
 }
 
 

@@ -2,10 +2,18 @@
 
 A *variable tree* is a detached alias of a tree whose variables require grad: what is computed from
 it is a graph of its own, connected to nothing the caller holds. Read `graphs`, `gradients`,
-`linearisation`, `reversible`.
+`linearisation`, `nested`, `reversible`, `by_hand`.
 """
 
-from bilevel.autodiff.gradients import gradient, pull, pull_each, pushforward, value_and_gradient
+from bilevel.autodiff.by_hand import ByHand
+from bilevel.autodiff.gradients import (
+    gradient,
+    pull,
+    pull_each,
+    pushforward,
+    rows,
+    value_and_gradient,
+)
 from bilevel.autodiff.graphs import (
     Cast,
     autocast_as,
@@ -21,9 +29,30 @@ from bilevel.autodiff.graphs import (
     variables,
 )
 from bilevel.autodiff.linearisation import Linearisation
+from bilevel.autodiff.nested import (
+    Dims,
+    Function,
+    alive,
+    at_places,
+    forwards_again,
+    leading,
+    mapped,
+    member,
+    placed,
+    pull_at,
+    pull_in,
+    push_at,
+    push_in,
+    put,
+    sheltered,
+    transformed,
+    undirected,
+    varies,
+)
 from bilevel.autodiff.reversible import Reversible, no_transforms, reversible
 
 __all__ = [
+    "ByHand",
     "Cast",
     "Linearisation",
     "Reversible",
@@ -32,7 +61,20 @@ __all__ = [
     "is_taped",
     "no_transforms",
     "paused",
+    "pull_at",
+    "push_at",
 ]
 __all__ += ["autocast_as", "autocasts", "forget_casts", "pull", "pull_each", "pushforward"]
-__all__ += ["recording", "refuse_hidden", "refuse_inside", "reversible", "told_apart"]
+__all__ += ["recording", "refuse_hidden", "refuse_inside", "reversible", "rows", "told_apart"]
 __all__ += ["value_and_gradient", "variables"]
+__all__ += ["Dims", "Function", "alive", "forwards_again", "leading", "mapped", "member", "placed"]
+__all__ += [
+    "at_places",
+    "pull_in",
+    "push_in",
+    "put",
+    "sheltered",
+    "transformed",
+    "undirected",
+    "varies",
+]

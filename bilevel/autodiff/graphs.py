@@ -136,7 +136,14 @@ def told_apart(values: Tree, known: set[int]) -> Tree:
     return tree.map_leaves(apart, values)
 
 
-def refuse_hidden(outputs: Tree, inputs: Tree, name: str, *, twice: bool = False) -> None:
+def refuse_hidden(
+    outputs: Tree,
+    inputs: Tree,
+    name: str,
+    *,
+    twice: bool = False,
+    remedy: str = "Pass it in the control",
+) -> None:
     """Refuse `outputs` whose graph reaches a tensor that is not among `inputs`."""
     # With `inputs` empty this is one look at `requires_grad`: nothing then should have a graph.
     if isinstance(outputs, Tensor) and not outputs.requires_grad:
@@ -147,10 +154,10 @@ def refuse_hidden(outputs: Tree, inputs: Tree, name: str, *, twice: bool = False
     given = [x for x in tree.leaves_of(inputs) if isinstance(x, Tensor)]
     known, behind = {id(x) for x in given}, {x.grad_fn for x in given}
     for leaf in _graph_leaves(tensors, behind, name if twice else ""):
-        if id(leaf) not in known:
+        if id(leaf) not in known and not getattr(leaf, "passing", False):
             raise LostGradientError(
                 f"{name} uses a tensor of shape {tuple(leaf.shape)} that requires grad but is not "
-                "among its arguments; its gradient would be lost. Pass it in the control, or "
+                f"among its arguments; its gradient would be lost. {remedy}, or "
                 "freeze it with requires_grad_(False)."
             )
 

@@ -7,6 +7,7 @@ from bilevel import autodiff, tree
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.errors import DivergenceError
 from bilevel.inner.problem import BilevelProblem
+from bilevel.inner.residuals import values
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.settings import at_step
 from bilevel.tree import Tree
@@ -47,6 +48,14 @@ class InnerIteration(Dynamics):
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
         try:
+            if not self.optimizer.reversible:  # it makes its step by itself
+                return self.optimizer.step(
+                    state,
+                    lambda params: self.gradient(params, control, t, check=t == 1),
+                    control,
+                    at_step(self.batch, self.offset + t),
+                    self.offset + t,
+                )
             gradient = self.gradient(self.optimizer.point(state), control, t, check=t == 1)
             if self.optimizer.searches:
                 state = self._searched(state, gradient, control, t)
@@ -66,11 +75,13 @@ class InnerIteration(Dynamics):
 
     @property
     def origin(self) -> object:  # noqa: D102
-        return self.problem.inner
+        return self.problem.equation
 
     def gradient(self, params: Tree, control: Tree, t: int, *, check: bool = False) -> Tree:
-        """Gradient of the inner objective in the params, with the batch of step `t`."""
+        """Gradient of the inner objective in the params, or the residual in its place, at `t`."""
         inner, batch = self.problem.inner, at_step(self.batch, self.offset + t)
+        if self.problem.residual is not None:
+            return values(self.problem.residual(params, control, batch), params, control)
         return autodiff.gradient(
             lambda p, c: inner(p, c, batch), params, control, name="inner objective", check=check
         )

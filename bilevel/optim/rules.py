@@ -43,6 +43,10 @@ class InnerOptimizer(ABC):
     lr: Setting
     symmetric: ClassVar[bool] = True  # whether the derivative of `residual` in the params is
     ranges: ClassVar[Ranges] = {"lr": {"above": 0}}
+    reversible: ClassVar[bool] = True  # whether steps can be differentiated, and made one by one
+    of_roots: ClassVar[bool] = (
+        False  # whether `update` may get a residual in the place of a gradient
+    )
 
     def __post_init__(self) -> None:
         for name, value in self._settings():
@@ -111,6 +115,28 @@ class InnerOptimizer(ABC):
         Returns:
             The state after.
         """
+
+    def step(
+        self,
+        state: Tree,
+        gradient: Callable[[Tree], Tree],
+        control: Tree,
+        batch: Any,  # noqa: ARG002
+        t: int,
+    ) -> Tree:
+        """The state after inner step t; by default `update` by the gradient at the params.
+
+        Args:
+            state: before.
+            gradient: of the inner objective, as a function of the params; or the residual.
+            control: the outer variable.
+            batch: of the step.
+            t: the step.
+
+        Returns:
+            The state after.
+        """
+        return self.update(state, gradient(self.params(state)), control, t)
 
     def check(self, params: Tree, control: Tree, t: int) -> None:  # noqa: ARG002
         """Refuse settings that are out of range where an iteration starts.

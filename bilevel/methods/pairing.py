@@ -1,0 +1,37 @@
+"""Which methods go with which inner optimisers and problems."""
+
+from bilevel.errors import ArgumentError
+from bilevel.inner.problem import BilevelProblem
+from bilevel.methods.base import HypergradientMethod
+from bilevel.optim.rules import InnerOptimizer
+
+
+def check_pairing(
+    problem: BilevelProblem, optimizer: InnerOptimizer, method: HypergradientMethod
+) -> None:
+    """Refuse what does not go together.
+
+    Args:
+        problem: by an objective, or by a residual.
+        optimizer: of it.
+        method: of finding hypergradients.
+
+    Raises:
+        ArgumentError: naming the two, and what goes.
+    """
+    rule, how = type(optimizer).__name__, type(method).__name__
+    if problem.residual is not None and not optimizer.of_roots:
+        raise ArgumentError(
+            f"{rule} descends on an objective, and a problem by its residual has none: take "
+            "bilevel.optim.FixedPoint(), Anderson() or NewtonKrylov(), or bilevel.Given(solve)."
+        )
+    if not optimizer.reversible and method.steps:
+        raise ArgumentError(
+            f"{how} differentiates or makes inner steps, and {rule} has none for it: take "
+            "method=bilevel.Implicit(), which needs the solution alone."
+        )
+    if problem.residual is not None and method.needs_objective:
+        raise ArgumentError(
+            f"{how} needs an inner objective, and a problem by its residual has none: take "
+            "method=bilevel.Implicit()."
+        )
