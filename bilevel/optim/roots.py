@@ -40,7 +40,8 @@ class FixedPoint(InnerOptimizer):
         ...     residual=lambda w, a, batch: w - (w.cos() + a) / 2,  # w = (cos w + a) / 2
         ...     outer=lambda w, a, batch: w**2,
         ... )
-        >>> solver = bl.BilevelSolver(problem, bl.optim.FixedPoint(), 60, bl.Implicit(bl.linear.GMRES()))
+        >>> method = bl.Implicit(bl.linear.GMRES())
+        >>> solver = bl.BilevelSolver(problem, bl.optim.FixedPoint(), 60, method)
         >>> zero = torch.tensor(0.0, dtype=torch.float64)
         >>> round(solver.hypergradient(zero, zero).gradient.item(), 4)
         0.3697
@@ -85,7 +86,8 @@ class Anderson(InnerOptimizer):
         ...     residual=lambda w, a, batch: w - (w.cos() + a) / 2,  # w = (cos w + a) / 2
         ...     outer=lambda w, a, batch: w**2,
         ... )
-        >>> solver = bl.BilevelSolver(problem, bl.optim.Anderson(), 60, bl.Implicit(bl.linear.GMRES()))
+        >>> method = bl.Implicit(bl.linear.GMRES())
+        >>> solver = bl.BilevelSolver(problem, bl.optim.Anderson(), 60, method)
         >>> zero = torch.tensor(0.0, dtype=torch.float64)
         >>> round(solver.hypergradient(zero, zero).gradient.item(), 4)
         0.3697
@@ -158,7 +160,8 @@ class NewtonKrylov(InnerOptimizer):
         ...     residual=lambda w, a, batch: w - (w.cos() + a) / 2,  # w = (cos w + a) / 2
         ...     outer=lambda w, a, batch: w**2,
         ... )
-        >>> solver = bl.BilevelSolver(problem, bl.optim.NewtonKrylov(), 60, bl.Implicit(bl.linear.GMRES()))
+        >>> method = bl.Implicit(bl.linear.GMRES())
+        >>> solver = bl.BilevelSolver(problem, bl.optim.NewtonKrylov(), 60, method)
         >>> zero = torch.tensor(0.0, dtype=torch.float64)
         >>> round(solver.hypergradient(zero, zero).gradient.item(), 4)
         0.3697
