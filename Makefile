@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 DEMO ?= demo-output
 DEMO_FLAGS ?=
 
-.PHONY: demo test test-all lint docs bench bench-peers bench-control clean help
+.PHONY: demo test test-all lint docs bench bench-peers bench-control packages lowest clean help
 
 help:
 	@echo "make demo   simulate, reconstruct and evaluate scans, all on bundled data; results in $(DEMO)/"
@@ -17,6 +17,8 @@ help:
 	@echo "make lint   ruff and basedpyright"
 	@echo "make docs   build the Sphinx site into docs/_build/html"
 	@echo "make bench  run the benchmarks (by hand; several minutes)"
+	@echo "make packages  build wheel and sdist, and use them outside of the checkout"
+	@echo "make lowest  test the library with the oldest versions of what it needs"
 	@echo "make bench-peers  compare with other libraries, in an environment of its own"
 	@echo "make bench-control  compare with other solvers of optimal control, likewise"
 
@@ -42,7 +44,7 @@ lint: $(STAMPS)/lint
 	$(VENV)/bin/basedpyright
 
 docs: $(STAMPS)/docs
-	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(VENV)/bin/python -m sphinx -W -n --keep-going -q -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
 bench: $(STAMPS)/mri
@@ -64,6 +66,12 @@ $(PEERS)/.made: benchmarks/peers.txt
 bench-peers: $(PEERS)/.made
 	$(PEERS)/bin/python -m benchmarks.hypergradient
 	$(PEERS)/bin/python -m benchmarks.peer_cases
+
+packages:
+	PYTHON=$(PYTHON) .ci/packages
+
+lowest:
+	PYTHON=$(PYTHON) .ci/lowest
 
 $(CONTROL_PEERS)/.made: benchmarks/control_peers.txt
 	$(PYTHON) -m venv $(CONTROL_PEERS)

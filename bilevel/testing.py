@@ -400,6 +400,17 @@ def check_hypergradient(
 
     Raises:
         ArgumentError: if `n_directions` or `step` is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 60)
+        >>> point = torch.tensor(0.0, dtype=torch.float64)
+        >>> bl.check_hypergradient(solver, point, point).recommendation[:13]
+        'Take Implicit'
     """
     check_whole(n_directions, "n_directions", 1)
     if step is not None:

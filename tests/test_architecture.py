@@ -256,9 +256,9 @@ def test_a_room_hands_on_what_stands_in_it_and_says_what_it_is_for():
     for room in sorted(FACES - {"bilevel"}):
         body = parsed(SOURCES[room]).body
         assert isinstance(body[0], ast.Expr), room  # the docstring
-        assert {type(node) for node in body[1:]} <= {ast.ImportFrom, ast.Assign, ast.AugAssign}, (
-            room
-        )
+        # `__getattr__` hands on what needs an extra, when it is asked for.
+        handed = [node for node in body[1:] if getattr(node, "name", "") != "__getattr__"]
+        assert {type(node) for node in handed} <= {ast.ImportFrom, ast.Assign, ast.AugAssign}, room
         others = own_imports(parsed(SOURCES[room]))
         assert [name for name in others if not name.startswith(f"{room}.")] == [], room
 
@@ -284,6 +284,7 @@ def test_our_own_files_are_imported_at_the_top_and_absolutely():
         for name, path in SOURCES.items()
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.If)
+        if getattr(node, "name", "") != "__getattr__"  # of a room whose programs name its extra
         for module, _ in imports(node)
         if module.split(".")[0] in ("bilevel", "applications")
     ]

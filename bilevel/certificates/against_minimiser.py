@@ -141,6 +141,18 @@ class AgainstMinimiser(Certifier):
 
     Raises:
         ArgumentError: if a setting is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> judge = bl.AgainstMinimiser(trust=1e-3)
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 60, certificate=judge)
+        >>> zero = torch.tensor(0.0)
+        >>> solver.hypergradient(zero, zero).certificate.trustworthy
+        True
     """
 
     trust: float = 2e-2

@@ -58,6 +58,19 @@ class NewtonCG:
 
     Raises:
         ArgumentError: if a setting is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> walk = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x + u),
+        ...     terminal=lambda x, control: x**2,
+        ...     horizon=2,
+        ...     running=lambda x, u, t: u**2,
+        ... )
+        >>> idle = bl.PerStep([torch.tensor(0.0), torch.tensor(0.0)])
+        >>> found = bl.ControlSolver(walk, bl.NewtonCG()).solve(idle, torch.tensor(3.0), steps=1)
+        >>> [round(u.item(), 4) for u in found.control.steps]
+        [-1.0, -1.0]
     """
 
     linear: LinearSolver = field(default_factory=lambda: CG(rtol=1e-12))

@@ -26,6 +26,18 @@ class PerStep:
         steps: theta_1, ..., theta_T.
         initial: theta_0, what `Dynamics.init` receives.
         shared: what every step shares; then `step` receives `(theta_t, shared)`.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> walk = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x + u),
+        ...     terminal=lambda x, control: x**2,
+        ...     horizon=2,
+        ...     running=lambda x, u, t: u**2,
+        ... )
+        >>> control = bl.PerStep([torch.tensor(0.5), torch.tensor(-1.0)])
+        >>> bl.adjoint(walk, torch.tensor(1.0), control).gradient.steps
+        (tensor(2.), tensor(-1.))
     """
 
     steps: Sequence[Tree]

@@ -33,6 +33,18 @@ class FixedPoint(InnerOptimizer):
 
     Raises:
         ArgumentError: if it is not positive.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     residual=lambda w, a, batch: w - (w.cos() + a) / 2,  # w = (cos w + a) / 2
+        ...     outer=lambda w, a, batch: w**2,
+        ... )
+        >>> method = bl.Implicit(bl.linear.GMRES())
+        >>> solver = bl.BilevelSolver(problem, bl.optim.FixedPoint(), 60, method)
+        >>> zero = torch.tensor(0.0, dtype=torch.float64)
+        >>> round(solver.hypergradient(zero, zero).gradient.item(), 4)
+        0.3697
     """
 
     symmetric: ClassVar[bool] = False
@@ -67,6 +79,18 @@ class Anderson(InnerOptimizer):
 
     Raises:
         ArgumentError: if a setting is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     residual=lambda w, a, batch: w - (w.cos() + a) / 2,  # w = (cos w + a) / 2
+        ...     outer=lambda w, a, batch: w**2,
+        ... )
+        >>> method = bl.Implicit(bl.linear.GMRES())
+        >>> solver = bl.BilevelSolver(problem, bl.optim.Anderson(), 60, method)
+        >>> zero = torch.tensor(0.0, dtype=torch.float64)
+        >>> round(solver.hypergradient(zero, zero).gradient.item(), 4)
+        0.3697
     """
 
     symmetric: ClassVar[bool] = False
@@ -129,6 +153,18 @@ class NewtonKrylov(InnerOptimizer):
 
     Raises:
         ArgumentError: if a setting is not what it should be.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     residual=lambda w, a, batch: w - (w.cos() + a) / 2,  # w = (cos w + a) / 2
+        ...     outer=lambda w, a, batch: w**2,
+        ... )
+        >>> method = bl.Implicit(bl.linear.GMRES())
+        >>> solver = bl.BilevelSolver(problem, bl.optim.NewtonKrylov(), 60, method)
+        >>> zero = torch.tensor(0.0, dtype=torch.float64)
+        >>> round(solver.hypergradient(zero, zero).gradient.item(), 4)
+        0.3697
     """
 
     ranges: ClassVar[Ranges] = {"lr": {"above": 0, "most": 1}}

@@ -19,6 +19,25 @@ class InnerOptimizer(ABC):
 
     Its *state* is what one step hands to the next: the params, or a tree that holds them. Every
     setting may be a number, a function of the control, which then is learned, or a `ByStep`.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Descent(bl.optim.InnerOptimizer):
+        ...     lr: float = 0.2
+        ...
+        ...     def update(self, state, gradient, control, t):
+        ...         return state - self.lr * gradient
+        >>> solver = bl.BilevelSolver(problem, Descent(), inner_steps=60)
+        >>> zero = torch.tensor(0.0)
+        >>> hyper = solver.hypergradient(zero, zero)
+        >>> round(hyper.gradient.item(), 4)
+        -0.6667
     """
 
     lr: Setting
