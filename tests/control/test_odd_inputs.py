@@ -125,6 +125,7 @@ def test_inference_mode_is_named(call):
         call()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo, while it traces
 @pytest.mark.parametrize("method", [bl.MLM(), bl.Unrolled(), bl.Implicit(), bl.OneStep()], ids=repr)
 def test_a_compiled_inner_objective_has_no_second_derivative(method):
     inner = torch.compile(lambda w, a, _: (w - a).square().sum(), backend="aot_eager")

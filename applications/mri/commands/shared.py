@@ -122,8 +122,9 @@ def print_scores(evaluation: Evaluation, title: str) -> None:
         title: of the table.
     """
     table = Table(title=title, caption=f"Metrics: {evaluation.convention}")
-    for name in ("method", "PSNR [dB]", "gain [dB]", "object [dB]", "SSIM", "NMSE", "s / slice"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    table.add_column("method", no_wrap=True)  # a narrow terminal breaks the headings instead
+    for name in ("PSNR [dB]", "gain [dB]", "object [dB]", "SSIM", "NMSE", "s / slice"):
+        table.add_column(name, justify="right")
     for row in table_rows(evaluation):
         table.add_row(*row)
     console.print(table)
