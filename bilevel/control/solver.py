@@ -198,7 +198,7 @@ class ControlSolver:
         self,
         parameters: Tree,
         observation: Tree,
-        control: Tree,
+        control: Tree = None,
         *,
         steps: int = 100,
         tolerance: float = 0.0,
@@ -212,7 +212,8 @@ class ControlSolver:
         Args:
             parameters: tree that `build(parameters) -> ControlProblem` takes; shared by a batch.
             observation: f.
-            control: Theta to begin with; the optimum of a problem nearby is a good one.
+            control: Theta to begin with; the optimum of a problem nearby is a good one. May be left
+                out where `build` returns it, as a pair `(problem, control)`.
             steps: iterations at most.
             tolerance: for the norm of the gradient; 0 is that of the settings.
 
@@ -254,12 +255,13 @@ class ControlSolver:
                 "cost of `build`, as a penalty."
             )
         loop = Loop(steps, tolerance=tolerance)
+        build, control = _beginning(build, parameters, control)
 
         def solve(laid: Laid, observation: Tree) -> tuple[Solved, Any]:
             return iterated(settings, laid, observation, loop, self.on_failure)
 
         given: Any = (parameters, observation)
-        return optimum_of(Optimal(build, settings, given, control, solve))  # pyright: ignore[reportArgumentType]
+        return optimum_of(Optimal(build, settings, given, control, solve))
 
     def _final(
         self, descent: Descent, observation: Tree, plans: Plans, random: RandomState | None
@@ -380,3 +382,20 @@ def _mean(found: Iterator[Adjoint]) -> Adjoint:
         )
     gradient = tree.map_leaves(lambda x: None if x is None else x / n, total.gradient)
     return replace(total, cost=total.cost / n, gradient=gradient)
+
+
+def _beginning(build: Any, parameters: Tree, control: Tree) -> tuple[Any, Tree]:
+    """What builds the problem of parameters, and the control to begin with."""
+    made = build(tree.detach(parameters))
+    if not isinstance(made, tuple):
+        if control is not None:
+            return build, control
+        raise ArgumentError(
+            "optimum needs a control to begin with, which tells its shapes: pass control=, such as "
+            "PerStep([torch.zeros(2) for _ in range(horizon)]), or let build return the pair "
+            f"(problem, control), got {type(made).__name__} alone."
+        )
+    if len(made) != 2 or not isinstance(made[0], ControlProblem):
+        kinds = ", ".join(type(part).__name__ for part in made)
+        raise ArgumentError(f"build must return a problem, or (problem, control), got ({kinds}).")
+    return lambda given: build(given)[0], made[1] if control is None else control

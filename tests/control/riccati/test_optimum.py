@@ -200,3 +200,26 @@ def test_what_has_no_derivative_is_said():
         bl.ControlSolver(flat(1.0), bl.Riccati()).optimum(POINT, START, REST)
     with pytest.raises(ArgumentError, match="must return a ControlProblem"):
         bl.ControlSolver(lambda p: None, bl.Riccati()).optimum(POINT, START, REST)
+
+
+def test_the_control_to_begin_with_may_come_from_build():
+    weight = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    f = torch.tensor(4.0, dtype=torch.float64)
+    start = bl.PerStep.unstack(torch.zeros(1, dtype=torch.float64))
+
+    def build(weight):
+        return bl.ControlProblem(
+            bl.Map(lambda state, control, t: state + control),
+            terminal=lambda state, control: weight * state**2 / 2,
+            running=lambda state, control, t: control**2 / 2,
+            horizon=1,
+        )
+
+    paired = bl.ControlSolver(lambda weight: (build(weight), start), bl.Riccati())
+    best = paired.optimum(weight, f)
+    (slope,) = torch.autograd.grad(best.control.steps[0], weight)
+    assert (float(best.control.steps[0].detach()), float(slope)) == pytest.approx((-3, -0.25))
+    with pytest.raises(ArgumentError, match=r"control to begin with.*\(problem, control\)"):
+        bl.ControlSolver(build, bl.Riccati()).optimum(weight, f)
+    with pytest.raises(ArgumentError, match="or \\(problem, control\\), got \\(int, int\\)"):
+        bl.ControlSolver(lambda weight: (1, 2), bl.Riccati()).optimum(weight, f)
