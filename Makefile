@@ -7,7 +7,7 @@ STAMPS := $(VENV)/.stamps
 DEMO ?= demo-output
 DEMO_FLAGS ?=
 
-.PHONY: demo test test-all lint docs bench bench-peers clean help
+.PHONY: demo test test-all lint docs bench bench-peers cuda clean help
 
 help:
 	@echo "make demo   simulate, reconstruct and evaluate scans, all on bundled data; results in $(DEMO)/"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint   ruff and basedpyright"
 	@echo "make docs   build the Sphinx site into docs/_build/html"
 	@echo "make bench  run the benchmarks (by hand; several minutes)"
+	@echo "make cuda   what needs a GPU: its tests, and benchmarks/gpu.py"
 	@echo "make bench-peers  compare with other libraries, in an environment of its own"
 
 # One stamp an extra: a second run starts at once, a changed requirement installs again.
@@ -48,6 +49,14 @@ bench: $(STAMPS)/mri
 	$(VENV)/bin/python -m benchmarks.memory
 	$(VENV)/bin/python -m benchmarks.speed
 	$(VENV)/bin/python -m benchmarks.columns
+
+# One run of some minutes, with what is installed already: CUDA_PYTHON may be any that has torch and
+# the packages of the extra `mri`.
+CUDA_PYTHON ?= $(VENV)/bin/python
+cuda:
+	$(CUDA_PYTHON) -m pytest -q -m cuda tests
+	@mkdir -p benchmarks/results
+	$(CUDA_PYTHON) -m benchmarks.gpu --json benchmarks/results/gpu.json
 
 # The peers need versions of their own. pip 24.1 began to refuse how betty-ml writes "torch>=1.6.*".
 $(PEERS)/.made: benchmarks/peers.txt

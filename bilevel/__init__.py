@@ -15,6 +15,7 @@ from bilevel import (
     methods as methods,
     optim as optim,
     outer as outer,
+    parallel as parallel,
     prox as prox,
     settings as settings,
     solution as solution,
@@ -40,6 +41,7 @@ from bilevel.errors import BilevelError, ConvergenceWarning
 from bilevel.inner import BilevelProblem, Minibatches
 from bilevel.methods import MLM, FirstOrder, Implicit, OneStep, Penalty, Unrolled
 from bilevel.outer import Keep, Restore
+from bilevel.parallel import Replicas
 from bilevel.settings import ByStep
 from bilevel.solver import BilevelSolver
 from bilevel.sweeps import Budget, Checkpointing, InMemory, OnDisk, OnHost, plan
@@ -60,6 +62,7 @@ __all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelPr
 __all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
 __all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "FirstOrder", "Implicit", "InMemory"]
 __all__ += ["Keep", "Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep"]
-__all__ += ["Penalty", "PerStep", "Phases", "Restore", "Softmax", "Sparsemax", "TaskWeights"]
-__all__ += ["Unrolled", "Vmapped", "adapt", "adjoint", "check_hypergradient", "functional", "hvp"]
-__all__ += ["kkt", "lagrangian", "plan", "rollout", "total_cost", "weighted_problem"]
+__all__ += ["Penalty", "PerStep", "Phases", "Replicas", "Restore", "Softmax", "Sparsemax"]
+__all__ += ["TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint", "check_hypergradient"]
+__all__ += ["functional", "hvp", "kkt", "lagrangian", "plan", "rollout", "total_cost"]
+__all__ += ["weighted_problem"]

@@ -1,8 +1,8 @@
 """The one room that differentiates, with respect to Re<., .>, as torch has gradients.
 
 A *variable tree* is a detached alias of a tree whose variables require grad: what is computed from
-it is a graph of its own, connected to nothing the caller holds. Read `graphs`, `gradients`,
-`linearisation`, `reversible`.
+it is a graph of its own, connected to nothing the caller holds. Read `junctions`, `graphs`,
+`gradients`, `linearisation`, `reversible`; `series` are junctions of several functions.
 """
 
 from bilevel.autodiff.gradients import gradient, pull, pull_each, pushforward, value_and_gradient
@@ -20,12 +20,15 @@ from bilevel.autodiff.graphs import (
     told_apart,
     variables,
 )
+from bilevel.autodiff.junctions import Mean, meeting, seam
 from bilevel.autodiff.linearisation import Linearisation
 from bilevel.autodiff.reversible import Reversible, no_transforms, reversible
+from bilevel.autodiff.series import in_turn
 
 __all__ = [
     "Cast",
     "Linearisation",
+    "Mean",
     "Reversible",
     "gradient",
     "is_on",
@@ -33,6 +36,7 @@ __all__ = [
     "no_transforms",
     "paused",
 ]
-__all__ += ["autocast_as", "autocasts", "forget_casts", "pull", "pull_each", "pushforward"]
-__all__ += ["recording", "refuse_hidden", "refuse_inside", "reversible", "told_apart"]
+__all__ += ["autocast_as", "autocasts", "forget_casts", "in_turn", "meeting", "pull", "pull_each"]
+__all__ += ["pushforward", "recording", "refuse_hidden", "refuse_inside", "reversible", "seam"]
+__all__ += ["told_apart"]
 __all__ += ["value_and_gradient", "variables"]

@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bilevel import tree
-from bilevel.checks import check_arguments, check_choice, check_whole
+from bilevel.checks import check_arguments, check_choice, check_kind, check_whole
 from bilevel.control.adjoint import Adjoint, adjoint
 from bilevel.control.lagrangian import KKT, kkt
 from bilevel.control.newton_cg import NewtonCG, NewtonRun
+from bilevel.control.rollout import total_cost
 from bilevel.dynamics.modules import load_into
 from bilevel.dynamics.per_step import CONTROL_WORDS, Look
 from bilevel.dynamics.problem import ControlProblem
@@ -25,6 +26,7 @@ from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_fact
 from bilevel.outer.keeping import Keep, OnDivergence
 from bilevel.outer.running import Around
 from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
+from bilevel.parallel import Portion, Replicas, Shares, check_mean, decided, own, together
 from bilevel.records import Record
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import Plans
@@ -47,8 +49,9 @@ class ControlSolution(Record):
         steps: updates made.
         converged: whether the gradient norm came down to the tolerance.
         reason: why it ended, in words.
-        adjoint: states, multipliers and gradient at the last control; None with batches.
-        kkt: residuals of the optimality conditions (5a-c) there; None with batches.
+        adjoint: states, multipliers and gradient at the last control; None with batches. With
+            replicas states and multipliers are those of this process.
+        kkt: residuals of the optimality conditions (5a-c) there; None with batches or replicas.
     """
 
     control: Tree
@@ -88,6 +91,8 @@ class ControlSolver:
         checkpointing: of the sweeps; None is `Checkpointing()`. A `Budget` is planned once in a
             solve for all batches whose observations agree in structure, shape, dtype and device.
         on_failure: what to do when a tolerance was asked for and not reached.
+        replicas: the processes that solve it together, each with its part of the batches, or of the
+            batches of an update; one problem each builds for itself. None is this one alone.
 
     Raises:
         ArgumentError: if a field is not what it should be.
@@ -110,6 +115,7 @@ class ControlSolver:
     optimizer: MakeOptimizer | NewtonCG = adam
     checkpointing: Checkpointing | Budget | None = None
     on_failure: OnFailure = "warn"
+    replicas: Replicas | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.problem, ControlProblem) or callable(self.problem)):
@@ -122,7 +128,9 @@ class ControlSolver:
         if not isinstance(self.optimizer, NewtonCG):
             check_factory(self.optimizer)
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
+        check_kind(self.replicas, Replicas | None, "replicas", "bilevel.Replicas() or None")
 
+    @together
     def solve(
         self,
         control: Tree,
@@ -182,7 +190,9 @@ class ControlSolver:
         self._check_accumulation(accumulate)
         if accumulate > 1 and batches is not None:
             batches = Grouped(batches, accumulate)
-        watched = scheduler, project, tolerance, callback, progress
+        if self.replicas is not None and batches is not None:
+            batches = Shares(self.replicas, batches, accumulate)
+        watched = scheduler, project, tolerance, decided(self.replicas, callback), progress
         loop = Loop(steps, batches, *watched, keep, resume, on_divergence)
         descent = Descent(control, loop)
         plans, look = Plans(self.checkpointing), Look(CONTROL_WORDS, control)
@@ -191,7 +201,7 @@ class ControlSolver:
         if isinstance(make, NewtonCG):
             random = RandomState.capture(devices_of((observation, control)))
             given, swept = partial(self._given, observation), partial(self._adjoint, plans)
-            run = NewtonRun(make, given, swept, self.checkpointing, random, look)
+            run = NewtonRun(make, given, swept, self.checkpointing, random, look, self.replicas)
             evaluate, make = run.evaluate, run.optimizer
         around = self._around(look, run, observation, accumulate)
         with carrying(lambda error: _solution(descent, told(error))):
@@ -209,9 +219,10 @@ class ControlSolver:
     ) -> Around:
         """What a descent that is kept has to know of this solver."""
         kinds = [tree.kind(x) for x in tree.leaves_of(observation)]
-        conditions = {"solver": self, "observation": kinds, "accumulate": accumulate}
+        alone = replace(self, replicas=None)  # a run goes on with any number of processes
+        conditions = {"solver": alone, "observation": kinds, "accumulate": accumulate}
         parts = {"look": look} if run is None else {"look": look, "newton": run}
-        return Around(parts, conditions, {}, (self, observation))
+        return Around(parts, conditions, {}, (alone, observation))
 
     def _final(
         self, descent: Descent, observation: Tree, plans: Plans, random: RandomState | None
@@ -225,6 +236,8 @@ class ControlSolver:
         final = self._adjoint(plans, problem, observation, control, steps, keep=True)
         random.restore()  # so that steps which draw at random draw what they drew
         states, multipliers = final.states or [], final.multipliers or []
+        if self.replicas is not None:  # states and multipliers are those of this process
+            return final, None
         residuals = kkt(problem, observation, control, states, multipliers)
         if descent.leaves.tied:  # the condition is on the sum over its places
             norm = tree.norm(descent.leaves.gathered(final.gradient))
@@ -244,7 +257,7 @@ class ControlSolver:
     def _given(self, observation: Tree, batch: Any) -> tuple[ControlProblem, Tree]:
         if isinstance(self.problem, ControlProblem):
             return self.problem, observation
-        return self.problem(batch)
+        return self.problem(own(batch))
 
     def _evaluate(
         self,
@@ -255,6 +268,8 @@ class ControlSolver:
         batch: Any,
         step: int,
     ) -> tuple[float, Adjoint]:
+        if self.replicas is not None:
+            self._compare(self.replicas, control, batch)
         batches = [batch] if accumulate == 1 else batch
         each = (self._adjoint(plans, *self._given(observation, b), control, step) for b in batches)
         if accumulate == 1:
@@ -264,6 +279,18 @@ class ControlSolver:
             norm = tree.norm(found.gradient)
             check_finite(float(found.cost), norm, step, lambda: "that of each batch is finite")
         return float(found.cost), found
+
+    def _compare(self, replicas: Replicas, control: Tree, batch: Any) -> None:
+        """Refuse what must be the same on every process and is not."""
+        replicas.begin({"problem": self.problem}, {"control": control})
+        build = self._given
+
+        def cost(one: Any) -> Tensor:
+            return total_cost(*build(None, one), tree.detach(control))
+
+        if isinstance(batch, Portion):
+            parts = [batch.part], batch.whole
+            check_mean(replicas, "the cost", cost, parts, control, self.problem)
 
     def _adjoint(
         self,
@@ -282,6 +309,9 @@ class ControlSolver:
             keep_states=keep,
             keep_multipliers=keep,
         )
+        if self.replicas is not None:
+            cost, gradient = self.replicas.mean_of((found.cost, found.gradient))
+            found = replace(found, cost=cost, gradient=gradient)
         norm = tree.norm(found.gradient)
         check_finite(float(found.cost), norm, step, lambda: _where(problem, observation, control))
         return found

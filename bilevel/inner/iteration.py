@@ -46,6 +46,8 @@ class InnerIteration(Dynamics):
         return self.optimizer.begin(start)
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
+        if hasattr(self.problem.inner, "origin"):  # processes meet in it: piece by piece
+            state = autodiff.seam(state)
         try:
             gradient = self.gradient(self.optimizer.point(state), control, t, check=t == 1)
             if self.optimizer.searches:
@@ -66,7 +68,7 @@ class InnerIteration(Dynamics):
 
     @property
     def origin(self) -> object:  # noqa: D102
-        return self.problem.inner
+        return getattr(self.problem.inner, "origin", self.problem.inner)
 
     def gradient(self, params: Tree, control: Tree, t: int, *, check: bool = False) -> Tree:
         """Gradient of the inner objective in the params, with the batch of step `t`."""
