@@ -444,14 +444,13 @@ class BilevelSolver:
                 f"accumulate={accumulate} needs batches, one a task: pass batches=[(inner_batch, "
                 "outer_batch), ...], or leave it at 1."
             )
-        together = accumulate > 1 and isinstance(evaluate, Vmapped)
-        if together and self._among is not None:
+        if accumulate == 1 or not isinstance(evaluate, Vmapped):
+            return _Tasks(self, params, linear_batch, accumulate)
+        if self._among is not None:
             raise ArgumentError(
                 "tasks that Vmapped() stacks are no samples of a batch, which replicas and "
                 "micro_batches split: pass evaluate=Looped()."
             )
-        if not together:
-            return _Tasks(self, params, linear_batch, accumulate)
         problem = side_by_side(self.problem, self.optimizer, accumulate, evaluate)
         batch = None if linear_batch is None else stacked([linear_batch] * accumulate)
         params = copies(tree.detach(params), accumulate)

@@ -355,8 +355,10 @@ def sharded(rank, replicas):
     control = {"decay": CONTROL["decay"][:1], "rate": CONTROL["rate"]}
     found = {}
     rules = {"SGD": RATE, "Adam": bl.optim.Adam(lambda c: c["rate"])}
-    for method in (bl.OneStep(), bl.MLM()):
+    for method in (bl.OneStep(), bl.MLM(), bl.Penalty(64.0)):
         for name, rule in rules.items():
+            if isinstance(method, bl.Penalty):
+                rule, control = bl.optim.SGD(0.1), {"decay": CONTROL["decay"][:1]}
             solver = bl.BilevelSolver(problem, rule, 3, method, certificate=None)
             alone = solver.hypergradient(whole, control, TRAIN, JUDGED)
             together = replace(solver, replicas=replicas).hypergradient(
