@@ -10,15 +10,40 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from applications.errors import needing
 from applications.options import with_options
 from applications.records import Report
 from bilevel.errors import BilevelError
 
-console = Console()
 Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")]
+
+
+def shown(text: str) -> str:
+    r"""A text as screens take it, whatever name of a file is in it.
+
+    Args:
+        text: may hold control characters, and bytes that are no text in the encoding of the system.
+
+    Returns:
+        The text; each of those is written as an escape such as ``\x1b``.
+    """
+    return "".join(
+        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode()
+        for one in text
+    )
+
+
+class _Console(Console):
+    """A console that takes texts as they are: brackets and colons in names mean nothing."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(shown(text), **options)
+
+
+console = _Console(markup=False, emoji=False)
 
 
 def command_line(
@@ -51,8 +76,9 @@ def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
         try:
             with needing(extra):
                 command(**arguments)
-        except BilevelError as error:
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        except (BilevelError, OSError, MemoryError) as error:
+            said = str(error) or type(error).__name__
+            sys.stderr.write(f"error: {shown(' '.join(said.split()))}\n")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             sys.stderr.write("interrupted: the files that were written are complete.\n")
@@ -62,8 +88,8 @@ def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
 
 
 def say(line: str) -> None:
-    """Print one line as it is, whatever the width of the screen, brackets in names included."""
-    console.print(line, soft_wrap=True, markup=False, highlight=False)
+    """Print one line as it is, whatever the width of the screen."""
+    console.print(line, soft_wrap=True, highlight=False)
 
 
 def use_threads(threads: int) -> None:
@@ -76,7 +102,7 @@ def use_threads(threads: int) -> None:
 def progress_bars() -> Iterator[Report]:
     """A progress bar a stage, on the screen while it is worked on."""
     columns: list[Any] = [
-        TextColumn("{task.description:28}"),
+        TextColumn("{task.description:28}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
@@ -88,7 +114,7 @@ def progress_bars() -> Iterator[Report]:
             if stage not in tasks:
                 for other in tasks.values():
                     progress.update(other, completed=1.0)
-                tasks[stage] = progress.add_task(stage, total=1.0)
+                tasks[stage] = progress.add_task(shown(stage), total=1.0)
             progress.update(tasks[stage], completed=share)
 
         yield report

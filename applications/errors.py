@@ -6,9 +6,15 @@ from contextlib import contextmanager
 
 from bilevel.errors import BilevelError
 
+_LONGEST = 2000  # characters of a message
+
 
 class InputError(BilevelError, ValueError):
     """A file or a setting does not fit; the message names it, and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        """Say so; what a file makes endless is cut."""
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]} ...")
 
 
 @contextmanager

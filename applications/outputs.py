@@ -10,6 +10,9 @@ from filelock import FileLock, Timeout
 
 from applications.errors import InputError
 from applications.files import make_folder, make_place
+from applications.inputs import content
+
+_MOST_BYTES = 2**28  # of a file of results
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ def results(*keys: str) -> Kind:
     """
 
     def recognises(path: Path) -> bool:
-        content = json.loads(path.read_bytes())
-        return isinstance(content, dict) and set(keys) <= set(content)
+        found = json.loads(content(path, "results", _MOST_BYTES))
+        return isinstance(found, dict) and set(keys) <= set(found)
 
     return Kind("a file of such results", recognises)
 

@@ -35,16 +35,18 @@ class Case:
     control: Tensor
 
     def solver(
-        self, method: bl.methods.HypergradientMethod, **settings: object
+        self,
+        method: bl.methods.HypergradientMethod,
+        certificate: bl.certificates.Certifier | None = CERTIFICATE,
     ) -> bl.BilevelSolver:
         """The solver of the case."""
-        given: dict = {"on_failure": "ignore", **settings}
-        return bl.BilevelSolver(self.problem, self.rule, self.steps, method, **given)
+        given = self.problem, self.rule, self.steps, method, certificate
+        return bl.BilevelSolver(*given, on_failure="ignore")
 
     def truth(self) -> Tensor:
-        """By a linear system solved to rounding at an inner solution of ten times the steps."""
+        """By a linear system solved to rounding at an inner solution of four times the steps."""
         method = bl.Implicit(bl.linear.CG(rtol=1e-13))
-        solver = bl.BilevelSolver(self.problem, self.rule, 10 * self.steps, method, None, "ignore")
+        solver = bl.BilevelSolver(self.problem, self.rule, 4 * self.steps, method, None, "ignore")
         return solver.hypergradient(self.params, self.control).gradient
 
 
@@ -124,7 +126,7 @@ def main() -> None:
         )
         methods = [bl.Implicit(bl.linear.CG(rtol=1e-8)), bl.Penalty(64.0), bl.Penalty()]
         runs = [
-            partial(case.solver(method, certificate=c).hypergradient, *given)
+            partial(case.solver(method, c).hypergradient, *given)
             for c in (None, CERTIFICATE)
             for method in methods
         ]

@@ -10,6 +10,7 @@ from bilevel import (
     control as control,
     dynamics as dynamics,
     errors as errors,
+    implicit_function as implicit_function,
     inner as inner,
     linear as linear,
     methods as methods,
@@ -29,6 +30,7 @@ from bilevel.certificates import AgainstMinimiser, AgainstSteps
 from bilevel.control import (
     ControlSolver,
     NewtonCG,
+    Riccati,
     adjoint,
     hvp,
     kkt,
@@ -38,8 +40,10 @@ from bilevel.control import (
 )
 from bilevel.dynamics import Compiled, ControlProblem, Dynamics, Map, PerStep, Phases, functional
 from bilevel.errors import BilevelError, ConvergenceWarning
+from bilevel.implicit_function import implicit
 from bilevel.inner import BilevelProblem, Minibatches
 from bilevel.methods import MLM, FirstOrder, Implicit, OneStep, Penalty, Unrolled
+from bilevel.optim import Given
 from bilevel.outer import Keep, Restore
 from bilevel.parallel import Replicas
 from bilevel.settings import ByStep
@@ -60,9 +64,9 @@ __version__ = "0.1.0"
 
 __all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelProblem"]
 __all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
-__all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "FirstOrder", "Implicit", "InMemory"]
-__all__ += ["Keep", "Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost", "OneStep"]
-__all__ += ["Penalty", "PerStep", "Phases", "Replicas", "Restore", "Softmax", "Sparsemax"]
-__all__ += ["TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint", "check_hypergradient"]
-__all__ += ["functional", "hvp", "kkt", "lagrangian", "plan", "rollout", "total_cost"]
-__all__ += ["weighted_problem"]
+__all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "FirstOrder", "Given", "Implicit"]
+__all__ += ["InMemory", "Keep", "Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost"]
+__all__ += ["OneStep", "Penalty", "PerStep", "Phases", "Replicas", "Restore", "Riccati", "Softmax"]
+__all__ += ["Sparsemax", "TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint"]
+__all__ += ["check_hypergradient", "functional", "hvp", "implicit"]
+__all__ += ["kkt", "lagrangian", "plan", "rollout", "total_cost", "weighted_problem"]

@@ -17,16 +17,26 @@ from bilevel.certificates.against_minimiser import AgainstMinimiser
 from bilevel.certificates.against_steps import AgainstSteps
 from bilevel.certificates.certificate import Certificate, Certifier
 from bilevel.checks import check_arguments, check_choice, check_kind, check_range, check_whole
+from bilevel.control.tangent import HessianProduct
 from bilevel.dynamics.per_step import BILEVEL_WORDS, Look, PerStep
 from bilevel.dynamics.steps import walk
-from bilevel.errors import ArgumentError, BilevelError, DivergenceError, LostGradientError
+from bilevel.errors import (
+    ArgumentError,
+    BilevelError,
+    DivergenceError,
+    LostGradientError,
+    UnsupportedError,
+)
+from bilevel.hessian import hessian_product
 from bilevel.inner.batches import refuse_loader
 from bilevel.inner.problem import BilevelProblem, Objective
 from bilevel.kept_solution import RECORDS, KeptSolution
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Warm
 from bilevel.methods.mlm import MLM
 from bilevel.methods.one_step import OneStep
+from bilevel.methods.pairing import check_pairing, check_shared
 from bilevel.methods.unrolled import Unrolled
+from bilevel.optim.given import Given
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.outer.batches import Grouped, paired
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory
@@ -53,8 +63,8 @@ class BilevelSolver:
 
     Attributes:
         problem: the two objectives.
-        optimizer: makes the inner steps.
-        inner_steps: their number.
+        optimizer: makes the inner steps; or a `Given` solver, in their place.
+        inner_steps: their number; a `Given` solver is called once.
         method: how hypergradients are found: `MLM`, `Unrolled`, `Implicit`, `OneStep`, `Penalty`,
             `FirstOrder`.
         certificate: how they are judged, and against what: `AgainstMinimiser`, the hypergradient
@@ -70,6 +80,7 @@ class BilevelSolver:
 
     Raises:
         ArgumentError: if a field is not what it should be.
+        UnsupportedError: if replicas or micro-batches cannot share the problem or its optimiser.
 
     Example:
         >>> import dataclasses, torch, bilevel as bl
@@ -108,6 +119,9 @@ class BilevelSolver:
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
         check_kind(self.replicas, Replicas | None, "replicas", "bilevel.Replicas() or None")
         check_whole(self.micro_batches, "micro_batches", 1)
+        check_pairing(self.problem, self.optimizer, self.method)
+        if self._among is not None:
+            check_shared(self.problem, self.optimizer)
 
     @together
     def hypergradient(
@@ -257,6 +271,51 @@ class BilevelSolver:
             Where they led; `optimizer.params(warm.state)` are the params.
         """
         return self._instance(params, control, inner_batch, None, warm=warm).iterated
+
+    def hvp(
+        self,
+        params: Tree,
+        control: Tree,
+        direction: Tree,
+        inner_batch: Any = None,
+        outer_batch: Any = None,
+        linear_batch: Any = None,
+        warm: Warm | None = None,
+    ) -> HessianProduct:
+        """The Hessian of the outer value in the control, times a direction.
+
+        With `Implicit` of the value at the exact inner solution, by second derivatives of the
+        implicit function; with `MLM` and `Unrolled` of the value after the inner steps.
+
+        Args:
+            params: as in `hypergradient`, like the other arguments.
+            control: the outer variable.
+            direction: like the control; None for leaves that are no variables.
+            inner_batch: of the inner objective.
+            outer_batch: of the outer objective.
+            linear_batch: of the inner objective where it is linearised.
+            warm: to go on from.
+
+        Returns:
+            Product, gradient and value.
+
+        Raises:
+            UnsupportedError: if the method has no second derivative, or there are replicas or
+                micro-batches.
+            StructureError: if the direction does not fit the control.
+        """
+        if self._among is not None:
+            raise UnsupportedError(
+                "hvp evaluates whole batches on one process: leave replicas= and micro_batches= "
+                "out for it, or take differences of hypergradient(), which splits them."
+            )
+        given = tree.map_leaves(lambda x: x if tree.is_variable(x) else None, control)
+        along = tree.map_leaves(lambda x: x if tree.is_variable(x) else None, direction)
+        tree.check_like(along, given, "direction", "direction must be like the control")
+        instance = self._instance(
+            params, control, inner_batch, outer_batch, linear_batch, warm=warm
+        )
+        return hessian_product(instance, self.method, tree.detach(along), self.on_failure)
 
     @together
     def solve(
@@ -572,7 +631,7 @@ class BilevelSolver:
         return Instance(
             problem,
             self.optimizer,
-            self.inner_steps,
+            1 if isinstance(self.optimizer, Given) else self.inner_steps,
             tree.detach(params),
             tree.detach(control),
             inner_batch,

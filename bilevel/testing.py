@@ -400,11 +400,22 @@ def check_hypergradient(
 
     Raises:
         ArgumentError: if `n_directions` or `step` is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 60)
+        >>> point = torch.tensor(0.0, dtype=torch.float64)
+        >>> bl.check_hypergradient(solver, point, point).recommendation[:13]
+        'Take Implicit'
     """
     check_whole(n_directions, "n_directions", 1)
     if step is not None:
         check_range(step, "step", above=0)
-    quiet = replace(solver, certificate=None, on_failure="ignore", method=Unrolled())
+    quiet = replace(solver, certificate=None, on_failure="ignore")
     control = tree.detach(control)
     generator = torch.Generator().manual_seed(seed)
     directions = [unit_like(control, generator) for _ in range(n_directions)]
@@ -443,8 +454,12 @@ def check_hypergradient(
 
 
 def _all_methods(solver: BilevelSolver) -> list[HypergradientMethod]:
-    implicit = Implicit() if solver.optimizer.symmetric else Implicit(GMRES())
-    standard = {type(m): m for m in (Unrolled(), MLM(), implicit, OneStep())}
+    by_objective = solver.problem.residual is None
+    implicit = Implicit() if solver.optimizer.symmetric and by_objective else Implicit(GMRES())
+    reversible = solver.optimizer.reversible
+    standard = {
+        type(m): m for m in (Unrolled(), MLM(), implicit, OneStep()) if reversible or not m.steps
+    }
     return list({**standard, type(solver.method): solver.method}.values())
 
 

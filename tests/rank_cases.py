@@ -61,6 +61,8 @@ def solvers():
 
     exact = bl.Implicit(bl.linear.CG(rtol=1e-13))
     proximal = bl.optim.ProximalGradient(0.2, bl.prox.L1(0.01))
+    searching = bl.optim.ProximalGradient(2.0, bl.prox.L1(0.01), line_search=True)
+    skew = bl.Implicit(bl.linear.GMRES(rtol=1e-13))
     blocks = bl.MLM(checkpointing=bl.Checkpointing(snapshots=1, block=2))
     alternating = bl.ByStep(lambda t: (TRAIN, JUDGED)[t % 2])
     problem, start, shift, complex_batches = COMPLEX
@@ -73,12 +75,29 @@ def solvers():
         "OneStep": net(bl.OneStep()),
         "Penalty": net(bl.Penalty(64.0), bl.optim.SGD(0.2), DECAY, 10, on_failure="ignore"),
         "Implicit": net(exact, bl.optim.SGD(0.2), DECAY, 10),
-        "Implicit, GMRES": net(bl.Implicit(bl.linear.GMRES(rtol=1e-13)), proximal, DECAY, 10),
+        "Implicit, GMRES": net(skew, proximal, DECAY, 10),
         "Implicit, NormalCG": net(
             bl.Implicit(bl.linear.NormalCG(rtol=1e-13)), proximal, DECAY, 10, on_failure="ignore"
         ),
         "minibatches": net(bl.MLM(), batches=(bl.Minibatches(TRAIN, 6, seed=1), JUDGED)),
         "by step": net(bl.MLM(), batches=(alternating, JUDGED)),
+        "FirstOrder": (
+            bl.BilevelSolver(
+                bl.BilevelProblem(
+                    lambda w, c, b: outer(w, c, b) + (w["v"] ** 2).sum(),
+                    outer,
+                    start=lambda w, c: bl.tree.map_leaves(lambda x: x * c["scale"], w),
+                ),
+                bl.optim.SGD(0.2),
+                3,
+                bl.FirstOrder(),
+                certificate=None,
+            ),
+            *(PARAMS, {"scale": torch.tensor(0.9, dtype=F64)}, (TRAIN, JUDGED)),
+        ),
+        "line search": net(
+            bl.Implicit(bl.linear.GMRES(rtol=1e-13)), searching, DECAY, 10, on_failure="ignore"
+        ),
         "complex": (
             bl.BilevelSolver(problem, sgd, 8, certificate=None),
             *(start, shift, complex_batches),
@@ -114,6 +133,15 @@ def hypergradients(rank, replicas, names=None):
                 abs(together.certificate.error_estimate - alone.certificate.error_estimate),
                 together.certificate.trustworthy,
             )
+    for name in ("MLM", "Unrolled", "Implicit"):
+        if names is not None:
+            continue
+        solver, *given, batches = solvers()[name]
+        outers = [outer, lambda w, c, b: (predicted(w, b[0]) - 1).cosh().mean()]
+        alone = solver.hypergradients(*given, outers, *batches)
+        together = replace(solver, replicas=replicas).hypergradients(*given, outers, *batches)
+        for i, (one, all_) in enumerate(zip(alone, together, strict=True)):
+            found[f"{name}, outer {i}"] = distance(all_.gradient, one.gradient), float(all_.value)
     own = [part(batch, rank, replicas.size) for batch in (TRAIN, JUDGED)]
     alone = solvers()["MLM"][0].hypergradient(PARAMS, CONTROL, TRAIN, JUDGED)
     solver = replace(solvers()["MLM"][0], replicas=replicas)
@@ -300,6 +328,16 @@ def refused(rank, replicas):
             {"W": real(1, 3, 3), "b": real(2, 3)}, batches=[TRAIN], accumulate=5
         ),
         "wrapped": lambda: bl.BilevelProblem(lambda w, c, b: wrapped(b[0]).sum() * w, outer),
+        "Riccati": lambda: bl.ControlSolver(build, bl.Riccati(), replicas=replicas),
+        "residual": lambda: bl.BilevelSolver(
+            bl.BilevelProblem(outer=outer, residual=lambda w, c, b: w),
+            *(bl.optim.FixedPoint(), 5, bl.Implicit()),
+            replicas=replicas,
+        ),
+        "Given": lambda: bl.BilevelSolver(
+            NET, bl.Given(lambda w, c, b: w), method=bl.Implicit(), replicas=replicas
+        ),
+        "hvp": lambda: solver.hvp(PARAMS, CONTROL, CONTROL, TRAIN, JUDGED),
         "no group": lambda: bl.Replicas("gloo"),
     }
     return {name: told(case) for name, case in cases.items()}

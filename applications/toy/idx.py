@@ -4,19 +4,19 @@ Two zero bytes, a byte for the type of the values, a byte for the number of axes
 axis as a big-endian 32-bit number, and then the values, the last axis running fastest.
 """
 
-import gzip
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from applications.errors import InputError
+from applications.inputs import check_announced, content as content_of, unpacked
 
 # Type byte and NumPy type of what this application reads: pixels and labels are bytes.
 _TYPES = {0x08: np.dtype(np.uint8)}
 _NAMES = {0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
-_GZIP = b"\x1f\x8b"
+_GZIP = "a complete gzip file"
+_MOST_BYTES = 2**31  # of a file, packed or not
 
 
 def read_idx(path: Path, n_axes: int) -> np.ndarray:
@@ -33,7 +33,9 @@ def read_idx(path: Path, n_axes: int) -> np.ndarray:
         InputError: if there is no such file, or it is no IDX file of bytes with `n_axes` axes, or
             it has fewer or more values than its header says.
     """
-    content = _content(path)
+    packed = content_of(path, "an IDX file", _MOST_BYTES)
+    begin = 4 + 4 * n_axes
+    content = unpacked(path, packed, _GZIP, begin)[:begin]
     if len(content) < 4 or content[:2] != b"\0\0" or content[3] == 0:
         raise InputError(
             f"{path}: an IDX file was needed, beginning with 00 00, a type and the number of axes; "
@@ -50,13 +52,14 @@ def read_idx(path: Path, n_axes: int) -> np.ndarray:
             f"{path}: {_expected(n_axes)} were needed, with {n_axes} axes, the file has {found}; "
             "are the files of images and labels exchanged?"
         )
-    begin = 4 + 4 * n_axes
     if len(content) < begin:
         raise InputError(
             f"{path}: a header of {begin} bytes was needed, the file has {len(content)}; "
             "copy or download it again."
         )
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", n_axes, 4))
+    check_announced(path, f"an array of shape {shape}", math.prod(shape), len(packed))
+    content = unpacked(path, packed, _GZIP, begin + math.prod(shape) + 1)
     values = len(content) - begin
     if values != math.prod(shape):
         raise InputError(
@@ -64,26 +67,6 @@ def read_idx(path: Path, n_axes: int) -> np.ndarray:
             f"{values}; copy or download it again."
         )
     return np.frombuffer(content, _TYPES[kind], offset=begin).reshape(shape)
-
-
-def _content(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path}: an IDX file was needed, there is none; check the path."
-        ) from error
-    except OSError as error:
-        raise InputError(f"{path}: the file cannot be read ({error}); check the path.") from error
-    if not content.startswith(_GZIP):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (EOFError, OSError, zlib.error) as error:
-        raise InputError(
-            f"{path}: a complete gzip file was needed, it cannot be unpacked ({error}); copy or "
-            "download it again."
-        ) from error
 
 
 def _expected(n_axes: int) -> str:

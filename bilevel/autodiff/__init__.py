@@ -2,10 +2,19 @@
 
 A *variable tree* is a detached alias of a tree whose variables require grad: what is computed from
 it is a graph of its own, connected to nothing the caller holds. Read `junctions`, `graphs`,
-`gradients`, `linearisation`, `reversible`; `series` are junctions of several functions.
+`gradients`, `linearisation`, `nested`, `reversible`, `by_hand`; `series` are junctions of several
+functions.
 """
 
-from bilevel.autodiff.gradients import gradient, pull, pull_each, pushforward, value_and_gradient
+from bilevel.autodiff.by_hand import ByHand
+from bilevel.autodiff.gradients import (
+    gradient,
+    pull,
+    pull_each,
+    pushforward,
+    rows,
+    value_and_gradient,
+)
 from bilevel.autodiff.graphs import (
     Cast,
     autocast_as,
@@ -22,10 +31,31 @@ from bilevel.autodiff.graphs import (
 )
 from bilevel.autodiff.junctions import Mean, meeting, seam
 from bilevel.autodiff.linearisation import Linearisation
+from bilevel.autodiff.nested import (
+    Dims,
+    Function,
+    alive,
+    at_places,
+    forwards_again,
+    leading,
+    mapped,
+    member,
+    placed,
+    pull_at,
+    pull_in,
+    push_at,
+    push_in,
+    put,
+    sheltered,
+    transformed,
+    undirected,
+    varies,
+)
 from bilevel.autodiff.reversible import Reversible, no_transforms, reversible
 from bilevel.autodiff.series import in_turn
 
 __all__ = [
+    "ByHand",
     "Cast",
     "Linearisation",
     "Mean",
@@ -35,8 +65,21 @@ __all__ = [
     "is_taped",
     "no_transforms",
     "paused",
+    "pull_at",
+    "push_at",
 ]
 __all__ += ["autocast_as", "autocasts", "forget_casts", "in_turn", "meeting", "pull", "pull_each"]
-__all__ += ["pushforward", "recording", "refuse_hidden", "refuse_inside", "reversible", "seam"]
-__all__ += ["told_apart"]
+__all__ += ["pushforward", "recording", "refuse_hidden", "refuse_inside", "reversible", "rows"]
+__all__ += ["seam", "told_apart"]
 __all__ += ["value_and_gradient", "variables"]
+__all__ += ["Dims", "Function", "alive", "forwards_again", "leading", "mapped", "member", "placed"]
+__all__ += [
+    "at_places",
+    "pull_in",
+    "push_in",
+    "put",
+    "sheltered",
+    "transformed",
+    "undirected",
+    "varies",
+]

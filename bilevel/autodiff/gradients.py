@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from bilevel.autodiff.graphs import (
     told_apart,
     variables,
 )
-from bilevel.autodiff.junctions import pulled, slopes_only
+from bilevel.autodiff.junctions import crosses, pulled, slopes_only
 from bilevel.checks import check_scalar
 from bilevel.errors import LostGradientError
 from bilevel.tree import Tree
@@ -120,6 +120,9 @@ def pull_each(outputs: Tree, cotangents: Tree, inputs: Tree) -> Tree:
 
 def _together(ys: list[Tensor], wanted: list[Tensor], vs: list[Tensor]) -> list[Tensor | None]:
     """One backward pass for all cotangents, or one for each where a kernel refuses that."""
+    if crosses(ys, wanted):  # processes meet once for each cotangent, in the same order
+        more = {"create_graph": False, "retain_graph": True, "batched": True}
+        return [*pulled(ys, wanted, vs, **more)]
     given: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     try:
         with warnings.catch_warnings():
@@ -282,3 +285,41 @@ def spread(found: list[Tensor | None], outputs: Tree) -> Tree:
         return torch.zeros_like(y) if tangent is None else tangent
 
     return tree.map_leaves(at, outputs)
+
+
+def rows(outputs: Tensor, inputs: Tensor, *, keep: bool = False) -> Tensor:
+    """Jacobians of many small functions at once, whose graph is one.
+
+    Args:
+        outputs: shape ``(N, k)``; row i is computed from row i of `inputs` alone.
+        inputs: shape ``(N, d)``.
+        keep: keep the graph, for further derivatives.
+
+    Returns:
+        Shape ``(N, k, d)``, detached; zero where nothing depends on the inputs.
+    """
+    (n, k), d = outputs.shape, inputs.shape[1]
+    if not outputs.requires_grad or not outputs.numel():
+        return inputs.new_zeros(n, k, d)
+    units = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
+    # All rows in one pass where calls cost more than arithmetic, and memory is no matter.
+    if n * k * d <= SMALL:
+        with suppress(RuntimeError):  # as of a backward that torch cannot map
+            return _all_rows(outputs, inputs, units[:, None].expand(k, n, k))
+    each = [
+        grad([outputs], inputs, [unit.expand(n, k)], retain_graph=keep or i < k - 1)
+        for i, unit in enumerate(units)
+    ]
+    return torch.stack([inputs.new_zeros(n, d) if x is None else x for x in each], 1)
+
+
+SMALL = 40_000  # numbers of a Jacobian
+
+
+def _all_rows(outputs: Tensor, inputs: Tensor, units: Tensor) -> Tensor:
+    (found,) = torch.autograd.grad(
+        outputs, inputs, units, retain_graph=True, allow_unused=True, is_grads_batched=True
+    )
+    if found is None:
+        return inputs.new_zeros(*units.shape[1:], inputs.shape[1])
+    return found.transpose(0, 1)

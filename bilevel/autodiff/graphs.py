@@ -137,7 +137,14 @@ def told_apart(values: Tree, known: set[int]) -> Tree:
     return tree.map_leaves(apart, values)
 
 
-def refuse_hidden(outputs: Tree, inputs: Tree, name: str, *, twice: bool = False) -> None:
+def refuse_hidden(
+    outputs: Tree,
+    inputs: Tree,
+    name: str,
+    *,
+    twice: bool = False,
+    remedy: str = "Pass it in the control",
+) -> None:
     """Refuse `outputs` whose graph reaches a tensor that is not among `inputs`."""
     # With `inputs` empty this is one look at `requires_grad`: nothing then should have a graph.
     if isinstance(outputs, Tensor) and not outputs.requires_grad:
@@ -148,11 +155,12 @@ def refuse_hidden(outputs: Tree, inputs: Tree, name: str, *, twice: bool = False
     given = [x for x in tree.leaves_of(inputs) if isinstance(x, Tensor)]
     known, nodes = {id(x) for x in given}, {x.grad_fn for x in given}
     for leaf in _graph_leaves(tensors, known, nodes, name if twice else ""):
-        raise LostGradientError(
-            f"{name} uses a tensor of shape {tuple(leaf.shape)} that requires grad but is not "
-            "among its arguments; its gradient would be lost. Pass it in the control, or "
-            "freeze it with requires_grad_(False)."
-        )
+        if not getattr(leaf, "passing", False):
+            raise LostGradientError(
+                f"{name} uses a tensor of shape {tuple(leaf.shape)} that requires grad but is not "
+                f"among its arguments; its gradient would be lost. {remedy}, or "
+                "freeze it with requires_grad_(False)."
+            )
 
 
 def once_differentiable(name: str, function: str) -> UnsupportedError:

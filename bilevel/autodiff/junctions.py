@@ -230,6 +230,11 @@ def pulled(
         return [None if g[0] is None else torch.stack([*g]) for g in zip(*found, strict=True)]  # pyright: ignore[reportArgumentType]
 
 
+def crosses(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether there is a junction between outputs and inputs."""
+    return bool(_made) and _Crossing(inputs).enter(outputs)
+
+
 class _Crossing:
     """One pull through the junctions between outputs and inputs."""
 

@@ -46,9 +46,11 @@ from bilevel.dynamics.closures import buffers_kept
 from bilevel.errors import ArgumentError, DivergenceError, UnsupportedError
 from bilevel.methods.base import Comparison, Found, Instance
 from bilevel.methods.mlm import relative
+from bilevel.optim.given import Given
 from bilevel.sweeps.randomness import devices_of, preserved
 
 MINIMISER = "the exact inner minimiser"
+ROOT = "the exact root of the inner residual"
 OTHER = 7  # products besides those of the linear systems and of the probe
 SADDLE = (
     "negative curvature was met: the params are a saddle or a maximum of the inner objective, no "
@@ -139,6 +141,18 @@ class AgainstMinimiser(Certifier):
 
     Raises:
         ArgumentError: if a setting is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> judge = bl.AgainstMinimiser(trust=1e-3)
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 60, certificate=judge)
+        >>> zero = torch.tensor(0.0)
+        >>> solver.hypergradient(zero, zero).certificate.trustworthy
+        True
     """
 
     trust: float = 2e-2
@@ -151,17 +165,19 @@ class AgainstMinimiser(Certifier):
 
     def certify(self, instance: Instance, found: Found) -> Certificate:
         """See `Certifier`."""
-        if self.constants is not None and not instance.optimizer.symmetric:
+        by_residual = instance.problem.residual is not None
+        if self.constants is not None and not instance.symmetric:
             raise ArgumentError(
                 "constants= bound the error where the residual is the gradient of the inner "
-                f"objective, got {type(instance.optimizer).__name__}: leave them out."
+                f"objective, got {_residual_of(instance)}: leave them out."
             )
         if self.constants is not None and found.compare is not None:
             raise ArgumentError(
                 "constants= bound an error by the residual of a linear system, which Penalty does "
                 "not have: leave them out, or take Implicit()."
             )
-        known = Certificate(MINIMISER, math.inf, trustworthy=False, batch=_batch(instance))
+        target = ROOT if by_residual else MINIMISER
+        known = Certificate(target, math.inf, trustworthy=False, batch=_batch(instance))
         if found.linear is not None:
             known = replace(known, linear_residual=found.linear.residual)
         if instance.problem.outer_each is not None:
@@ -173,7 +189,7 @@ class AgainstMinimiser(Certifier):
             )
             return replace(known, reason=reason)
         given = instance.params, instance.control, instance.judging_batch
-        kept = buffers_kept(instance.problem.inner, instance.problem.outer)
+        kept = buffers_kept(instance.problem.equation, instance.problem.outer)
         with preserved(devices_of(given)) as start, kept:
             try:
                 judged = (
@@ -184,6 +200,11 @@ class AgainstMinimiser(Certifier):
             except (DivergenceError, UnsupportedError) as error:
                 judged = replace(known, reason=str(error))
             drawn = not start.stands()
+        if by_residual:
+            judged = replace(judged, reason=judged.reason.replace("minimiser", "root"))
+        if isinstance(instance.optimizer, Given):
+            more = "make more inner steps", "solve the inner problem further"
+            judged = replace(judged, reason=judged.reason.replace(*more))
         # Draws of the outer objective were repeated; those of the inner one are new each time.
         return replace(known, reason=RANDOM) if drawn else judged
 
@@ -201,11 +222,14 @@ class AgainstMinimiser(Certifier):
         moved = correct(here, limit)
         known = replace(known, inner_residual=here.size)
         if moved.flaw and self.constants is None:
-            return replace(known, reason=moved.flaw)
+            return replace(known, reason=found.flaw or moved.flaw)
         there, start = moved.point, found.linear.solution if found.linear else None
         curvature = _curvature(there, directions, _seed(here.size, found))
-        known = replace(known, curvature=curvature.smallest, directions=curvature.directions)
-        if not moved.flaw and _is_saddle(here, there, curvature):
+        # A root need not be a stable one, and is no minimiser of anything.
+        judges = instance.problem.residual is None
+        if judges:
+            known = replace(known, curvature=curvature.smallest, directions=curvature.directions)
+        if judges and not moved.flaw and _is_saddle(here, there, curvature):
             return replace(known, reason=SADDLE)
         if not moved.flaw and instance.on_kink(there.params):
             return replace(known, reason=KINK)
@@ -224,7 +248,7 @@ class AgainstMinimiser(Certifier):
             absolute = self.constants.bound(here.size, judged.adjoint, judged.unsolved)
             known = replace(known, bound=relative(absolute + judged.beside, judged.size))
         if flaw := moved.flaw or flaw_of(solved, "the adjoint system"):
-            return replace(known, reason=flaw)
+            return replace(known, reason=found.flaw or flaw)
         reason = found.flaw or self._too_large(judged, _remedy(found))
         return replace(
             known,
@@ -323,6 +347,12 @@ def _remedy(found: Found) -> str:
     if found.truncation is not None:
         return f"{more} and reverse more of them"
     return more if found.linear is None else f"{more}, solve the linear system further"
+
+
+def _residual_of(instance: Instance) -> str:
+    """What the residual is of, where it is no gradient."""
+    by_residual = instance.problem.residual is not None
+    return "a problem by its residual" if by_residual else type(instance.optimizer).__name__
 
 
 def _batch(instance: Instance) -> str:

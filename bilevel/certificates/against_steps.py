@@ -25,6 +25,17 @@ class AgainstSteps(Certifier):
 
     Raises:
         ArgumentError: if it is not positive.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 3, certificate=bl.AgainstSteps())
+        >>> zero = torch.tensor(0.0)
+        >>> print(solver.hypergradient(zero, zero).certificate)
+        no error but rounding against the inner steps made; trustworthy.
     """
 
     trust: float = 2e-2

@@ -111,7 +111,7 @@ class Point:
         # The ratio of the norms of the two, whole or by leaf, is that of C from below.
         # C is also the adjoint of the derivative of grad_alpha f in the params, up to a factor
         # where R is one times grad f: so no third derivative is taken where R is a gradient.
-        symmetric = self.instance.optimizer.residual_is_gradient
+        symmetric = self.instance.residual_is_gradient
         in_control = self._in_control() if symmetric else self.residual
         scale = 1 / (tree.norm(start) or 1.0)
         unit = tree.map_leaves(lambda x: None if x is None else x * scale, start)

@@ -45,6 +45,19 @@ def lagrangian(
 
     Raises:
         StructureError: if there are not T + 1 states and multipliers, or the control does not fit.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> walk = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x + u),
+        ...     terminal=lambda x, control: x**2,
+        ...     horizon=2,
+        ...     running=lambda x, u, t: u**2,
+        ... )
+        >>> start, control = torch.tensor(1.0), torch.tensor(0.5)
+        >>> swept = bl.adjoint(walk, start, control, keep_states=True, keep_multipliers=True)
+        >>> bl.lagrangian(walk, start, control, swept.states, swept.multipliers)  # J
+        tensor(4.5000)
     """
     _check_point(problem, control, states, multipliers)
     # In the order of a forward sweep, for costs and steps that draw.
@@ -97,6 +110,19 @@ def kkt(
         StructureError: if there are not T + 1 states and multipliers, or the control does not fit.
         LostGradientError: if nothing reads a part of the control, or a function closes over a
             tensor that requires grad.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> walk = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x + u),
+        ...     terminal=lambda x, control: x**2,
+        ...     horizon=2,
+        ...     running=lambda x, u, t: u**2,
+        ... )
+        >>> start, control = torch.tensor(1.0), torch.tensor(0.5)
+        >>> swept = bl.adjoint(walk, start, control, keep_states=True, keep_multipliers=True)
+        >>> bl.kkt(walk, start, control, swept.states, swept.multipliers).feasibility
+        0.0
     """
     autodiff.refuse_inside("kkt", observation, control, states, multipliers)
     _check_point(problem, control, states, multipliers)

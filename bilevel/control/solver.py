@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -15,19 +15,22 @@ from bilevel.checks import check_arguments, check_choice, check_kind, check_whol
 from bilevel.control.adjoint import Adjoint, adjoint
 from bilevel.control.lagrangian import KKT, kkt
 from bilevel.control.newton_cg import NewtonCG, NewtonRun
+from bilevel.control.optimum import Optimal, Optimum, optimum_of
+from bilevel.control.riccati.settings import Riccati
+from bilevel.control.riccati.solving import Laid, Solved
 from bilevel.control.rollout import total_cost
-from bilevel.dynamics.modules import load_into
+from bilevel.control.second_order import by_riccati, iterated
+from bilevel.control.solution import BatchSolution, ControlSolution
 from bilevel.dynamics.per_step import CONTROL_WORDS, Look
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.dynamics.steps import first_infinite
-from bilevel.errors import ArgumentError
+from bilevel.errors import ArgumentError, UnsupportedError
 from bilevel.outer.batches import Grouped
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory, check_finite
 from bilevel.outer.keeping import Keep, OnDivergence
 from bilevel.outer.running import Around
 from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
 from bilevel.parallel import Portion, Replicas, Shares, check_mean, decided, own, together
-from bilevel.records import Record
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import Plans
 from bilevel.sweeps.randomness import RandomState, devices_of
@@ -36,66 +39,26 @@ from bilevel.tree import Tree
 Build = Callable[[Any], tuple[ControlProblem, Tree]]  # batch -> (problem, observation)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class ControlSolution(Record):
-    """The control found, and how.
-
-    Attributes:
-        control: the last control, detached.
-        cost: J at the last control; with batches, as last evaluated, NaN if never.
-        gradient_norm: norm of (8) at the last control; with batches, as last evaluated.
-        costs: J before each update.
-        gradient_norms: of (8), before each update.
-        steps: updates made.
-        converged: whether the gradient norm came down to the tolerance.
-        reason: why it ended, in words.
-        adjoint: states, multipliers and gradient at the last control; None with batches. With
-            replicas states and multipliers are those of this process.
-        kkt: residuals of the optimality conditions (5a-c) there; None with batches or replicas.
-    """
-
-    control: Tree
-    cost: float
-    gradient_norm: float
-    costs: list[float]
-    gradient_norms: list[float]
-    steps: int
-    converged: bool
-    reason: str
-    adjoint: Adjoint | None
-    kkt: KKT | None
-
-    def load_into(self, model: nn.Module) -> None:
-        """Copy the control, params of `functional(model)`, into the model.
-
-        Args:
-            model: whose parameters they are; frozen ones and buffers stay.
-
-        Raises:
-            StructureError: if names, shapes or dtypes differ; then nothing is copied. A `PerStep`
-                goes back into its modules by `Phases.load`.
-        """
-        load_into(model, self.control, "control")
-
-
 @dataclass(frozen=True)
 class ControlSolver:
-    """Solver of control problems by first-order methods or Newton-CG.
+    """Solver of control problems by first-order methods, Newton-CG or the Riccati sweep.
 
     Attributes:
         problem: a `ControlProblem`, or `build(batch) -> (ControlProblem, observation)` for data
             that comes in batches.
         optimizer: makes a `torch.optim` optimiser of the `outer.Leaves` it is given, a list of
             tensors that knows their names; called once a solve. `step(closure)` is used always, so
-            that LBFGS works. Or a `NewtonCG`.
+            that LBFGS works. Or a `NewtonCG`, or a `Riccati`.
         checkpointing: of the sweeps; None is `Checkpointing()`. A `Budget` is planned once in a
             solve for all batches whose observations agree in structure, shape, dtype and device.
         on_failure: what to do when a tolerance was asked for and not reached.
         replicas: the processes that solve it together, each with its part of the batches, or of the
-            batches of an update; one problem each builds for itself. None is this one alone.
+            batches of an update; one problem each builds for itself. None is this one alone, as
+            `Riccati` and `optimum` need it.
 
     Raises:
         ArgumentError: if a field is not what it should be.
+        UnsupportedError: if replicas are to share a Riccati sweep.
 
     Example:
         >>> import torch, bilevel as bl
@@ -112,7 +75,7 @@ class ControlSolver:
     """
 
     problem: ControlProblem | Build
-    optimizer: MakeOptimizer | NewtonCG = adam
+    optimizer: MakeOptimizer | NewtonCG | Riccati = adam
     checkpointing: Checkpointing | Budget | None = None
     on_failure: OnFailure = "warn"
     replicas: Replicas | None = None
@@ -125,10 +88,22 @@ class ControlSolver:
             )
         if not isinstance(self.problem, ControlProblem):
             check_arguments(self.problem, "build", "batch")
-        if not isinstance(self.optimizer, NewtonCG):
+        if not isinstance(self.optimizer, NewtonCG | Riccati):
+            if self.optimizer in (NewtonCG, Riccati):
+                check_kind(self.optimizer, NewtonCG | Riccati, "optimizer", "an instance")
             check_factory(self.optimizer)
+        if isinstance(self.optimizer, Riccati) and self.checkpointing is not None:
+            raise ArgumentError(
+                "Riccati keeps every step's derivatives, got checkpointing= beside: leave it out, "
+                "or take NewtonCG."
+            )
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
         check_kind(self.replicas, Replicas | None, "replicas", "bilevel.Replicas() or None")
+        if isinstance(self.optimizer, Riccati) and self.replicas is not None:
+            raise UnsupportedError(
+                "Riccati sweeps on one process, and so does optimum(): leave replicas= out, or "
+                "take NewtonCG() or an optimiser of torch, whose costs processes share."
+            )
 
     @together
     def solve(
@@ -147,7 +122,7 @@ class ControlSolver:
         keep: Keep | None = None,
         resume: bool | int = False,
         on_divergence: OnDivergence = "raise",
-    ) -> ControlSolution:
+    ) -> ControlSolution | BatchSolution:
         """Minimise J over the control, from `control`.
 
         Args:
@@ -171,7 +146,7 @@ class ControlSolver:
                 with a smaller step.
 
         Returns:
-            The last control and the history.
+            The last control and the history; a `BatchSolution` by `Riccati(batched=True)`.
 
         Raises:
             ArgumentError: if batches are missing, empty, or given without `build`, `steps` or
@@ -194,10 +169,14 @@ class ControlSolver:
             batches = Shares(self.replicas, batches, accumulate)
         watched = scheduler, project, tolerance, decided(self.replicas, callback), progress
         loop = Loop(steps, batches, *watched, keep, resume, on_divergence)
+        if isinstance(self.optimizer, Riccati):
+            given = self.optimizer, self.problem, control, observation, loop
+            return by_riccati(*given, self.on_failure)
         descent = Descent(control, loop)
         plans, look = Plans(self.checkpointing), Look(CONTROL_WORDS, control)
         evaluate = partial(self._evaluate, plans, observation, accumulate)
-        make, run = self.optimizer, None
+        make: Any = self.optimizer
+        run = None
         if isinstance(make, NewtonCG):
             random = RandomState.capture(devices_of((observation, control)))
             given, swept = partial(self._given, observation), partial(self._adjoint, plans)
@@ -210,6 +189,8 @@ class ControlSolver:
             last = look.evaluated(self._final)
             final, residuals = last(descent, observation, plans, random)
             solution = _solution(descent, "", final, residuals)
+            if run is not None:
+                solution = replace(solution, products=run.products)
             if tolerance > 0 and not solution.converged:
                 report(solution.reason, self.on_failure)
         return solution
@@ -223,6 +204,73 @@ class ControlSolver:
         conditions = {"solver": alone, "observation": kinds, "accumulate": accumulate}
         parts = {"look": look} if run is None else {"look": look, "newton": run}
         return Around(parts, conditions, {}, (alone, observation))
+
+    def optimum(
+        self,
+        parameters: Tree,
+        observation: Tree,
+        control: Tree,
+        *,
+        steps: int = 100,
+        tolerance: float = 0.0,
+    ) -> Optimum:
+        """The optimal control of `build(parameters)`, as a differentiable function.
+
+        Derivatives in `parameters` and `observation`, forward and reverse, cost one more sweep with
+        the factors of the last one; bounds that are active stay so. The graph never goes through
+        the iteration.
+
+        Args:
+            parameters: tree that `build(parameters) -> ControlProblem` takes; shared by a batch.
+            observation: f.
+            control: Theta to begin with; the optimum of a problem nearby is a good one.
+            steps: iterations at most.
+            tolerance: for the norm of the gradient; 0 is that of the settings.
+
+        Returns:
+            Control, states and cost, attached to the graphs of both arguments.
+
+        Raises:
+            ArgumentError: if the solver has no `build` or another optimiser than `Riccati`.
+            ConvergenceError: if the optimum is no strict minimum, or was not reached and
+                `on_failure` is "raise".
+            UnsupportedError: where it is differentiated twice, or there are constraints.
+
+        Example:
+            >>> import torch, bilevel as bl
+            >>> def build(weight):
+            ...     return bl.ControlProblem(
+            ...         bl.Map(lambda state, control, t: state + control),
+            ...         terminal=lambda state, control: weight * state**2 / 2,
+            ...         running=lambda state, control, t: control**2 / 2,
+            ...         horizon=1,
+            ...     )
+            >>> weight = torch.tensor(3.0, requires_grad=True)
+            >>> start = bl.PerStep.unstack(torch.zeros(1))
+            >>> solver = bl.ControlSolver(build, bl.Riccati())
+            >>> best = solver.optimum(weight, torch.tensor(4.0), start)
+            >>> best.control.steps[0].backward()  # -4 w / (1 + w)
+            >>> best.control.steps[0].detach(), weight.grad
+            (tensor(-3.), tensor(-0.2500))
+        """
+        settings, build = self.optimizer, self.problem
+        if not isinstance(settings, Riccati) or isinstance(build, ControlProblem):
+            raise ArgumentError(
+                "optimum needs ControlSolver(build, Riccati()) with build(parameters) -> "
+                f"ControlProblem, got {type(build).__name__} and {type(settings).__name__}."
+            )
+        if settings.constraints is not None:
+            raise UnsupportedError(
+                "optimum has no derivative of constraints yet; bounds= it has. Put them into the "
+                "cost of `build`, as a penalty."
+            )
+        loop = Loop(steps, tolerance=tolerance)
+
+        def solve(laid: Laid, observation: Tree) -> tuple[Solved, Any]:
+            return iterated(settings, laid, observation, loop, self.on_failure)
+
+        given: Any = (parameters, observation)
+        return optimum_of(Optimal(build, settings, given, control, solve))  # pyright: ignore[reportArgumentType]
 
     def _final(
         self, descent: Descent, observation: Tree, plans: Plans, random: RandomState | None

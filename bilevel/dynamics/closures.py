@@ -33,18 +33,24 @@ def modules_of(*roots: Any) -> list[nn.Module]:
     Returns:
         The modules; parts of one are not named beside it.
     """
-    found: list[nn.Module] = []
+    return [one for one in _walk(roots) if isinstance(one, nn.Module)]
+
+
+def tensors_of(*roots: Any) -> list[Tensor]:
+    """The tensors that functions, methods and dataclasses reach as `modules_of` finds modules."""
+    return [one for one in _walk(roots) if isinstance(one, Tensor)]
+
+
+def _walk(roots: tuple[Any, ...]) -> Iterator[Any]:
     seen, waiting = set[int](), [*roots]
     while waiting:
         one = waiting.pop()
-        if id(one) in seen or isinstance(one, Tensor | str | bytes | ModuleType | type):
+        if id(one) in seen or isinstance(one, str | bytes | ModuleType | type):
             continue
         seen.add(id(one))
-        if isinstance(one, nn.Module):
-            found.append(one)
-        else:
+        yield one
+        if not isinstance(one, nn.Module | Tensor):
             waiting += _reached(one)
-    return found
 
 
 def _reached(one: Any) -> Iterable[Any]:

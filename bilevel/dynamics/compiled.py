@@ -36,6 +36,11 @@ class Compiled(Dynamics):
 
     Raises:
         ArgumentError: if it is no dynamics.
+
+    Example:
+        >>> import bilevel as bl
+        >>> step = bl.Map(lambda x, u, t: x + u)
+        >>> problem = bl.ControlProblem(bl.Compiled(step), lambda x, control: x**2, horizon=2)
     """
 
     dynamics: Dynamics

@@ -14,6 +14,14 @@ class Dynamics(ABC):
     What is constant for a sample (k-space, mask, target) is a field of the subclass; the state
     holds only what evolves. `step` is a function of its arguments alone: the sweeps evaluate it
     again, under the same state of the default random generators.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> class Pull(bl.Dynamics):
+        ...     def step(self, state, control, t):
+        ...         return state - control * state
+        >>> bl.rollout(Pull(), torch.tensor(8.0), torch.tensor(0.5), horizon=3)
+        tensor(1.)
     """
 
     @abstractmethod

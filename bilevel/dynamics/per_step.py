@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.checks import check_whole
-from bilevel.errors import LostGradientError, StructureError
+from bilevel.errors import ArgumentError, LostGradientError, StructureError
 from bilevel.tree import Tree
 
 
@@ -26,6 +26,18 @@ class PerStep:
         steps: theta_1, ..., theta_T.
         initial: theta_0, what `Dynamics.init` receives.
         shared: what every step shares; then `step` receives `(theta_t, shared)`.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> walk = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x + u),
+        ...     terminal=lambda x, control: x**2,
+        ...     horizon=2,
+        ...     running=lambda x, u, t: u**2,
+        ... )
+        >>> control = bl.PerStep([torch.tensor(0.5), torch.tensor(-1.0)])
+        >>> bl.adjoint(walk, torch.tensor(1.0), control).gradient.steps
+        (tensor(2.), tensor(-1.))
     """
 
     steps: Sequence[Tree]
@@ -64,6 +76,30 @@ class PerStep:
             )
         rows = zip(*(leaf.unbind(0) for leaf in leaves), strict=True)
         return cls([tree.unflatten(structure, list(row)) for row in rows], initial, shared)
+
+    def shifted(self, by: int = 1) -> "PerStep":
+        """The control of a receding horizon: the first steps are over, the last one is repeated.
+
+        Args:
+            by: steps that are over, at most T.
+
+        Returns:
+            theta_{1+by}, ..., theta_T, theta_T, ..., with the same `initial` and `shared`; repeated
+            tensors are copies, so that an optimiser moves each on its own.
+
+        Raises:
+            ArgumentError: if `by` is no whole number from 0 to T.
+
+        Example:
+            >>> import torch
+            >>> PerStep.unstack(torch.tensor([1.0, 2.0, 3.0])).shifted().steps
+            (tensor(2.), tensor(3.), tensor(3.))
+        """
+        check_whole(by, "by")
+        if by > len(self.steps):
+            raise ArgumentError(f"by must be at most the {len(self.steps)} steps, got {by}.")
+        last = [tree.copied(self.steps[-1]) for _ in range(by)] if by else []
+        return PerStep([*self.steps[by:], *last], self.initial, self.shared)
 
 
 _register: Any = optree.register_pytree_node  # its types ask for a Collection, its code does not

@@ -7,6 +7,7 @@ from bilevel import autodiff, tree
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.errors import DivergenceError
 from bilevel.inner.problem import BilevelProblem
+from bilevel.inner.residuals import values
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.settings import at_step
 from bilevel.tree import Tree
@@ -49,6 +50,14 @@ class InnerIteration(Dynamics):
         if hasattr(self.problem.inner, "origin"):  # processes meet in it: piece by piece
             state = autodiff.seam(state)
         try:
+            if not self.optimizer.reversible:  # it makes its step by itself
+                return self.optimizer.step(
+                    state,
+                    lambda params: self.gradient(params, control, t, check=t == 1),
+                    control,
+                    at_step(self.batch, self.offset + t),
+                    self.offset + t,
+                )
             gradient = self.gradient(self.optimizer.point(state), control, t, check=t == 1)
             if self.optimizer.searches:
                 state = self._searched(state, gradient, control, t)
@@ -68,11 +77,13 @@ class InnerIteration(Dynamics):
 
     @property
     def origin(self) -> object:  # noqa: D102
-        return getattr(self.problem.inner, "origin", self.problem.inner)
+        return getattr(self.problem.equation, "origin", self.problem.equation)
 
     def gradient(self, params: Tree, control: Tree, t: int, *, check: bool = False) -> Tree:
-        """Gradient of the inner objective in the params, with the batch of step `t`."""
+        """Gradient of the inner objective in the params, or the residual in its place, at `t`."""
         inner, batch = self.problem.inner, at_step(self.batch, self.offset + t)
+        if self.problem.residual is not None:
+            return values(self.problem.residual(params, control, batch), params, control)
         return autodiff.gradient(
             lambda p, c: inner(p, c, batch), params, control, name="inner objective", check=check
         )

@@ -1,7 +1,7 @@
 """Linear systems on trees, real vector spaces under Re<a, b>, and their solvers.
 
 Read `operator` (what a system and a solver are), `flat` and `system` (trees as flat vectors); then
-any solver: `cg`, `normal_cg`, `gmres`, `neumann`, `direct`.
+any solver: `cg`, `normal_cg`, `gmres`, `neumann`, `direct`; `singular`, what went wrong.
 """
 
 from bilevel.linear.cg import CG

@@ -29,6 +29,12 @@ class Operator:
 
     Raises:
         ArgumentError: if `columns` is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> double = bl.linear.Operator(lambda x: 2 * x, symmetric=True)
+        >>> bl.linear.CG().solve(double, torch.tensor([2.0, 4.0])).solution
+        tensor([1., 2.])
     """
 
     apply: Callable[[Tree], Tree]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -152,6 +152,16 @@ class Instance:
         return self.dynamics.offset + max(self.horizon, 1)
 
     @property
+    def symmetric(self) -> bool:
+        """Whether the derivative of the inner residual in the params is known to be."""
+        return self.optimizer.symmetric and self.problem.residual is None
+
+    @property
+    def residual_is_gradient(self) -> bool:
+        """Whether the control enters the residual through the inner objective alone."""
+        return self.optimizer.residual_is_gradient and self.problem.residual is None
+
+    @property
     def by_batches(self) -> bool:
         """Whether the steps saw batches, and nothing else is given to judge their end by."""
         return isinstance(self.inner_batch, Stepwise) and self.linear_batch is None
@@ -266,14 +276,13 @@ class Instance:
 
     def linearised(self, params: Tree) -> Linearisation:
         """The inner residual at some params, in params and control, with the judging batch."""
+        name = "objective" if self.problem.residual is None else "residual"
+        return Linearisation(self.residual, params, self.control, name=f"the inner {name}")
+
+    def residual(self, params: Tree, control: Tree) -> Tree:
+        """What vanishes at the inner solution, with the judging batch."""
         t = max(self.horizon, 1)  # counted by the dynamics from where it began
-        judging = replace(self.dynamics, batch=self.judging_batch)
-        return Linearisation(
-            lambda p, c: judging.residual(p, c, t),
-            params,
-            self.control,
-            name="the inner objective",
-        )
+        return replace(self.dynamics, batch=self.judging_batch).residual(params, control, t)
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,6 +360,10 @@ class Found:
 
 class HypergradientMethod(ABC):
     """How the multipliers of the inner iteration are found; a frozen dataclass."""
+
+    # Whether it differentiates or makes inner steps of its own, beside those to the solution.
+    steps: ClassVar[bool] = True
+    needs_objective: ClassVar[bool] = False  # whether it evaluates the inner objective itself
 
     @abstractmethod
     def find(self, instance: Instance) -> Found:

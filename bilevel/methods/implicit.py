@@ -11,8 +11,8 @@ For gradient descent with step eta, q = -eta lambda, and lambda is the sum of th
 sweep (7) frozen at the solution: a Neumann series, which conjugate gradients accelerate.
 """
 
-from dataclasses import dataclass, field, replace
-from typing import final
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
 
 from bilevel import tree
 from bilevel.autodiff import Linearisation
@@ -20,7 +20,9 @@ from bilevel.checks import check_kind
 from bilevel.dynamics.per_step import GradientSum
 from bilevel.errors import LostGradientError
 from bilevel.linear.cg import CG
+from bilevel.linear.gmres import GMRES
 from bilevel.linear.operator import LinearSolver, Operator
+from bilevel.linear.singular import shortcoming
 from bilevel.methods.base import Found, HypergradientMethod, Instance
 from bilevel.tree import Tree
 
@@ -32,23 +34,44 @@ class Implicit(HypergradientMethod):
 
     Attributes:
         linear: solver of the linear system; `CG` for descent methods, `GMRES` or `NormalCG` for
-            `ProximalGradient`, whose system is not symmetric.
+            `ProximalGradient`, whose system is not symmetric. None is `CG(rtol=1e-8, probes=4)`,
+            and for a problem by its residual `GMRES(restart=100)`.
 
     Raises:
         ArgumentError: if it is no linear solver.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 60, bl.Implicit(bl.linear.CG()))
+        >>> zero = torch.tensor(0.0)
+        >>> hyper = solver.hypergradient(zero, zero)
+        >>> round(hyper.gradient.item(), 4)
+        -0.6667
     """
 
-    linear: LinearSolver = field(default_factory=lambda: CG(rtol=1e-8, probes=4))
+    steps: ClassVar[bool] = False
+    linear: LinearSolver | None = None
 
     def __post_init__(self) -> None:
-        check_kind(self.linear, LinearSolver, "linear", "a linear solver such as CG()")
+        check_kind(self.linear, LinearSolver | None, "linear", "a linear solver such as CG()")
+
+    def solver_for(self, instance: Instance) -> LinearSolver:
+        """The linear solver, chosen where that was left open."""
+        if self.linear is not None:
+            return self.linear
+        by_residual = instance.problem.residual is not None
+        return GMRES(restart=100) if by_residual else CG(rtol=1e-8, probes=4)
 
     def find(self, instance: Instance) -> Found:  # noqa: D102
         reached = instance.iterated
         params = instance.dynamics.readout(reached.state)
         outer = instance.outer_gradient(params)
         residual = instance.linearised(params)
-        solved = self.linear.solve(
+        solved = self.solver_for(instance).solve(
             transposed(residual, instance),
             tree.filled(outer.in_params, params),
             instance.linear_start,
@@ -59,6 +82,12 @@ class Implicit(HypergradientMethod):
         total = self._total(gradient)
         warm = replace(reached, linear=solved.solution)
         flaw = ""
+        if instance.problem.residual is not None:
+            flaw = shortcoming(
+                replace(transposed(residual, instance), adjoint=residual.push),
+                tree.filled(outer.in_params, params),
+                solved,
+            )
         if instance.by_batches:
             flaw = (
                 "the linear system of Implicit is that of the last inner batch alone, not of the "
@@ -79,7 +108,7 @@ class Implicit(HypergradientMethod):
 
 def transposed(residual: Linearisation, instance: Instance) -> Operator:
     """The adjoint of the derivative of the residual in the params."""
-    symmetric = instance.optimizer.symmetric
+    symmetric = instance.symmetric
     return Operator(
         residual.pull,
         adjoint=None if symmetric else residual.push,

@@ -79,6 +79,18 @@ class MLM(HypergradientMethod):
 
     Raises:
         ArgumentError: if a setting is out of range, or a tolerance comes without bounds.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 60, bl.MLM(bl.Budget("1 MiB")))
+        >>> zero = torch.tensor(0.0)
+        >>> hyper = solver.hypergradient(zero, zero)
+        >>> round(hyper.gradient.item(), 4)
+        -0.6667
     """
 
     checkpointing: Checkpointing | Budget | None = None

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -73,6 +73,7 @@ class Penalty(HypergradientMethod):
         0
     """
 
+    needs_objective: ClassVar[bool] = True
     strength: float | None = None
     order: int = 2
     rtol: float = 1e-8

@@ -18,7 +18,20 @@ from bilevel.tree import Tree
 @final
 @dataclass(frozen=True)
 class Unrolled(HypergradientMethod):
-    """Exact for the k-step inner solution; the graph of all k steps is in memory at once."""
+    """Exact for the k-step inner solution; the graph of all k steps is in memory at once.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 60, bl.Unrolled())
+        >>> zero = torch.tensor(0.0)
+        >>> hyper = solver.hypergradient(zero, zero)
+        >>> round(hyper.gradient.item(), 4)
+        -0.6667
+    """
 
     def find(self, instance: Instance) -> Found:  # noqa: D102
         return self.find_each([instance])[0]

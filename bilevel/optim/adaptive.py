@@ -89,6 +89,18 @@ class Adam(_ByMoments):
 
     Raises:
         ArgumentError: if a setting is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> rule = bl.optim.Adam(0.05)
+        >>> solver = bl.BilevelSolver(problem, rule, 400, bl.Implicit(), certificate=None)
+        >>> zero = torch.tensor(0.0)
+        >>> round(solver.hypergradient(zero, zero).gradient.item(), 2)
+        -0.67
     """
 
     coupled: ClassVar[bool] = True
@@ -120,6 +132,17 @@ class AdamW(_ByMoments):
 
     Raises:
         ArgumentError: if a setting is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> rule = bl.optim.AdamW(lambda a: 0.1, weight_decay=0.0)  # any number may be a function
+        >>> solver = bl.BilevelSolver(problem, rule, 20, certificate=bl.AgainstSteps())
+        >>> solver.hypergradient(torch.tensor(0.5), torch.tensor(0.0)).certificate.trustworthy
+        True
     """
 
     coupled: ClassVar[bool] = False

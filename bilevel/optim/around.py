@@ -18,6 +18,15 @@ TORCH_EPS = 1e-6  # what `torch.nn.utils.clip_grad_norm_` adds to the norm
 RULE = "a rule such as bilevel.optim.SGD(0.1)"
 
 
+def _refuse_whole(rule: InnerOptimizer) -> None:
+    """Refuse a rule that makes its steps by itself, not by the gradient it is given."""
+    if not rule.reversible:
+        raise ArgumentError(
+            f"{type(rule).__name__} makes its steps by itself, so that nothing goes around it: use "
+            "it as it is, or take a rule such as bilevel.optim.SGD(0.1)."
+        )
+
+
 @final
 @dataclass(frozen=True)
 class Clipped(InnerOptimizer):
@@ -48,6 +57,7 @@ class Clipped(InnerOptimizer):
 
     def __post_init__(self) -> None:
         check_kind(self.rule, InnerOptimizer, "rule", RULE)
+        _refuse_whole(self.rule)
         if (self.max_norm is None) == (self.clip_value is None):
             raise ArgumentError(
                 "Clipped needs either max_norm or clip_value, got "
@@ -150,6 +160,7 @@ class ByLeaf(InnerOptimizer):
     def __post_init__(self) -> None:
         for rule in self._all:
             check_kind(rule, InnerOptimizer, "a part of rules", RULE)
+            _refuse_whole(rule)
             if rule.searches:
                 raise UnsupportedError(
                     "a line search needs the value of all params, and ByLeaf hands a part to each "

@@ -41,6 +41,19 @@ class SGD(InnerOptimizer):
 
     Raises:
         ArgumentError: if a setting is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> rule = bl.optim.SGD(0.1, momentum=0.9)
+        >>> solver = bl.BilevelSolver(problem, rule, inner_steps=200)
+        >>> zero = torch.tensor(0.0)
+        >>> hyper = solver.hypergradient(zero, zero)
+        >>> round(hyper.gradient.item(), 4)
+        -0.6667
     """
 
     ranges: ClassVar[Ranges] = {

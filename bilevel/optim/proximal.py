@@ -59,6 +59,17 @@ class ProximalGradient(InnerOptimizer):
 
     Raises:
         ArgumentError: if a setting is not what it should be.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - 2) ** 2 / 2,
+        ...     outer=lambda w, a, batch: (w - 1) ** 2 / 2,
+        ... )
+        >>> rule = bl.optim.ProximalGradient(0.5, bl.prox.L1(lambda a: a))  # w(a) = 2 - a
+        >>> solver = bl.BilevelSolver(problem, rule, inner_steps=60)
+        >>> round(solver.hypergradient(torch.tensor(0.0), torch.tensor(0.5)).gradient.item(), 4)
+        -0.5
     """
 
     symmetric: ClassVar[bool] = False

@@ -19,11 +19,34 @@ class InnerOptimizer(ABC):
 
     Its *state* is what one step hands to the next: the params, or a tree that holds them. Every
     setting may be a number, a function of the control, which then is learned, or a `ByStep`.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Descent(bl.optim.InnerOptimizer):
+        ...     lr: float = 0.2
+        ...
+        ...     def update(self, state, gradient, control, t):
+        ...         return state - self.lr * gradient
+        >>> solver = bl.BilevelSolver(problem, Descent(), inner_steps=60)
+        >>> zero = torch.tensor(0.0)
+        >>> hyper = solver.hypergradient(zero, zero)
+        >>> round(hyper.gradient.item(), 4)
+        -0.6667
     """
 
     lr: Setting
     symmetric: ClassVar[bool] = True  # whether the derivative of `residual` in the params is
     ranges: ClassVar[Ranges] = {"lr": {"above": 0}}
+    reversible: ClassVar[bool] = True  # whether steps can be differentiated, and made one by one
+    of_roots: ClassVar[bool] = (
+        False  # whether `update` may get a residual in the place of a gradient
+    )
 
     def __post_init__(self) -> None:
         for name, value in self._settings():
@@ -92,6 +115,28 @@ class InnerOptimizer(ABC):
         Returns:
             The state after.
         """
+
+    def step(
+        self,
+        state: Tree,
+        gradient: Callable[[Tree], Tree],
+        control: Tree,
+        batch: Any,  # noqa: ARG002
+        t: int,
+    ) -> Tree:
+        """The state after inner step t; by default `update` by the gradient at the params.
+
+        Args:
+            state: before.
+            gradient: of the inner objective, as a function of the params; or the residual.
+            control: the outer variable.
+            batch: of the step.
+            t: the step.
+
+        Returns:
+            The state after.
+        """
+        return self.update(state, gradient(self.params(state)), control, t)
 
     def check(self, params: Tree, control: Tree, t: int) -> None:  # noqa: ARG002
         """Refuse settings that are out of range where an iteration starts.

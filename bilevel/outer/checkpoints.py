@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from bilevel.errors import ArgumentError, StorageError, UnsupportedError
 FORMAT = 1  # of the files; a higher one is of a newer version
 _NAME = re.compile(r"update-(\d{9})-([0-9a-f]{32})\.safetensors")
 _KEY = "bilevel checkpoint"
+_SMALL, _MOST_HOLES = 2**27, 100  # bytes; times as large as on the disk
 _TEMPORARY = ".writing-"
 
 
@@ -160,7 +162,7 @@ class Folder:
 
         path = checkpoint.path
         try:
-            data = path.read_bytes()
+            data = _content(path)
         except OSError as error:
             raise StorageError(
                 f"{path}: the checkpoint cannot be read ({error.strerror or error}). "
@@ -178,7 +180,13 @@ class Folder:
                 f"{path}: the checkpoint is truncated or altered, its content has not the checksum "
                 f"in its name. {self._before(checkpoint)}"
             )
-        return json.loads(metadata[_KEY]), load(data)
+        try:
+            return json.loads(metadata[_KEY]), load(data)
+        except Exception as error:  # of what has a checksum, and yet was not written here
+            raise StorageError(
+                f"{path}: the checkpoint was not written by this library, it cannot be read "
+                f"({str(error)[:200] or type(error).__name__}). {self._before(checkpoint)}"
+            ) from error
 
     def _before(self, checkpoint: Checkpoint) -> str:
         """What to go on from instead."""
@@ -199,9 +207,19 @@ class Folder:
 
 def _whole(checkpoint: Checkpoint) -> bool:
     try:
-        return _is(checkpoint.path.read_bytes(), checkpoint)
+        return _is(_content(checkpoint.path), checkpoint)
     except OSError:
         return False
+
+
+def _content(path: Path) -> bytes:
+    """All of a file; a pipe or a device, which may have no end, is none."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is no regular file")
+    if found.st_size > max(_SMALL, _MOST_HOLES * 512 * found.st_blocks):
+        raise OSError(f"of its {found.st_size} bytes all but {512 * found.st_blocks} are holes")
+    return path.read_bytes()
 
 
 def _is(data: bytes, checkpoint: Checkpoint) -> bool:

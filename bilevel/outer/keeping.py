@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from bilevel.checks import check_kind, check_range, check_whole, is_whole
-from bilevel.errors import ArgumentError, DivergenceError
+from bilevel.errors import ArgumentError, BilevelError, DivergenceError, StorageError
 from bilevel.outer.checkpoints import Checkpoint, Folder
 from bilevel.outer.encoding import Encoder, Records, decoded, described, first_not_finite
 from bilevel.outer.signals import Interrupts
@@ -253,9 +253,17 @@ class Kept:
             return
         chosen = there[0] if resume is True else _numbered(there, resume, folder.path)
         content, tensors = folder.read(chosen)
-        _compare(content["conditions"], self._conditions, chosen.path)
+        try:
+            _compare(content["conditions"], self._conditions, chosen.path)
+            self.state = self._decoded(content["state"], tensors)
+        except BilevelError:
+            raise
+        except Exception as error:  # of what has a checksum, and yet was not written here
+            raise StorageError(
+                f"{chosen.path}: the checkpoint holds no state of a run "
+                f"({type(error).__name__} {str(error)[:200]}); start anew in another folder."
+            ) from error
         folder.drop_after(chosen.update)
-        self.state = self._decoded(content["state"], tensors)
         self._written = chosen.update
         self.load_also(self.state)
 

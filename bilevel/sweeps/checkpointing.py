@@ -32,6 +32,18 @@ class Checkpointing:
     Raises:
         ArgumentError: if `snapshots` or `block` is less than 1, or something is to be kept where
             graphs are kept.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> walk = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x + u),
+        ...     terminal=lambda x, control: x**2,
+        ...     horizon=2,
+        ...     running=lambda x, u, t: u**2,
+        ... )
+        >>> kept = bl.Checkpointing(block=None)  # the graph of every step
+        >>> bl.adjoint(walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept).gradient
+        tensor(10.)
     """
 
     snapshots: int | None = None

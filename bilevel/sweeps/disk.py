@@ -23,6 +23,20 @@ class OnDisk(Storage):
 
     Attributes:
         folder: where that folder is made; it must exist.
+
+    Example:
+        >>> import tempfile
+        >>> import torch, bilevel as bl
+        >>> walk = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x + u),
+        ...     terminal=lambda x, control: x**2,
+        ...     horizon=2,
+        ...     running=lambda x, u, t: u**2,
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     kept = bl.Checkpointing(storage=bl.OnDisk(folder))
+        ...     bl.adjoint(walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept).gradient
+        tensor(10.)
     """
 
     folder: str | Path

@@ -19,6 +19,18 @@ class OnHost(Storage):
     Copies run beside the computation, from and to pinned memory: a snapshot leaves while the next
     steps run, and the one that will be needed next comes back while a block is reversed. A leaf
     that lives on the host already is kept as it is.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> walk = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x + u),
+        ...     terminal=lambda x, control: x**2,
+        ...     horizon=2,
+        ...     running=lambda x, u, t: u**2,
+        ... )
+        >>> kept = bl.Checkpointing(storage=bl.OnHost())
+        >>> bl.adjoint(walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept).gradient
+        tensor(10.)
     """
 
     def open(self) -> Snapshots:  # noqa: D102

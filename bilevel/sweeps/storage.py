@@ -47,7 +47,20 @@ class Storage(ABC):
 
 @dataclass(frozen=True)
 class InMemory(Storage):
-    """Snapshots stay where the states are; nothing is copied."""
+    """Snapshots stay where the states are; nothing is copied.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> walk = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x + u),
+        ...     terminal=lambda x, control: x**2,
+        ...     horizon=2,
+        ...     running=lambda x, u, t: u**2,
+        ... )
+        >>> kept = bl.Checkpointing(storage=bl.InMemory())
+        >>> bl.adjoint(walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept).gradient
+        tensor(10.)
+    """
 
     def open(self) -> Snapshots:  # noqa: D102
         return MemorySnapshots()

@@ -85,6 +85,18 @@ class Vmapped(Evaluation):
     Attributes:
         randomness: as in `torch.func.vmap`, for losses that draw (dropout): "error", or whether
             columns draw the "same" or "different" numbers.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> weights = bl.TaskWeights(n_tasks=2, n_validations=2)
+        >>> problem = bl.weighted_problem(
+        ...     lambda w, batch: torch.stack([w**2, (w - 1) ** 2]),
+        ...     lambda w, batch: torch.stack([(w - 0.1) ** 2, (w - 0.9) ** 2]),
+        ...     weights,
+        ...     evaluate=bl.Vmapped(),
+        ... )
+        >>> problem.columns
+        2
     """
 
     randomness: Literal["error", "same", "different"] = "error"
@@ -113,7 +125,20 @@ class Vmapped(Evaluation):
 @final
 @dataclass(frozen=True)
 class Looped(Evaluation):
-    """One column after another, for losses that `torch.func` refuses, such as a `rollout`."""
+    """One column after another, for losses that `torch.func` refuses, such as a `rollout`.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> weights = bl.TaskWeights(n_tasks=2, n_validations=2)
+        >>> problem = bl.weighted_problem(
+        ...     lambda w, batch: torch.stack([w**2, (w - 1) ** 2]),
+        ...     lambda w, batch: torch.stack([(w - 0.1) ** 2, (w - 0.9) ** 2]),
+        ...     weights,
+        ...     evaluate=bl.Looped(),
+        ... )
+        >>> problem.columns
+        2
+    """
 
     def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:  # noqa: D102
         return torch.stack([losses(own, batch) for own in _each(params, columns)])

@@ -21,6 +21,7 @@ from torch import Tensor
 import bilevel as bl
 
 N_STEPS, DURATION = 60, 4.0  # s
+ITERATIONS = 150
 GRAVITY, DAMPING = 9.81, 0.1  # of a pendulum of 1 m and 1 kg
 STRONGEST = GRAVITY / 2  # torque [N m]
 DT = DURATION / N_STEPS
@@ -61,7 +62,9 @@ idle = bl.PerStep([torch.full((), 0.01, dtype=torch.float64) for _ in range(N_ST
 # ----------
 # L-BFGS, with the gradient from two sweeps. Sixty steps are few, so all their graphs are kept.
 def lbfgs(leaves: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.LBFGS(leaves, max_iter=150, history_size=20, line_search_fn="strong_wolfe")
+    return torch.optim.LBFGS(
+        leaves, max_iter=ITERATIONS, history_size=20, line_search_fn="strong_wolfe"
+    )
 
 
 solver = bl.ControlSolver(problem, lbfgs, bl.Checkpointing(block=None))
@@ -90,7 +93,7 @@ right.stairs(torques, time, color="C1", linewidth=1.8)
 right.set_ylabel("torque [N m]", color="C1")
 right.set_ylim(-2.5 * STRONGEST, 2.5 * STRONGEST)
 
-colours = plt.get_cmap("viridis")(torch.linspace(0, 0.9, N_STEPS + 1).tolist())
+colours = plt.get_cmap("viridis")(torch.linspace(0.15, 0.9, N_STEPS + 1).tolist())
 for x, colour in zip(states[:, 0], colours, strict=True):
     bottom.plot([0, x.sin()], [0, -x.cos()], color=colour, linewidth=1, alpha=0.5)
     bottom.plot(x.sin(), -x.cos(), "o", color=colour)

@@ -135,4 +135,5 @@ plt.show()
 # %%
 assert abs(solution.cost - 1.048392993799) < 5e-13
 assert max(residuals.feasibility, residuals.costate) < 1e-12
+assert residuals.stationarity < 1e-7
 assert multiplier_error < 1e-8

@@ -119,7 +119,7 @@ figure = plt.figure(figsize=(6, 5.4))
 shown, histogram = figure.subfigures(2, 1, height_ratios=[4, 5])
 chosen = torch.cat([judged.nonzero()[:8, 0], (~judged).nonzero()[:8, 0]])
 for axes, k in zip(shown.subplots(2, 8).flat, chosen.tolist(), strict=True):
-    axes.imshow(noisy[k].reshape(8, 8), cmap="gray")
+    axes.imshow(noisy[k].reshape(8, 8).numpy(), cmap="gray")
     axes.set_title(
         f"“{given[k]}”\n{weights[k]:.2f}", fontsize="small", color="C1" if wrong[k] else "C0"
     )

@@ -93,7 +93,7 @@ for part, name, shown in (
 ):
     part.suptitle(f"{name}: test accuracy {accuracies[name]:.1%}", fontsize="medium")
     for k, axes in enumerate(part.subplots(2, 5).flat):
-        axes.imshow(shown[k].reshape(8, 8), cmap="gray", vmin=-0.3, vmax=1)
+        axes.imshow(shown[k].reshape(8, 8).numpy(), cmap="gray", vmin=-0.3, vmax=1)
         axes.axis("off")
 # sphinx_gallery_alt = "Ten real digits and the ten images that were learned from them"
 plt.show()

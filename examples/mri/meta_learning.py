@@ -85,18 +85,19 @@ folder.cleanup()
 # %%
 # The figure
 # ----------
-# Thirty steps are few, and so neither network is a good one. But of the two, one learned to
+# Thirty steps are few, so neither network is a good one. But of the two, one learned to
 # reconstruct, and the other to draw noise.
 figure = plt.figure(figsize=(6, 7.5))
 panels = figure.subplot_mosaic(
     [["all data", "zero-filled"], ["equal weights", "learned weights"], ["bars", "bars"]],
     height_ratios=[5, 5, 3],
 )
+brightest = float(one.reference.max())
 panels["all data"].set_title("all data")
-panels["all data"].imshow(one.reference, cmap="gray", vmax=one.reference.max())
+panels["all data"].imshow(one.reference.numpy(), cmap="gray", vmin=0, vmax=brightest)
 for name, image in images.items():
     panels[name].set_title(f"{name}: {psnr[name]:.1f} dB")
-    panels[name].imshow(image, cmap="gray", vmin=0, vmax=one.reference.max())
+    panels[name].imshow(image.numpy(), cmap="gray", vmin=0, vmax=brightest)
 for name in ("all data", *images):
     panels[name].axis("off")
 for k, (name, found) in enumerate(trained.items()):

@@ -11,8 +11,8 @@ and one that does not: a head in a field of view half as wide, which folds over.
 # %%
 # Two scans
 # ---------
-# Fully sampled scans of eight coils are simulated from bundled anatomies, of slices that the network
-# was not trained on. Then three of four columns of k-space are thrown away.
+# Fully sampled scans of eight coils are simulated from bundled anatomies, of slices that the
+# network was not trained on. Then three of four columns of k-space are thrown away.
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ def scan(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 # %%
 # One call
 # --------
-# ``reconstruct`` takes k-space and mask. Its certificate has the error of the prediction, and that of
-# l1-SPIRiT, a classical method that was never trained; it judges the network against that.
+# ``reconstruct`` takes k-space and mask. Its certificate has the error of the prediction, and that
+# of l1-SPIRiT, a classical method that was never trained; it judges the network against that.
 rows = {}
 for title, name, seed in (
     ("a head", "brain_t1_coronal", 0),
@@ -62,15 +62,15 @@ for title, name, seed in (
 # %%
 # The figure
 # ----------
-# Above, the network takes away most of the aliasing, and the check agrees. Below, five fully sampled
-# columns are too few to tell the coils apart where the head lies over itself, and the image is
-# wrong, worse than without any reconstruction. The check says so, and needs no reference for it:
+# Above, the network takes away most of the aliasing, and the check agrees. Below, five fully
+# sampled columns are too few to tell the coils apart where the head lies over itself, and the image
+# is wrong, worse than without any reconstruction. The check says so, and needs no reference for it:
 # samples that were held out are predicted no better than by zeros.
 figure, panels = plt.subplots(2, 3, figsize=(6, 5.4))
 for line, (title, (*images, psnr, certificate)) in zip(panels, rows.items(), strict=True):
     names = ("all data", f"zero-filled: {psnr[0]:.1f} dB", f"network: {psnr[1]:.1f} dB")
     for axes, name, image in zip(line, names, images, strict=True):
-        axes.imshow(image, cmap="gray", vmin=0, vmax=0.7 * float(images[0].max()))
+        axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=0.7 * float(images[0].max()))
         axes.set_title(name, fontsize="small")
         axes.set(xticks=[], yticks=[])
     line[0].set_ylabel(title)

@@ -92,9 +92,9 @@ print(f"largest difference between two gradients: {max(differences):.1e}")
 # %%
 # The figure
 # ----------
-# Graphs grow with T, and states too, half as fast here. The budget is met at every T; what it costs
-# is time, in that steps are evaluated again; but it tapes blocks of steps at once, which for steps as
-# small as these saves more than that. All axes are logarithmic.
+# Graphs grow with T, and states too, half as fast here. The budget is met at every T. It costs
+# time, in that steps are evaluated again; but it tapes blocks of steps at once, which for steps as
+# small as these saves more. All axes are logarithmic.
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 6.5), sharex=True)
 for k, name in enumerate(ways):
     style = {"color": f"C{k}", "linewidth": 5 if k == 0 else 1.8, "alpha": 0.4 if k == 0 else 1}

@@ -32,7 +32,7 @@ METHODS = [
     bl.Unrolled(),
     bl.Implicit(),
     bl.OneStep(),
-    bl.Penalty(64.0),
+    pytest.param(bl.Penalty(64.0), marks=pytest.mark.slow),
 ]
 
 

@@ -12,6 +12,7 @@ import bilevel as bl
 from bilevel import errors, tree
 
 F64 = torch.float64
+SLOW_LOGISTIC = pytest.param(replace(logistic(), steps=100), marks=pytest.mark.slow)
 EVERY = [
     case
     if "300" not in repr(case) and case.steps < 300
@@ -42,7 +43,7 @@ def test_it_is_exact_with_no_product_with_second_derivatives(case):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("case", [ridge(20), replace(logistic(), steps=100)], ids=repr)
+@pytest.mark.parametrize("case", [ridge(20), SLOW_LOGISTIC], ids=repr)
 def test_the_estimate_is_the_error_over_a_grid_of_strengths(case, order):
     for strength in (8.0, 64.0, 512.0):
         solver = solver_of(case, bl.Penalty(strength, order), certificate=bl.AgainstMinimiser(1.0))
@@ -54,9 +55,9 @@ def test_the_estimate_is_the_error_over_a_grid_of_strengths(case, order):
 
 def test_the_error_falls_with_the_power_of_the_strength_that_the_order_says():
     case = logistic()
-    for order in (1, 2, 3):
+    for order in (1, 3):
         each = [
-            solver_of(case, steps=100, method=bl.Penalty(s, order), certificate=None)
+            solver_of(case, steps=60, method=bl.Penalty(s, order), certificate=None)
             .hypergradient(case.params, case.control)
             .gradient
             for s in (32.0, 64.0)
@@ -340,3 +341,11 @@ def test_an_outer_objective_at_its_minimum_has_hypergradient_zero():
     )
     solver = bl.BilevelSolver(problem, bl.optim.SGD(1.0), 20, bl.Penalty(), certificate=None)
     assert solver.hypergradient(torch.tensor(0.0), torch.tensor(1.0)).gradient == 0
+
+
+def test_a_problem_by_its_residual_has_no_objective_to_add_to():
+    problem = bl.BilevelProblem(
+        residual=lambda w, a, batch: w**3 + w - a, outer=lambda w, a, batch: w**2
+    )
+    with pytest.raises(errors.ArgumentError, match="Penalty needs an inner objective"):
+        bl.BilevelSolver(problem, bl.optim.FixedPoint(), 10, bl.Penalty())

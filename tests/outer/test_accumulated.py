@@ -232,3 +232,14 @@ def test_bad_input_is_refused(settings, kind, message):
     given = {"problem": RIDGE, "way": None, **settings}
     with pytest.raises(kind, match=message):
         solved(**given)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=repr)
+def test_a_kept_run_goes_on_with_the_next_tasks(way, tmp_path):
+    keep = bl.Keep(tmp_path, every=1)
+    batches = TASKS[:5]  # not a whole number of updates a round
+    solved(RIDGE, way, 2, 3, batches=batches, keep=keep, warm_start=True)
+    again = solved(RIDGE, way, 2, 6, batches=batches, keep=keep, warm_start=True, resume=True)
+    whole = solved(RIDGE, way, 2, 6, batches=batches, warm_start=True)
+    assert torch.equal(again.control, whole.control)
+    assert again.values == whole.values

@@ -8,7 +8,7 @@ import torch
 from problems import F64, real
 
 import bilevel as bl
-from bilevel.errors import ArgumentError
+from bilevel.errors import ArgumentError, UnsupportedError
 from bilevel.sweeps import LiveBytes
 
 NET = rank_cases.solvers()
@@ -80,3 +80,25 @@ def test_what_cannot_be_evaluated_in_parts_is_refused():
     sums = replace(solver.problem, outer=lambda w, c, b: ((w["v"].sum() - b[1]) ** 2).sum())
     with pytest.raises(ArgumentError, match=r"its mean over 3 parts of it is .* a mean over"):
         replace(solver, problem=sums, micro_batches=3).solve(params, control, batches=[pair])
+    with pytest.raises(UnsupportedError, match="leave replicas= and micro_batches= out for it"):
+        replace(solver, micro_batches=3).hvp(params, control, control, *pair)
+    root = bl.BilevelProblem(outer=sums.outer, residual=lambda w, c, b: w)
+    for problem, rule, text in (
+        (root, bl.optim.FixedPoint(), "this problem is by its residual="),
+        (solver.problem, bl.Given(lambda w, c, b: w), "Given solves the inner problem by itself"),
+        (solver.problem, bl.optim.Anderson(), "Anderson solves the inner problem by itself"),
+        (solver.problem, bl.optim.NewtonKrylov(), "NewtonKrylov solves the inner problem"),
+    ):
+        with pytest.raises(UnsupportedError, match=text):
+            bl.BilevelSolver(problem, rule, 3, bl.Implicit(), micro_batches=3)
+
+
+@pytest.mark.parametrize("name", ["MLM", "Unrolled", "Implicit"])
+def test_many_outers_are_pulled_through_parts(name):
+    solver, params, control, pair = NET[name]
+    outers = [rank_cases.outer, lambda w, c, b: w["v"].cosh().sum() + (b[1] ** 2).mean()]
+    whole = solver.hypergradients(params, control, outers, *pair)
+    parts = replace(solver, micro_batches=3).hypergradients(params, control, outers, *pair)
+    for one, other in zip(whole, parts, strict=True):
+        assert rank_cases.distance(other.gradient, one.gradient) < 1e-12
+        assert float(other.value) == pytest.approx(float(one.value), rel=1e-12)

@@ -98,6 +98,10 @@ MESSAGES = {
     "diverges": "DivergenceError: the inner iteration is not finite after step 1 of 5",
     "accumulate": "ArgumentError: accumulate=5 batches an update cannot be shared evenly by 2",
     "wrapped": "UnsupportedError: the module is a DistributedDataParallel",
+    "Riccati": "UnsupportedError: Riccati sweeps on one process, .* take NewtonCG()",
+    "residual": "UnsupportedError: replicas= .* this problem is by its residual=: leave them out",
+    "Given": "UnsupportedError: Given solves the inner problem by itself, .* take an inner",
+    "hvp": "UnsupportedError: hvp evaluates whole batches on one process: leave replicas=",
     "no group": "ArgumentError: group must be a process group",
 }
 

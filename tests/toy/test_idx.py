@@ -41,7 +41,7 @@ BAD = {
     "long": (encoded(IMAGES) + b"\0", r"18 values were needed for shape .*, the file has 19; copy"),
     "gzip": (
         gzip.compress(encoded(IMAGES))[:-12],
-        r"a complete gzip file was needed, it cannot be unpacked \(.*\); copy or download it again",
+        r"a complete gzip file was needed, it cannot be read \(.*\); copy or download it again",
     ),
 }
 
@@ -54,7 +54,12 @@ def test_a_file_that_is_no_array_of_bytes_is_refused(tmp_path, content, message)
 
 
 def test_a_file_that_is_missing_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"none: an IDX file was needed, there is none; check"):
+    with pytest.raises(
+        InputError, match=r"none: an IDX file was needed, there is no such file; check"
+    ):
         read_idx(tmp_path / "none", 1)
-    with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path))}: the file cannot be read"):
+    with pytest.raises(
+        InputError,
+        match=rf"{re.escape(str(tmp_path))}: an IDX .*, there is no such file but a folder",
+    ):
         read_idx(tmp_path, 1)

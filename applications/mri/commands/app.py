@@ -8,6 +8,7 @@ from applications.mri.commands.scans import (
     reconstruct_command,
     simulate_command,
 )
+from applications.mri.commands.shared import may_follow_links
 from applications.mri.commands.train import train_command
 
 app = command_line(
@@ -15,11 +16,11 @@ app = command_line(
     "mri",
     {
         "demo": demo_command,
-        "simulate": simulate_command,
-        "train": train_command,
-        "evaluate": evaluate_command,
-        "reconstruct": reconstruct_command,
-        "meta-train": meta_train,
-        "transfer": transfer,
+        "simulate": may_follow_links(simulate_command),
+        "train": may_follow_links(train_command),
+        "evaluate": may_follow_links(evaluate_command),
+        "reconstruct": may_follow_links(reconstruct_command),
+        "meta-train": may_follow_links(meta_train),
+        "transfer": may_follow_links(transfer),
     },
 )

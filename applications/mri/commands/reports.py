@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from applications.command_line import console, say
@@ -101,7 +100,7 @@ def print_outcomes(outcomes: Sequence[Outcome], folder: Path) -> None:
     for name in ("slices", "left out", "acceleration", "trusted", "l1-SPIRiT", "to look at"):
         table.add_column(name, justify="right")
     for one in outcomes:
-        table.add_row(escape(one.job.scan.name), *_cells(one.found))
+        table.add_row(one.job.scan.name, *_cells(one.found))
     console.print(table)
     for one in outcomes:
         if isinstance(one.found, InputError):

@@ -2,17 +2,53 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from applications.command_line import console
+from applications.inputs import following_links
 from applications.mri.evaluation.scoring import Evaluation, table_rows
 from applications.mri.network.architecture import ANY, PRESETS, preset_named
 from applications.mri.network.certificate import SliceCertificate
 from applications.mri.network.weights import PRETRAINED, Trained, beginning
 from applications.mri.tasks.task_list import TaskSettings, listed_tasks
 from applications.settings import setting
+
+_FOLLOW = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links",
+        help="Let HDF5 files read others: external links and storage, virtual datasets.",
+        rich_help_panel="Files",
+    ),
+]
+
+
+def may_follow_links(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with the option `--follow-links`, which holds while it runs.
+
+    Args:
+        command: reads files.
+
+    Returns:
+        The command.
+    """
+
+    @wraps(command)
+    def run(follow_links: bool = False, **arguments: Any) -> None:
+        with following_links(follow_links):
+            command(**arguments)
+
+    own = signature(command)
+    one = Parameter("follow_links", Parameter.KEYWORD_ONLY, default=False, annotation=_FOLLOW)
+    run.__signature__ = own.replace(parameters=[*own.parameters.values(), one])  # pyright: ignore[reportAttributeAccessIssue]
+    run.__annotations__ = {**command.__annotations__, "follow_links": _FOLLOW}
+    return run
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import h5py
 import torch
 from torch import Tensor
 
 from applications.errors import InputError
 from applications.files import whole_file
+from applications.mri.data.writing import hdf5_file
 from applications.mri.formats import Geometry
+from applications.mri.formats.hdf5 import opened
 from applications.mri.formats.nifti import SUFFIXES as NIFTI, header_of, is_nifti, is_written
 from applications.outputs import Kind
 
@@ -24,8 +25,8 @@ _NAME = "reconstruction"  # of the dataset
 def _is_images(path: Path) -> bool:
     if is_nifti(path):
         return is_written(path)
-    with h5py.File(path, "r") as file:
-        return _NAME in file and "kspace" not in file
+    with opened(path) as file:
+        return _NAME in file.names() and "kspace" not in file.names()
 
 
 IMAGES = Kind("a file of such images", _is_images)
@@ -77,8 +78,9 @@ def image_writer(
     n_volumes, n_slices, rows, columns = shape
     volumes = (n_volumes,) if n_volumes > 1 else ()
     places = [(*v, k) for v in _indices(volumes) for k in range(n_slices)]
-    with whole_file(path) as temporary, ExitStack() as stack:
+    with ExitStack() as stack:
         if is_nifti(path):
+            temporary = stack.enter_context(whole_file(path))
             header = header_of(path, (rows, columns, n_slices, *volumes), geometry)
             opener = gzip.open if path.suffix == ".gz" else open
             file = stack.enter_context(opener(temporary, "wb"))
@@ -89,7 +91,7 @@ def image_writer(
 
             write = write_next
         else:
-            written = stack.enter_context(h5py.File(temporary, "w"))
+            written = stack.enter_context(hdf5_file(path))
             stack.callback(lambda: written.attrs.update(record))
             images = written.create_dataset(_NAME, (*volumes, n_slices, rows, columns), "f4")
 

@@ -14,6 +14,7 @@ from applications.errors import InputError
 from applications.mri.data.centre import check_centre
 from applications.mri.formats import RawSlice
 
+_EXPONENTS = -126, 127  # of powers of two that float32 holds in full
 _SMALLEST, _LARGEST = 1e-13, 1e13  # whose squares, summed over a slice, are far from the limits
 
 
@@ -134,7 +135,7 @@ def _unit(kspace: Tensor) -> float:
     largest = max(-float(low), float(high))
     if _SMALLEST <= largest <= _LARGEST:
         return 1.0
-    return 2.0 ** round(math.log2(largest))
+    return 2.0 ** min(max(round(math.log2(largest)), _EXPONENTS[0]), _EXPONENTS[1])
 
 
 def _check_finite(path: Path, name: str, values: NDArray[Any], index: int) -> None:

@@ -4,9 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from applications.errors import InputError
+from applications.inputs import checked_size, reading
 from applications.mri.data.values import Slice, UnusableSliceError, slice_of
 from applications.mri.formats import Facts, Reader, cfl, fastmri, ismrmrd, m4raw, twix
 from applications.mri.formats.nifti import is_nifti
+
+_MOST, _MOST_COILS = 10_000, 1024  # volumes and slices; coils
+_VALUES = 2**26  # of a slice
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,9 @@ class VolumeFile:
             )
         index = index if self.block is None else self.block[index]
         reader = self.readers[self.volume]
-        return slice_of(reader.read(index), self.path, reader.path, index, self.max)
+        with reading(reader.path, f"slice {index} of a complete scan"):
+            raw = reader.read(index)
+        return slice_of(raw, self.path, reader.path, index, self.max)
 
     def middle_slice(self) -> Slice:
         """The slice nearest the middle that can be used.
@@ -171,9 +177,14 @@ def open_volumes(path: Path) -> tuple[Reader, ...]:
     Raises:
         InputError: if no format recognises the path, or the file is bad.
     """
+    if path.exists() and not path.is_dir():
+        checked_size(path, "a scan")
     for one in FORMATS:
-        if one.recognises(path):
-            return one.volumes(path)
+        with reading(path, f"a complete scan, {one.name},"):
+            if one.recognises(path):
+                readers = one.volumes(path)
+                _check_counts(path, readers)
+                return readers
     if is_nifti(path):
         raise InputError(
             f"{path}: k-space was needed, NIfTI holds images; simulate a scan of them with "
@@ -183,3 +194,16 @@ def open_volumes(path: Path) -> tuple[Reader, ...]:
     raise InputError(
         f"{path}: a scan was needed, one of {', '.join(one.name for one in FORMATS)}; this {there}."
     )
+
+
+def _check_counts(path: Path, readers: tuple[Reader, ...]) -> None:
+    """Refuses sizes that no scan has, before anything is made of them."""
+    counts = [("volumes", len(readers), _MOST)]
+    for facts in {id(one.facts): one.facts for one in readers}.values():
+        counts += [("slices", facts.n_slices, _MOST), ("coils", facts.n_coils, _MOST_COILS)]
+        rows, columns = facts.shape
+        n = facts.n_coils * rows * columns
+        counts.append((f"positions of a slice, {facts.n_coils} x {rows} x {columns},", n, _VALUES))
+    for what, n, most in counts:
+        if not 1 <= n <= most:
+            raise InputError(f"{path}: 1 to {most} {what} were expected, got {n}; split the scan.")

@@ -6,7 +6,10 @@ over the columns or over rows and columns; ``ismrmrd_header``, XML; attributes `
 ``max``, ``norm``, ``patient_id``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import h5py
@@ -60,6 +63,75 @@ class Volume:
             )
 
 
+class _Patient:
+    """A file for HDF5 that puts off the error of a full disk until HDF5 has closed it."""
+
+    def __init__(self, file: FileIO) -> None:
+        # HDF5 2.0 frees a file twice where the last writes fail, which ends the process.
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: memoryview) -> int:
+        """Write, or note that it was not possible."""
+        written = 0
+        try:
+            while self.error is None and written < len(data):
+                written += self._file.write(data[written:]) or 0
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def readinto(self, data: memoryview) -> int:
+        """Read what there is; zeros where it was not written."""
+        count = self._file.readinto(data) or 0
+        if self.error is not None and count < len(data):
+            data[count:] = bytes(len(data) - count)
+            return len(data)
+        return count
+
+    def read(self, size: int = -1) -> bytes:
+        """Bytes; that there is such a method tells h5py that this is a file."""
+        return self._file.read(size) or b""
+
+    def truncate(self, size: int) -> int:
+        """As long as HDF5 says."""
+        with suppress(OSError):
+            self._file.truncate(size)
+        return size
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """To a place."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """The place."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
+@contextmanager
+def hdf5_file(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file that either is complete or does not appear, on a full disk too.
+
+    Args:
+        path: the file, replaced if it exists.
+
+    Yields:
+        The open file.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    with whole_file(path) as temporary, FileIO(temporary, "w+") as raw:
+        patient = _Patient(raw)
+        with h5py.File(patient, "w") as file:
+            yield file
+        if patient.error is not None:
+            raise patient.error
+
+
 def write_volume(path: Path | str, volume: Volume) -> None:
     """Writes a file that either is complete or does not appear: it is renamed into place when done.
 
@@ -73,7 +145,7 @@ def write_volume(path: Path | str, volume: Volume) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist; create it first.")
-    with whole_file(path) as temporary, h5py.File(temporary, "w") as file:
+    with hdf5_file(path) as file:
         file["kspace"] = volume.kspace.detach().cpu().to(torch.complex64).numpy()
         header = volume.header
         if header is None:

@@ -5,20 +5,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import torch
 
 from applications.errors import InputError
-from applications.files import whole_file
 from applications.mri.data import VolumeFile
+from applications.mri.data.writing import hdf5_file
 from applications.mri.evaluation.figures import Panel, draw_errors
 from applications.mri.evaluation.scoring import VolumeImages
+from applications.mri.formats.hdf5 import opened
 from applications.outputs import PICTURE, Kind, Output
 
 
 def _is_kept(path: Path) -> bool:
-    with h5py.File(path, "r") as file:
-        return {"reference", "images", "errors"} <= set(file)
+    with opened(path) as file:
+        return {"reference", "images", "errors"} <= set(file.names())
 
 
 KEPT = Kind("a file of such images", _is_kept)
@@ -85,7 +85,7 @@ class KeptImages:
         for name, found in images.found.items():
             if not bool(torch.isfinite(found).all()):
                 raise InputError(f"{values}: images must be finite, those of {name!r} are not.")
-        with whole_file(values) as temporary, h5py.File(temporary, "w") as file:
+        with hdf5_file(values) as file:
             file["reference"] = images.reference.numpy()
             for name, found in images.found.items():
                 file[f"images/{name}"] = found.numpy()

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from applications.errors import InputError
+from applications.inputs import check_announced, checked_size
 from applications.mri.formats.base import Acquisitions, Facts, RawSlice, Reader
 from applications.mri.formats.encoding import Encoding, geometry_of
 from applications.mri.formats.lines import (
@@ -32,6 +33,7 @@ from applications.mri.formats.lines import (
 from applications.mri.formats.noise import measured_whitening
 
 _SMEARED = 2  # rows
+_MOST_PAIRS = 2**28  # of a line and a volume or a slice that it may be of
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,12 +166,15 @@ def acquired_volumes(
     channels = heads[noise]["active_channels"]
     heads, numbers = imaging_lines(heads, path)
     n_coils = int(heads["active_channels"][0])
+    _check_sizes(path, encoding, n_coils, heads)
     white, remarks = measured_whitening(acquisitions, noise, channels, n_coils)
     columns = columns_of(heads, encoding, path)
     keys = np.stack([heads["idx"][name] for name in VOLUME], axis=1)
+    different = np.unique(keys, axis=0)
+    _check_pairs(path, "volumes", len(different), len(heads))
     volumes = tuple(
         _volume(acquisitions, encoding, white, remarks, heads[one], numbers[one], columns[one])
-        for key in np.unique(keys, axis=0)
+        for key in different
         for one in [(keys == key).all(axis=1)]
     )
     counts = [one.facts.n_slices for one in volumes]
@@ -202,6 +207,7 @@ def _volume(
         raise InputError(f"{path}: every volume must have lines of an image, one has none.")
     alone = np.zeros_like(calibrating) if encoding.calibration else calibrating
     counters = heads["idx"]["slice"]
+    _check_pairs(path, "slices", len(np.unique(counters)), len(heads))
     order, positions = ordered_slices(heads[of_image], path)
     directions = np.stack([heads[f"{name}_dir"] for name in ("read", "phase", "slice")], axis=1)
     places = placed(heads, encoding, path)
@@ -231,6 +237,28 @@ def _volume(
         tuple(lines(alone & one) if (alone & one).any() else None for one in by_slice),
         white,
     )
+
+
+def _check_sizes(path: Path, encoding: Encoding, n_coils: int, heads: NDArray[Any]) -> None:
+    """Refuses k-space that is far larger than the file, and places that are no numbers."""
+    rows, columns = encoding.encoded
+    if n_coils < 1:
+        raise InputError(f"{path}: active_channels must be at least 1, got {n_coils}; correct it.")
+    what = f"k-space of {n_coils} coils, {rows} x {columns}"
+    check_announced(path, what, 8 * n_coils * rows * columns, checked_size(path, "a scan"))
+    for name in ("position", "read_dir", "phase_dir", "slice_dir"):
+        if not np.isfinite(heads[name]).all():
+            raise InputError(
+                f"{path}: {name} of every line must be finite, some is not; correct the "
+                "acquisition headers."
+            )
+
+
+def _check_pairs(path: Path, what: str, n: int, n_lines: int) -> None:
+    if n * n_lines > _MOST_PAIRS:
+        raise InputError(
+            f"{path}: fewer {what} were expected of {n_lines} lines, got {n}; split it."
+        )
 
 
 def _remarks(places: Placed) -> tuple[str, ...]:

@@ -28,10 +28,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from applications.errors import InputError
+from applications.inputs import checked_size, content
 from applications.mri.formats.base import Facts, Format, RawSlice, Reader
 
 _SPACE, _COIL, _SLICE = (0, 1, 2), 3, 13
 _VOLUMES = (5, 10, 11, 14, 15)
+_MOST, _MOST_HEADER = 10_000, 2**20  # volumes; bytes, of which BART's history takes some
+_MOST_AXES, _LONGEST = 32, 2**40
 _BYTES = np.dtype("<c8").itemsize
 
 
@@ -59,7 +62,7 @@ class Cfl:
                 )
         header, values = base
         shape = _sizes(header)
-        needed, found = _BYTES * math.prod(shape), values.stat().st_size
+        needed, found = _BYTES * math.prod(shape), checked_size(values, "a .cfl file")
         if found != needed:
             half = 2 * found == needed
             what = "the values are real, or half of them missing: convert" if half else "copy"
@@ -126,6 +129,9 @@ class CflVolume(Reader):
 
 def _volumes(path: Path) -> tuple[Reader, ...]:
     file = Cfl(path)
+    n = math.prod(file.shape[axis] for axis in _VOLUMES)
+    if n > _MOST:
+        raise InputError(f"{path}: at most {_MOST} volumes were expected, got {n}; choose some.")
     counts = [range(file.shape[axis]) for axis in reversed(_VOLUMES)]
     return tuple(CflVolume(file, place[::-1]) for place in product(*counts))
 
@@ -141,13 +147,14 @@ FORMAT = Format(
 
 
 def _sizes(header: Path) -> tuple[int, ...]:
-    lines = header.read_text(errors="replace").splitlines()
+    found = content(header, "a .hdr file", _MOST_HEADER)
+    lines = found.decode("utf-8", "replace").splitlines()
     try:
         first = [line.strip() for line in lines].index("# Dimensions") + 1
         sizes = [int(word) for word in lines[first].split()]
     except (ValueError, IndexError):
         sizes = []
-    if not sizes or min(sizes) < 1:
+    if not 1 <= len(sizes) <= _MOST_AXES or not 1 <= min(sizes) <= max(sizes) <= _LONGEST:
         raise InputError(
             f"{header}: a line '# Dimensions' was needed and below it sizes >= 1, it has none; "
             "export the pair again."

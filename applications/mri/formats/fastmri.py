@@ -6,6 +6,7 @@ Its values are complex numbers; or pairs of real ones, in a last axis of 2 or in
 and an imaginary part, as MATLAB writes them.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from applications.errors import InputError
+from applications.inputs import links_followed
 from applications.mri.formats.base import Facts, Format, RawSlice, Reader
 from applications.mri.formats.fastmri_header import declared
-from applications.mri.formats.hdf5 import dataset, opened
+from applications.mri.formats.hdf5 import Contents, opened
 from applications.mri.physics.masks import check_mask
 
 SUFFIXES = (".h5", ".hdf5")
 _AXES = "slice, coil, row, column"
+_LONGEST = 1000  # characters of a name
 _PARTS = ({"real", "imag"}, {"re", "im"}, {"r", "i"})
 
 
@@ -34,6 +37,7 @@ class FastMRIVolume(Reader):
     Attributes:
         path: the file.
         facts: what is known of it.
+        follow: whether the file may read others.
 
     Raises:
         InputError: if the file is missing, unreadable, or not in the layout.
@@ -41,20 +45,19 @@ class FastMRIVolume(Reader):
 
     path: Path
     facts: Facts = field(init=False)
+    follow: bool = field(default_factory=links_followed)
 
     def __post_init__(self) -> None:
-        with opened(self.path) as file:
+        with opened(self.path, self.follow) as file:
             object.__setattr__(self, "facts", _facts(file, self.path))
 
     def read(self, index: int) -> RawSlice:  # noqa: D102
-        with opened(self.path) as file:
-            kspace = _slice(file["kspace"], index)
-            mask = reference = None
-            if "mask" in file:
-                mask = _mask(file, self.path, self.facts.n_slices, self.facts.shape)
-                mask = mask if mask.ndim == 2 else mask[index]
-            if self.facts.reference_shape is not None:
-                reference = _reference(file, self.path)[index]  # pyright: ignore[reportOptionalSubscript]
+        with opened(self.path, self.follow) as file:
+            kspace = _slice(file, _kspace(file), index)
+            mask = _mask(file, self.path, self.facts.n_slices, self.facts.shape)
+            mask = mask if mask is None or mask.ndim == 2 else mask[index]
+            images = None if self.facts.reference_shape is None else _reference(file)
+            reference = None if images is None else file.read(images, index)
         return RawSlice(kspace, mask, reference)
 
 
@@ -65,11 +68,11 @@ FORMAT = Format(
 )
 
 
-def _facts(file: h5py.File, path: Path) -> Facts:
-    n_slices, n_coils, rows, columns = _shape(file, path)
+def _facts(file: Contents, path: Path) -> Facts:
+    n_slices, n_coils, rows, columns = _shape(_kspace(file))
     shape = (rows, columns)
     reference_shape, maximum = None, None
-    reference = _reference(file, path)
+    reference = _reference(file)
     if reference is not None:
         if reference.shape[0] != n_slices:
             raise InputError(
@@ -78,9 +81,8 @@ def _facts(file: h5py.File, path: Path) -> Facts:
             )
         reference_shape = (reference.shape[1], reference.shape[2])
         maximum = _maximum(file, reference)
-    if "mask" in file:
-        _mask(file, path, n_slices, shape)
-    acquisition = file.attrs.get("acquisition", "unknown")
+    _mask(file, path, n_slices, shape)
+    acquisition = file.attributes.get("acquisition", "unknown")
     header = declared(file, path, shape)
     return Facts(
         n_slices,
@@ -88,25 +90,27 @@ def _facts(file: h5py.File, path: Path) -> Facts:
         shape,
         image_shape=header.shown,
         reference_shape=reference_shape,
-        acquisition=acquisition.decode() if isinstance(acquisition, bytes) else str(acquisition),
+        acquisition=_text(acquisition),
         max=maximum,
         geometry=header.geometry,
         remarks=_remarks(file),
     )
 
 
-def _shape(file: h5py.File, path: Path) -> tuple[int, int, int, int]:
-    """Slices, coils, rows and columns."""
+def _kspace(file: Contents) -> h5py.Dataset:
+    """K-space in one of the layouts."""
     found = file.get("kspace")
     if isinstance(found, h5py.Dataset) and found.size:
         pairs = _is_pairs(found)
-        shape = found.shape[:-1] if pairs else found.shape
-        if len(shape) in (3, 4, 5) and (pairs or _parts(found) or found.dtype.kind == "c"):
-            return _counts(shape)
-    return _counts(dataset(file, path, "kspace", "c", _AXES).shape)
+        n_axes = found.ndim - pairs
+        if n_axes in (3, 4, 5) and (pairs or _parts(found) or found.dtype.kind == "c"):
+            return found
+    return file.dataset("kspace", "c", _AXES)
 
 
-def _counts(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+def _shape(kspace: h5py.Dataset) -> tuple[int, int, int, int]:
+    """Slices, coils, rows and columns."""
+    shape = kspace.shape[:-1] if _is_pairs(kspace) else kspace.shape
     if len(shape) == 3:
         return shape[0], 1, shape[1], shape[2]
     return shape[-4], shape[-3], shape[-2], shape[-1]
@@ -115,8 +119,9 @@ def _counts(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 def _parts(values: h5py.Dataset) -> tuple[str, str] | None:
     """The names of the real and the imaginary part of records."""
     names = {name.lower(): name for name in values.dtype.names or ()}
+    kinds = {values.dtype[name].kind for name in names.values()}
     for pair in _PARTS:
-        if set(names) == pair:
+        if set(names) == pair and kinds <= set("fiu"):
             return tuple(names[one] for one in sorted(pair, reverse=True))  # pyright: ignore[reportReturnType]
     return None
 
@@ -125,11 +130,11 @@ def _is_pairs(values: h5py.Dataset) -> bool:
     return values.dtype.kind in "fiu" and values.ndim >= 4 and values.shape[-1] == 2
 
 
-def _slice(kspace: Any, index: int) -> NDArray[np.complex64]:
+def _slice(file: Contents, kspace: h5py.Dataset, index: int) -> NDArray[np.complex64]:
     """One slice as complex numbers, ``(coils, rows, columns)``."""
     pairs, parts = _is_pairs(kspace), _parts(kspace)
     n_axes = kspace.ndim - pairs
-    values = kspace[:, index] if n_axes == 5 else kspace[index]
+    values = file.read(kspace, (slice(None), index) if n_axes == 5 else index)
     if parts is not None:
         values = values[parts[0]] + 1j * values[parts[1]]
     elif pairs:
@@ -145,34 +150,50 @@ def _slice(kspace: Any, index: int) -> NDArray[np.complex64]:
     return values.sum(axis=0) / counts
 
 
-def _reference(file: h5py.File, path: Path) -> h5py.Dataset | None:
+def _reference(file: Contents) -> h5py.Dataset | None:
     """The reference images: those of the single coil where k-space is of one, else of all."""
-    single = isinstance(file["kspace"], h5py.Dataset) and _single(file["kspace"])
+    kspace = _kspace(file)
+    single = kspace.ndim - _is_pairs(kspace) == 3
     for name in ["reconstruction_esc"] * single + ["reconstruction_rss"]:
-        if name in file:
-            return dataset(file, path, name, "f", "slice, row, column")
+        if file.get(name) is not None:
+            return file.dataset(name, "f", "slice, row, column")
     return None
-
-
-def _single(kspace: Any) -> bool:
-    return kspace.ndim - _is_pairs(kspace) == 3
 
 
 def _named(values: h5py.Dataset) -> str:
     return str(values.name).lstrip("/")
 
 
-def _maximum(file: h5py.File, reference: h5py.Dataset) -> float:
-    """As stated, or the largest value."""
-    stated = np.asarray(file.attrs.get("max", ()))
+def _maximum(file: Contents, reference: h5py.Dataset) -> float:
+    """As stated, or the largest value that is finite."""
+    stated = np.asarray(file.attributes.get("max", ()))
     if stated.size == 1 and stated.dtype.kind in "fiu":
-        return float(stated.reshape(-1)[0])
-    return max(float(reference[index].max()) for index in range(reference.shape[0]))
+        largest = float(stated.reshape(-1)[0])
+        if not 0 <= largest < math.inf:
+            raise InputError(
+                f"{file.path}: the attribute 'max' must be the largest value of "
+                f"{_named(reference)}, >= 0 and finite, got {largest:g}; correct or remove it."
+            )
+        return largest
+    largest = 0.0
+    for index in range(reference.shape[0]):
+        image = file.read(reference, index)
+        largest = max(largest, float(image[np.isfinite(image)].max(initial=0)))
+    return largest
 
 
-def _mask(file: h5py.File, path: Path, n_slices: int, shape: tuple[int, int]) -> Tensor:
+def _mask(file: Contents, path: Path, n_slices: int, shape: tuple[int, int]) -> Tensor | None:
     """The mask of positions, ``(rows, columns)``, or one a slice; the file may have columns."""
-    values = np.asarray(file["mask"])
+    found = file.get("mask")
+    if found is None:
+        return None
+    most = max(2 * n_slices * math.prod(shape), 2**16)  # what else does not fit is told below
+    if not isinstance(found, h5py.Dataset) or (found.size or 0) > most:
+        raise InputError(
+            f"{path}: mask must be a dataset of at most {most} values, one a position, got "
+            f"{found.size if isinstance(found, h5py.Dataset) else 'a group'}; draw it anew."
+        )
+    values = file.read(found)
     if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
         raise InputError(f"{path}: mask must hold 0 and 1 only, it has {values.dtype} with others.")
     mask = torch.from_numpy(values != 0)
@@ -190,8 +211,13 @@ def _mask(file: h5py.File, path: Path, n_slices: int, shape: tuple[int, int]) ->
     return mask
 
 
-def _remarks(file: h5py.File) -> tuple[str, ...]:
-    kspace: Any = file["kspace"]
+def _text(value: Any) -> str:
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return text[:_LONGEST]
+
+
+def _remarks(file: Contents) -> tuple[str, ...]:
+    kspace = _kspace(file)
     if kspace.ndim - _is_pairs(kspace) != 5:
         return ()
     return (f"{kspace.shape[0]} averages are averaged",)

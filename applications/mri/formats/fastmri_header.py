@@ -9,7 +9,11 @@ from xml.etree import ElementTree
 import h5py
 
 from applications.errors import InputError
+from applications.inputs import checked_xml
 from applications.mri.formats.base import Geometry
+from applications.mri.formats.hdf5 import Contents
+
+_LARGEST = 1e9  # what is larger, or not finite, is not stated
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,11 @@ def minimal_header(encoded: Sequence[int], shown: Sequence[int]) -> str:
     )
 
 
-def declared(file: h5py.File, path: Path, shape: tuple[int, int]) -> Declared:
+def declared(file: Contents, path: Path, shape: tuple[int, int]) -> Declared:
     """What the header of a file declares; nothing where there is none that can be read.
 
     Args:
-        file: the open file.
+        file: what the file holds.
         path: its path, for messages.
         shape: matrix size ``(rows, columns)`` of k-space.
 
@@ -74,10 +78,12 @@ def declared(file: h5py.File, path: Path, shape: tuple[int, int]) -> Declared:
     header = file.get("ismrmrd_header")
     if not isinstance(header, h5py.Dataset) or header.size != 1:
         return Declared()
+    text: Any = file.read(header).reshape(-1)[0]
+    if not isinstance(text, bytes | str):
+        return Declared()
     try:
-        text: Any = header[()] if header.shape == () else header[:].reshape(-1)[0]
-        root = ElementTree.fromstring(text)
-    except (ElementTree.ParseError, TypeError, ValueError):
+        root = ElementTree.fromstring(checked_xml(path, text, "ismrmrd_header"))
+    except (ElementTree.ParseError, ValueError, LookupError):
         return Declared()  # some data sets have no valid header, and nothing depends on it
     encoded = root.find("{*}encoding/{*}encodedSpace")
     matrix, view = _numbers(encoded, "matrixSize"), _numbers(encoded, "fieldOfView_mm")
@@ -106,7 +112,8 @@ def _numbers(space: ElementTree.Element | None, kind: str) -> list[float]:
     for axis in "xyz":
         text = None if space is None else space.findtext(f"{{*}}{kind}/{{*}}{axis}")
         try:
-            found.append(float(text or 0))
+            value = float(text or 0)
         except ValueError:
-            found.append(0.0)
+            value = 0.0
+        found.append(value if abs(value) < _LARGEST else 0.0)
     return found

@@ -4,7 +4,7 @@ Inati et al. 2017, ISMRM Raw data format, DOI 10.1002/mrm.26089.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from applications.errors import InputError
+from applications.inputs import checked_xml, links_followed, listed, reading
 from applications.mri.formats.acquired import acquired_volumes
 from applications.mri.formats.base import Acquisitions, Format, Reader
-from applications.mri.formats.hdf5 import opened
+from applications.mri.formats.hdf5 import Contents, opened
 from applications.mri.formats.ismrmrd_header import checked_encoding, read_header
-from applications.mri.formats.lines import CALIBRATION, NAVIGATOR, has, imaging_lines
+from applications.mri.formats.lines import CALIBRATION, HEAD, NAVIGATOR, has, imaging_lines
+
+_MOST_GROUPS = 1000  # that are looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +30,17 @@ class IsmrmrdAcquisitions(Acquisitions):
     Attributes:
         path: the file.
         group: that holds the scan.
+        follow: whether the file may read others.
     """
 
     path: Path
     group: str
+    follow: bool = field(default_factory=links_followed)
 
     def values(self, numbers: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:  # noqa: D102
-        with opened(self.path) as file:
-            yield from _acquisitions(file, self.group).fields("data")[numbers]
+        with opened(self.path, self.follow) as file:
+            for value in _acquisitions(file, self.group).fields("data")[numbers]:
+                yield np.asarray(value, np.float32)
 
 
 def _volumes(path: Path) -> tuple[Reader, ...]:
@@ -42,12 +48,12 @@ def _volumes(path: Path) -> tuple[Reader, ...]:
         group = _groups(file)
         if len(group) != 1:
             raise InputError(
-                f"{path}: one scan was needed, the file holds {sorted(group)}; copy one out."
+                f"{path}: one scan was needed, the file holds {listed(group)}; copy one out."
             )
-        heads = _acquisitions(file, group[0]).fields("head")[:]
-        document: Any = file[group[0]]["xml"]  # pyright: ignore[reportIndexIssue]
-        document = np.asarray(document).reshape(-1)[0]
-    header = read_header(document, path)
+        with reading(path, f"'{group[0]}/data' with heads of ISMRMRD"):
+            heads = _heads(_acquisitions(file, group[0]).fields("head")[:])
+        document = _document(file, f"{group[0]}/xml")
+    header = read_header(checked_xml(path, document, f"{group[0]}/xml"), path)
     imaging, _ = imaging_lines(heads, path)
     other = has(imaging, CALIBRATION)
     spaces = np.unique(imaging["encoding_space_ref"][~other if (~other).any() else other])
@@ -84,11 +90,37 @@ def _align_calibration(heads: NDArray[Any], header: Any, space: int) -> None:
             heads["flags"][lines] |= np.uint64(1 << (NAVIGATOR - 1))
 
 
-def _groups(file: h5py.File) -> list[str]:
+def _heads(found: NDArray[Any]) -> NDArray[Any]:
+    """Heads with the fields that are read, each of its kind."""
+    heads = np.zeros(len(found), HEAD)
+    for place, values in ((heads, found), (heads["idx"], found["idx"])):
+        for name in place.dtype.names or ():
+            if name == "idx":
+                continue
+            place[name] = values[name]
+            if place[name].dtype.kind == "u" and (place[name] != values[name]).any():
+                raise ValueError(f"{name} of the heads has values that are no counts")
+    return heads
+
+
+def _document(file: Contents, name: str) -> bytes | str:
+    """The header of a scan."""
+    found = file.get(name)
+    text: Any = None
+    if isinstance(found, h5py.Dataset) and found.size:
+        text = file.read(found).reshape(-1)[0]
+    if not isinstance(text, bytes | str):
+        raise InputError(f"{file.path}: {name} must hold a header in XML; convert the scan again.")
+    return text
+
+
+def _groups(file: Contents) -> list[str]:
     """The groups that hold a header and acquisitions."""
     found = []
-    for name, one in file.items():
-        data = one.get("data") if isinstance(one, h5py.Group) and "xml" in one else None
+    for name in file.names()[:_MOST_GROUPS]:
+        if not isinstance(file.get(name), h5py.Group) or file.get(f"{name}/xml") is None:
+            continue
+        data = file.get(f"{name}/data")
         if isinstance(data, h5py.Dataset) and {"head", "data"} <= set(data.dtype.names or ()):
             found.append(name)
     return found
@@ -105,5 +137,8 @@ def _recognises(path: Path) -> bool:
 FORMAT = Format("ISMRMRD (.h5, .mrd)", _recognises, _volumes)
 
 
-def _acquisitions(file: h5py.File, group: str) -> h5py.Dataset:
-    return file[group]["data"]  # pyright: ignore[reportIndexIssue, reportReturnType]
+def _acquisitions(file: Contents, group: str) -> h5py.Dataset:
+    found = file.get(f"{group}/data")
+    if not isinstance(found, h5py.Dataset):
+        raise InputError(f"{file.path}: '{group}/data' was needed, it is gone; copy it again.")
+    return found

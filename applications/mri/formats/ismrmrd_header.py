@@ -1,18 +1,21 @@
 """What the header of an ISMRMRD file says of a Cartesian 2-D scan, and whether it can be so."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 from applications.errors import InputError
+from applications.inputs import reading
 from applications.mri.formats.base import optional
 from applications.mri.formats.encoding import Encoding
 
 _EMBEDDED = {"embedded", "interleaved"}
+_MOST = 2**16 - 1  # samples of a line, and steps
 _LOOSE = 1.05  # scanners round what they declare
 
 
-def read_header(xml: bytes, path: Path) -> Any:
+def read_header(xml: bytes | str, path: Path) -> Any:
     """A header as `ismrmrd` reads it.
 
     Args:
@@ -26,15 +29,10 @@ def read_header(xml: bytes, path: Path) -> Any:
         InputError: if the document is not a header, or the package is missing.
     """
     schema = optional("ismrmrd.xsd", path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a value of the wrong type is only warned of
-            return schema.CreateFromDocument(xml)
-    except Exception as error:
-        raise InputError(
-            f"{path}: a header in ISMRMRD's XML was needed, it cannot be read ({error}); convert "
-            "the scan again."
-        ) from error
+    what, remedy = "a header in ISMRMRD's XML", "convert the scan again"
+    with reading(path, what, remedy), warnings.catch_warnings():
+        warnings.simplefilter("error")  # a value of the wrong type is only warned of
+        return schema.CreateFromDocument(xml)
 
 
 def checked_encoding(encoding: Any, header: Any, path: Path) -> Encoding:
@@ -70,6 +68,11 @@ def checked_encoding(encoding: Any, header: Any, path: Path) -> Encoding:
     mode = None if parallel is None else parallel.calibrationMode
     about = header.measurementInformation
     view = measured.fieldOfView_mm
+    if not 0 <= view.z < math.inf:
+        raise InputError(
+            f"{path}: the field of view along z must be finite, got {view.z} mm; correct the "
+            "header."
+        )
     return Encoding(
         encoded,
         n_rows,
@@ -85,15 +88,16 @@ def _inside(measured: Any, shown: Any, axis: str, path: Path) -> int:
     """Pixels of the encoded field of view that lie inside the shown one."""
     n, n_shown = (getattr(space.matrixSize, axis) for space in (measured, shown))
     length, length_shown = (getattr(space.fieldOfView_mm, axis) for space in (measured, shown))
-    if min(n, n_shown) < 1 or not min(length, length_shown) > 0:
+    sizes = 1 <= min(n, n_shown) <= max(n, n_shown) <= _MOST
+    if not sizes or not 0 < min(length, length_shown) <= max(length, length_shown) < math.inf:
         raise InputError(
-            f"{path}: matrix sizes and fields of view along {axis} must be > 0, got {n} and "
-            f"{n_shown}, {length} and {length_shown} mm; correct the header."
+            f"{path}: matrix sizes and fields of view along {axis} must be > 0, and sizes at most "
+            f"{_MOST}, got {n} and {n_shown}, {length} and {length_shown} mm; correct the header."
         )
-    inside = round(n * length_shown / length)
+    inside = round(min(n * length_shown / length, 2.0 * _MOST))
     # A larger shown matrix is interpolation, which is left out. A smaller one is a coarser image,
     # usual along the phase encoding; along the readout it says oversampling, as the views must too.
-    if inside > _LOOSE * n or (axis == "x" and _LOOSE * n_shown < inside):
+    if inside < 1 or inside > _LOOSE * n or (axis == "x" and _LOOSE * n_shown < inside):
         raise InputError(
             f"{path}: oversampling along {axis} must be the same in matrix size and field of view, "
             f"got {n} of {length:g} mm encoded for {n_shown} of {length_shown:g} mm shown; correct "

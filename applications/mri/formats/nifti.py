@@ -5,6 +5,8 @@ as radiologists look at them, the patient's right at the left side.
 """
 
 import gzip
+import math
+import struct
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from applications.errors import InputError
+from applications.inputs import content, reading, unpacked
 from applications.mri.formats.base import Geometry, optional
 
 SUFFIXES = (".nii", ".nii.gz")
 _OFFSET = 352  # of the data: 348 bytes of header and 4 that say that no extension follows
+_MOST_BYTES = 2**31  # of a file
+_MOST_VALUES = 2**27  # of a volume
+_MOST_BEFORE = 2**24  # bytes before the values
+# By the length of the header: the class of nibabel; then place and form of the sizes of the axes,
+# their number first; of the type of the values and its bits; of the place of the values; and of the
+# sides of a voxel.
+_KINDS = {
+    348: ("Nifti1Image", 40, "8h", 70, "2h", 108, "f", 80, "3f"),
+    540: ("Nifti2Image", 16, "8q", 12, "2h", 168, "q", 112, "3d"),
+}
 _SIGNAL = 0.1
+_STRETCHED = 32  # most, of a voxel's sides
 _MARK = b"bilevel-mri reconstruction"  # description of the files that are written
 
 
@@ -72,23 +86,21 @@ def read_images(path: Path, plane: Plane = Plane.AXIAL) -> Tensor:
             package nibabel is missing.
     """
     nibabel = optional("nibabel", path)
-    if not path.is_file():
-        raise InputError(f"{path}: a NIfTI file was needed, there is no such file; check the path.")
-    try:
-        image = nibabel.load(path)
+    what, remedy = "a complete NIfTI file", "copy or convert it again"
+    packed = content(path, "a NIfTI file", _MOST_BYTES)
+    quiet = nibabel.imageglobals.LoggingOutputSuppressor()  # it says what it mends of a header
+    with reading(path, what, remedy), quiet:
+        stored = unpacked(path, packed, what)
+        image = getattr(nibabel, _kind(stored)).from_bytes(stored)
         values = np.asanyarray(image.dataobj)
-    except Exception as error:  # of nibabel, NumPy, zlib, or the operating system
-        raise InputError(
-            f"{path}: a complete NIfTI file was needed, it cannot be read ({error}); copy or "
-            "convert it again."
-        ) from error
     values = _checked(path, values)
     spacing = image.header.get_zooms()[:3]
     if plane is not Plane.STORED:
-        _check_orientation(path, nibabel, image)
-        turn = nibabel.io_orientation(image.affine)
-        values = nibabel.apply_orientation(values, turn)
-        spacing = [spacing[int(np.flatnonzero(turn[:, 0] == axis)[0])] for axis in range(3)]
+        with reading(path, "an orientation", "correct the header, or take --plane stored"):
+            _check_orientation(path, nibabel, image)
+            turn = nibabel.io_orientation(image.affine)
+            values = nibabel.apply_orientation(values, turn)
+            spacing = [spacing[int(np.flatnonzero(turn[:, 0] == axis)[0])] for axis in range(3)]
     cut = _CUTS[plane]
     for axis, reversed_ in cut:
         values = np.flip(values, axis) if reversed_ else values
@@ -97,7 +109,14 @@ def read_images(path: Path, plane: Plane = Plane.AXIAL) -> Tensor:
     peaks = images.max(axis=(1, 2))
     shown = np.flatnonzero(peaks >= _SIGNAL * peaks.max())
     images = images[shown[0] : shown[-1] + 1] / peaks.max()
-    return torch.from_numpy(_square(images, float(spacing[rows]), float(spacing[columns])))
+    height, width = float(spacing[rows]), float(spacing[columns])
+    stretched = max(height, width) > _STRETCHED * min(height, width)
+    if not all(0 < one < math.inf for one in (height, width)) or stretched:
+        raise InputError(
+            f"{path}: voxels must be of positive size and at most {_STRETCHED} times as long as "
+            f"wide, got {height:g} x {width:g} mm; correct the header."
+        )
+    return torch.from_numpy(_square(images, height, width))
 
 
 def header_of(path: Path, shape: tuple[int, ...], geometry: Geometry | None) -> bytes:
@@ -128,6 +147,32 @@ def header_of(path: Path, shape: tuple[int, ...], geometry: Geometry | None) -> 
     return header.binaryblock.ljust(_OFFSET, b"\0")
 
 
+def _kind(stored: bytes) -> str:
+    """The class of nibabel that reads a file, whose sizes have been compared with the file."""
+    if len(stored) < _OFFSET:
+        raise ValueError(f"a header has {_OFFSET} bytes, it has {len(stored)}")
+    order = "<" if int.from_bytes(stored[:4], "little") in _KINDS else ">"
+    length = int.from_bytes(stored[:4], "little" if order == "<" else "big")
+    if length not in _KINDS:
+        raise ValueError(f"its header does not begin with 348 or 540 but with {length}")
+    name, at_shape, of_shape, at_type, of_type, at_begin, of_begin, at_voxel, of_voxel = _KINDS[
+        length
+    ]
+    n_axes, *sides = struct.unpack_from(order + of_shape, stored, at_shape)
+    _, bits = struct.unpack_from(order + of_type, stored, at_type)
+    (begin,) = struct.unpack_from(order + of_begin, stored, at_begin)
+    sides = sides[: max(n_axes, 0)]
+    n = math.prod(max(side, 0) for side in sides)
+    voxel = struct.unpack_from(order + of_voxel, stored, at_voxel)
+    if not all(0 < abs(one) < math.inf for one in voxel):
+        raise ValueError(f"voxels of {' x '.join(map(str, voxel))} mm are announced")
+    if n > _MOST_VALUES or not 0 <= begin <= _MOST_BEFORE:
+        raise ValueError(f"{n} values from byte {begin:g} on are announced, by sizes {sides}")
+    if begin + n * max(bits, 8) // 8 > len(stored):
+        raise ValueError(f"{n} values of {bits} bits are announced, it has {len(stored)} bytes")
+    return name
+
+
 def _checked(path: Path, values: NDArray[Any]) -> NDArray[np.float32]:
     if values.ndim == 4 and values.shape[3] == 1:
         values = values[..., 0]
@@ -139,7 +184,8 @@ def _checked(path: Path, values: NDArray[Any]) -> NDArray[np.float32]:
         raise InputError(
             f"{path}: real magnitudes were needed, got {values.dtype}; take absolute values."
         )
-    values = values.astype(np.float32)
+    with np.errstate(over="ignore"):  # the infinite values that arise are noticed
+        values = values.astype(np.float32)
     if not np.isfinite(values).all() or values.min() < 0 or values.max() <= 0:
         raise InputError(
             f"{path}: magnitudes must be finite, >= 0 and not all 0, got {values.min():g} to "

@@ -1,20 +1,23 @@
 """Siemens raw data (TWIX, `meas.dat`): Cartesian 2-D scans; see `acquired`.
 
-The file is parsed by twixtools. Of a file of several measurements the last one is the scan; the
-scans of noise are those of all. Slices and directions are as siemens_to_ismrmrd writes them.
+Blocks are read by twixtools, after their places in the file have been checked; its own parser of
+whole files trusts them. Of a file of several measurements the last one is the scan; the scans of
+noise are those of all. Slices and directions are as siemens_to_ismrmrd writes them.
 """
 
-import contextlib
-import io
+import ctypes
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from applications.errors import InputError
+from applications.inputs import checked_size, reading
 from applications.mri.formats.acquired import acquired_volumes
 from applications.mri.formats.base import Acquisitions, Format, Reader, optional
 from applications.mri.formats.encoding import Encoding
@@ -39,6 +42,14 @@ _FLAGS = {
     "PHASESTABSCAN": 31,
 }
 _LEAST = 128  # bytes
+_MOST_HEADER, _MOST_PARTS = 2**25, 64  # bytes; parts of it, such as the protocol
+_MOST_SAMPLES = 2**16  # of a line, and lines
+_LARGEST = 1e9  # number of a protocol
+_SLICE = "sSliceArray.asSlice[0]"
+_FACTOR = re.compile(
+    r'<ParamDouble\."flReadoutOSFactor">\s*{\s*(?:<Precision>\s*\d+\s)?\s*(\d+(?:\.\d*)?)'
+)
+_ENTRY = np.dtype([("ids", "<u8"), ("begin", "<u8"), ("n_bytes", "<u8"), ("names", "V128")])
 _VERSIONS = (10_000, 64)  # of VD and VE: first number below, number of measurements at most
 
 
@@ -65,12 +76,20 @@ class TwixAcquisitions(Acquisitions):
                 yield data.reshape(-1).view(np.float32)
 
 
+@dataclass(frozen=True, eq=False)
+class _Measurement:
+    """The parts of its header that are read, by name, and its blocks."""
+
+    texts: dict[str, str]
+    blocks: list[Any]
+
+
 def _volumes(path: Path) -> tuple[Reader, ...]:
     scans = _parsed(path)
     if not scans:
         raise InputError(f"{path}: a measurement was needed, the file has none; copy it again.")
-    blocks = [one for scan in scans[:-1] for one in scan["mdb"] if one.is_flag_set("NOISEADJSCAN")]
-    blocks += [one for one in scans[-1]["mdb"] if not one.is_flag_set("ACQEND")]
+    blocks = [one for scan in scans[:-1] for one in scan.blocks if one.is_flag_set("NOISEADJSCAN")]
+    blocks += [one for one in scans[-1].blocks if not one.is_flag_set("ACQEND")]
     heads = np.zeros(len(blocks), HEAD)
     for head, block in zip(heads, blocks, strict=True):
         _fill(head, block)
@@ -84,33 +103,103 @@ def _volumes(path: Path) -> tuple[Reader, ...]:
         path, tuple(int(one.mem_pos) for one in blocks), _is_modern(path)
     )
     centres = [one.mdh.CenterLin for one in blocks if one.is_image_scan()]
-    encoding = _encoding(scans[-1]["hdr"], heads, int(np.median(centres or [0])), path)
+    encoding = _encoding(scans[-1].texts, heads, int(np.median(centres or [0])), path)
     return acquired_volumes(acquisitions, heads, encoding)
 
 
-def _parsed(path: Path) -> list[dict[str, Any]]:
+def _parsed(path: Path) -> list[_Measurement]:
     """All measurements of a file, complete."""
-    package = optional(_PACKAGE, path)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the package prints its warnings
-            scans = package.read_twix(
-                str(path), parse_pmu=False, parse_geometry=False, verbose=False, keep_acqend=True
-            )
-    except Exception as error:  # of the package, whatever a damaged file leads to
-        raise InputError(
-            f"{path}: a complete TWIX file was needed, it cannot be read ({error}); copy or export "
-            "it again."
-        ) from error
-    size = path.stat().st_size
-    for scan in scans:
-        last = scan["mdb"][-1] if scan["mdb"] else None
-        ends = last is not None and last.is_flag_set("ACQEND")
-        if last is None or not ends or int(last.mem_pos) >= size or "MeasYaps" not in scan["hdr"]:
-            raise InputError(
-                f"{path}: a complete TWIX file was needed, the end of the measurement is missing; "
-                "copy or export it again."
-            )
+    optional(_PACKAGE, path)
+    size = checked_size(path, "a TWIX file")
+    scans = []
+    with reading(path, "a complete TWIX file", "copy or export it again"), path.open("rb") as file:
+        modern = _is_modern(path)
+        ends = [(0, size)]
+        if modern:
+            n = int(np.frombuffer(file.read(8), "<u4")[1])
+            entries = np.frombuffer(file.read(n * _ENTRY.itemsize), _ENTRY)
+            ends = [
+                (int(one["begin"]), int(one["begin"]) + int(one["n_bytes"] or size))
+                for one in entries
+            ]
+        for begin, end in ends:
+            scans.append(_measurement(path, file, (begin, min(end, size)), modern))
     return scans
+
+
+def _measurement(path: Path, file: BinaryIO, place: tuple[int, int], modern: bool) -> _Measurement:
+    """A measurement, each block of which lies in the file, and behind the one before."""
+    begin, end = place
+    header, texts = _texts(file, begin, end)
+    block, layout = optional(f"{_PACKAGE}.mdb", path).Mdb, optional(f"{_PACKAGE}.mdh_def", path)
+    head = layout.Scan_header if modern else layout.VB17_header
+    least, position = ctypes.sizeof(head), begin + header
+    blocks = []
+    complete = False
+    while position + least <= end and not complete:
+        file.seek(position)
+        mdh = head.from_buffer_copy(file.read(least))
+        complete = layout.is_flag_set(mdh, "ACQEND")
+        apart = complete or layout.is_flag_set(mdh, "SYNCDATA")
+        channel = ctypes.sizeof(layout.Channel_header) if modern else least
+        n_bytes = int(mdh.UsedChannels) * (channel + 8 * int(mdh.SamplesInScan)) + modern * least
+        n_bytes = int(layout.get_dma_len(mdh)) if apart else n_bytes
+        # A block of no length would be read for ever.
+        if n_bytes < least or (position + n_bytes > end and not complete):
+            break
+        file.seek(position)
+        blocks.append(block(file, modern))
+        position += n_bytes
+    if not complete or "MeasYaps" not in texts:
+        raise InputError(
+            f"{path}: a complete TWIX file was needed, the end of the measurement is missing; "
+            "copy or export it again."
+        )
+    return _Measurement(texts, blocks)
+
+
+def _texts(file: BinaryIO, begin: int, end: int) -> tuple[int, dict[str, str]]:
+    """The length of the header of a measurement, and the parts of it that are read."""
+    file.seek(begin)
+    length, n = (int(one) for one in np.frombuffer(file.read(8), "<u4"))
+    if not 8 <= length <= min(end - begin, _MOST_HEADER):
+        raise ValueError(f"its header has {length} bytes, of {end - begin}")
+    header = file.read(length - 8)
+    found, position = {}, 0
+    for _ in range(min(n, _MOST_PARTS)):
+        part = re.compile(rb"(\w{4,})\0(.{4})", re.DOTALL).search(header, position, position + 48)
+        if part is None:
+            break
+        begin, size = part.end(), int.from_bytes(part[2], "little")
+        if part[1] in {b"MeasYaps", b"Dicom"}:
+            found[part[1].decode()] = header[begin : begin + size].decode("latin1")
+        position = begin + size
+    return length, found
+
+
+def _stated(text: str, name: str) -> str | None:
+    """A value of the protocol as it is written, without quotes; None where it is not."""
+    found = re.search(rf"^{re.escape(name)}[ \t]*=[ \t]*(\S*)", text, re.MULTILINE)
+    return None if found is None else found[1].strip('"')
+
+
+def _number(text: str, name: str, default: float, path: Path) -> float:
+    """A number of the protocol."""
+    stated = _stated(text, name)
+    try:
+        value = default if stated is None else float(_as_number(stated))
+    except ValueError:
+        value = math.nan
+    if not abs(value) < _LARGEST:
+        raise InputError(
+            f"{path}: {name} of the protocol must be a number, got {(stated or '')[:80]!r}; export "
+            "the scan again."
+        )
+    return value
+
+
+def _as_number(stated: str) -> str | int:
+    return int(stated, 16) if stated.lower().startswith("0x") else stated
 
 
 def _fill(head: Any, block: Any) -> None:
@@ -138,41 +227,50 @@ def _unreadable(heads: NDArray[Any]) -> NDArray[np.bool_]:
     return (heads["flags"] & np.uint64(1 << (23 - 1))) != 0
 
 
-def _encoding(header: Any, heads: NDArray[Any], centre: int, path: Path) -> Encoding:
+def _encoding(texts: dict[str, str], heads: NDArray[Any], centre: int, path: Path) -> Encoding:
     """The sizes of the scan by its protocol."""
-    protocol = header["MeasYaps"]
-    space, slices = protocol.get("sKSpace", {}), protocol.get("sSliceArray", {})
-    if space.get("ucTrajectory", 1) != 1:
+    protocol = texts["MeasYaps"]
+
+    def number(name: str, default: float = 0.0) -> float:
+        return _number(protocol, name, default, path)
+
+    if number("sKSpace.ucTrajectory", 1) != 1:
         raise InputError(
             f"{path}: the trajectory must be cartesian, it is not; grid the scan first."
         )
-    if space.get("ucDimension", 2) == 4:
+    if number("sKSpace.ucDimension", 2) == 4:
         raise InputError(
             f"{path}: a 2-D scan was needed, the protocol is of three dimensions; transform 3-D "
             "scans along one axis and store them as slices."
         )
-    views = (slices.get("asSlice") or [{}])[0]
-    n_rows = int(space.get("lBaseResolution", 0))
-    width, height = (float(views.get(name, 0)) for name in ("dReadoutFOV", "dPhaseFOV"))
+    n_rows = int(number("sKSpace.lBaseResolution"))
+    width, height = (number(f"{_SLICE}.{name}") for name in ("dReadoutFOV", "dPhaseFOV"))
     if n_rows < 1 or min(width, height) <= 0:
         raise InputError(
             f"{path}: the protocol must state matrix size and field of view, got "
             f"{n_rows} and {width:g} x {height:g} mm; export the scan again."
         )
-    factor = header.get("Dicom", {}).get("flReadoutOSFactor") or _OVERSAMPLING
-    wider = 1 + float(space.get("dPhaseOversamplingForDialog", 0))
+    factor = _FACTOR.search(texts.get("Dicom", ""))
+    factor = float(factor[1]) if factor else 0.0
+    wider = 1 + number("sKSpace.dPhaseOversamplingForDialog")
     last = int(heads["idx"]["kspace_encode_step_1"].max())
-    stated = round(int(space.get("lPhaseEncodingLines", 0)) * wider)
+    stated = round(int(number("sKSpace.lPhaseEncodingLines")) * wider)
     n_lines = max(stated, 2 * centre, 2 * (last - centre) + 1)
-    mode = protocol.get("sPat", {}).get("ucRefScanMode", 1)
+    encoded = round(n_rows * (factor or _OVERSAMPLING)), n_lines
+    if not n_rows <= encoded[0] < _MOST_SAMPLES or not wider >= 1 or n_lines >= _MOST_SAMPLES:
+        raise InputError(
+            f"{path}: the protocol must state oversampling of at least 1 and sizes below "
+            f"{_MOST_SAMPLES}, got {encoded[0]} of {n_rows} samples and {n_lines} lines, {wider:g} "
+            "times as wide; export the scan again."
+        )
     return Encoding(
-        (round(n_rows * float(factor)), n_lines),
+        encoded,
         n_rows,
         max(round(n_lines / wider), 1),
         centre,
-        (width / n_rows, height * wider / n_lines, float(views.get("dThickness", 1))),
-        mode in _EMBEDDED,
-        str(protocol.get("tProtocolName", "unknown")),
+        (width / n_rows, height * wider / n_lines, number(f"{_SLICE}.dThickness", 1)),
+        number("sPat.ucRefScanMode", 1) in _EMBEDDED,
+        _stated(protocol, "tProtocolName") or "unknown",
     )
 
 
@@ -188,7 +286,8 @@ def _recognises(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         start = np.frombuffer(file.read(24), "<u8")
-        file.seek(int(start[2]) if _is_modern(path) else 0)
+        begin = int(start[2]) if _is_modern(path) else 0
+        file.seek(min(begin, path.stat().st_size))
         header = file.read(64)
     return len(header) == 64 and header[8:].startswith((b"Config\0", b"Dicom\0", b"Meas\0"))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import bilevel as bl
 from applications.errors import InputError
+from applications.inputs import content, reading
 from applications.keeping import Kept, finished
 from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import Scores
@@ -25,6 +26,8 @@ from applications.mri.training.draws import Minibatches
 from applications.records import Report
 
 RECORDS = (Scores,)  # of finished parts
+_MOST_BYTES = 2**28  # of a file of results
+_RESULTS = "a file of results of meta-train", "give its folder"
 
 
 def measure_transfer(
@@ -142,13 +145,16 @@ def learned_correlation(path: Path) -> dict[str, dict[str, float]]:
     for way in (Ablation.MATRIX, Ablation.VECTOR):
         tables = [table for (name, _), table in runs.items() if name == way]
         if tables:
-            return {
-                task: {
-                    name: fmean(table[task].get(name, table[task].get("all")) for table in tables)
-                    for name in validated
+            with reading(path, *_RESULTS):
+                return {
+                    task: {
+                        name: fmean(
+                            table[task].get(name, table[task].get("all")) for table in tables
+                        )
+                        for name in validated
+                    }
+                    for task in tables[0]
                 }
-                for task in tables[0]
-            }
     raise InputError(
         f"{path}: learned weights were needed, a matrix or a vector, got "
         f"{', '.join(sorted({name for name, _ in runs})) or 'none'}; train them."
@@ -157,14 +163,16 @@ def learned_correlation(path: Path) -> dict[str, dict[str, float]]:
 
 def _runs(path: Path) -> tuple[dict[tuple[str, int], Any], list[str]]:
     """Correlations by way and seed, and the names of the validation tasks."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+    text = content(path, _RESULTS[0], _MOST_BYTES)
+    with reading(path, *_RESULTS):
+        found = json.loads(text)
         runs = {(run["ablation"], run["seed"]): run["correlation"] for run in found["runs"]}
-        return runs, found["validation"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: the results of meta-train were needed ({error}); give its folder."
-        ) from error
+        validated = found["validation"]
+        for table in runs.values():
+            numbers = [row.get(n, row.get("all")) for row in table.values() for n in validated]
+            if not all(type(one) in {int, float} and 0 <= one <= 1 + 1e-6 for one in numbers):
+                raise ValueError("'correlation' of each run must hold numbers in 0 to 1")
+        return runs, validated
 
 
 def meta_models(folder: Path) -> tuple[Network, dict[str, bl.PerStep]]:
@@ -186,10 +194,11 @@ def meta_models(folder: Path) -> tuple[Network, dict[str, bl.PerStep]]:
             f"{folder}: weights of meta-train were needed in {folder / 'weights'}, got none; give "
             "the folder that it wrote."
         )
-    first = min(one.record["training"]["seed"] for one in meant)
     models: dict[str, bl.PerStep] = {}
-    for one in meant:
-        way, name = one.record["ablation"], one.record["model"]
-        if one.record["training"]["seed"] == first and not name.startswith("adapted-"):
-            models[f"meta, {way}" + ("" if name == "all" else f", {name}")] = one.control
+    with reading(folder, "weights with the records of meta-train", "give the folder that it wrote"):
+        first = min(int(one.record["training"]["seed"]) for one in meant)
+        for one in meant:
+            way, name = one.record["ablation"], one.record["model"]
+            if one.record["training"]["seed"] == first and not name.startswith("adapted-"):
+                models[f"meta, {way}" + ("" if name == "all" else f", {name}")] = one.control
     return meant[0].network, models

@@ -78,6 +78,15 @@ class Architecture:
         if self.self_consistency < 0:
             raise InputError(f"self_consistency must be >= 0, got {self.self_consistency}.")
 
+    @property
+    def least_weights(self) -> int:
+        """Real weights that the network has at the least, to be compared with a file."""
+        if self.gains:
+            return 9 * self.n_phases * self.gains**2
+        inner = 2 * self.filters**2 * self.kernel**2 + self.features**2 * self.feature_kernel**2
+        outer = self.n_coils * self.filters * self.kernel**2
+        return 4 * self.n_phases * (inner + outer)
+
     def coils_of(self, count: int) -> int:
         """Coils that the network needs of a scan with so many, see `physics.coil_counts`."""
         return self.n_coils or count

@@ -2,25 +2,35 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 import bilevel as bl
 from applications.errors import InputError
-from applications.files import write_whole
+from applications.inputs import said
 from applications.mri.bundled.paths import bundled
 from applications.mri.network.architecture import Architecture, preset_named
 from applications.mri.network.reconstruction import Network
+from applications.mri.network.tensor_files import (
+    read_json,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
 from applications.outputs import Kind
 
+_BYTES = 4  # of a weight
+_LARGEST = 4096  # number in an architecture
 PRETRAINED = "pretrained"  # what the command line calls the bundled weights
-WEIGHTS = Kind("a file of weights", lambda path: "architecture" in _content(path)[1])
+_WHAT, _REMEDY = "a complete safetensors file", "copy it again"
+_TRAINED = "use weights that `train` wrote"
+WEIGHTS = Kind(
+    "a file of weights", lambda path: "architecture" in read_metadata(path, _WHAT, _REMEDY)
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +64,7 @@ def save_weights(path: Path | str, trained: Trained) -> None:
         "architecture": json.dumps(asdict(trained.network.architecture)),
         "record": json.dumps(trained.record),
     }
-    write_whole(path, save(tensors, metadata))
+    write_tensors(path, tensors, metadata)
 
 
 def pretrained() -> Trained:
@@ -135,37 +145,64 @@ def load_weights(path: Path | str) -> Trained:
             those of its architecture, or values are not finite.
     """
     path = Path(path)
-    tensors, metadata = _content(path)
+    if not path.is_file():
+        raise InputError(f"{path}: a weights file was needed, there is none; train one first.")
+    metadata = read_metadata(path, _WHAT, _REMEDY)
+    record = read_json(path, "record", metadata.get("record", "{}"), _TRAINED)
+    if not isinstance(record, dict):
+        raise InputError(
+            f"{path}: metadata 'record' must say how the weights were trained, by name, got "
+            f"{type(record).__name__}; use weights that `train` wrote."
+        )
     try:
-        architecture = Architecture(**json.loads(metadata["architecture"]))
-        record = json.loads(metadata.get("record", "{}"))
-        network = Network(architecture)
+        stated = read_json(path, "architecture", metadata["architecture"], _TRAINED)
+        architecture = _architecture(stated)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: metadata 'architecture' must describe a network of this version ({error}); "
-            "use weights that `train` wrote."
+            f"{path}: metadata 'architecture' must describe a network of this version "
+            f"({said(error)}); use weights that `train` wrote."
         ) from error
+    # What it describes is built only where the file is large enough to hold its weights.
+    needed, size = architecture.least_weights * _BYTES, path.stat().st_size
+    if needed > size:
+        raise InputError(
+            f"{path}: weights of the stored architecture were needed, more than {needed} bytes, "
+            f"the file has {size}; use weights that `train` wrote."
+        )
+    network = Network(architecture)
     control = network.controls()
-    _check_kinds(path, tensors, control)
+    tensors = read_tensors(path, _WHAT, _REMEDY)
+    check_kinds(path, tensors, control)
     check_finite(path, tensors)
     return Trained(network, restored(tensors, control), record)
 
 
-def _content(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file."""
-    if not path.is_file():
-        raise InputError(f"{path}: a weights file was needed, there is none; train one first.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: a complete safetensors file was needed ({error}); copy it again."
-        ) from error
+def _architecture(stated: Any) -> Architecture:
+    """An architecture, each field of which is of its kind."""
+    if not isinstance(stated, dict):
+        raise TypeError(f"sizes by name were needed, got {type(stated).__name__}")
+    kinds = {one.name: type(one.default) for one in fields(Architecture)}
+    for name, value in stated.items():
+        kind = kinds.get(name)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if kind is not None and (not fits or not abs(value) <= _LARGEST):
+            raise ValueError(
+                f"{name} must be {kind.__name__}, at most {_LARGEST}, got {str(value)[:80]}"
+            )
+    return Architecture(**stated)
 
 
-def _check_kinds(path: Path, tensors: Mapping[str, Tensor], control: bl.PerStep) -> None:
+def check_kinds(path: Path, tensors: Mapping[str, Tensor], control: bl.PerStep) -> None:
+    """Refuses tensors of a file that are not those of a network.
+
+    Args:
+        path: the file, for the message.
+        tensors: by name, as stored.
+        control: weights of the network.
+
+    Raises:
+        InputError: naming the first.
+    """
     expected = {n: _kind(stored(v)) for n, v in named(control).items()}
     found = {n: _kind(v) for n, v in tensors.items()}
     if expected != found:

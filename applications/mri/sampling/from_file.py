@@ -1,5 +1,9 @@
 """Sampling by a mask from a file."""
 
+import io
+import math
+import struct
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from applications.errors import InputError
+from applications.inputs import check_announced, content, listed, reading
 from applications.mri.formats.cfl import Cfl
-from applications.mri.formats.hdf5 import opened
+from applications.mri.formats.hdf5 import Contents, opened
 from applications.mri.physics.masks import check_mask
 from applications.mri.sampling.base import Sampling
 
+_MOST_BYTES, _MOST_VALUES = 2**28, 2**26  # of a file, of a mask
+_PNG_HEAD = 24  # bytes until the sizes have been told
 SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".cfl", ".hdr", ".png")
 
 
@@ -69,26 +76,53 @@ def _values(path: Path) -> NDArray[Any]:
             f"{path}: a mask file must end in one of {', '.join(SUFFIXES)}; convert it."
         )
     if path.suffix in {".cfl", ".hdr"}:
-        return np.squeeze(np.array(Cfl(path).open()))
+        file = Cfl(path)
+        _check_size(path, file.shape)
+        return np.squeeze(np.array(file.open()))
     if path.suffix in {".h5", ".hdf5"}:
         with opened(path) as file:
-            arrays = {name: one for name, one in file.items() if isinstance(one, h5py.Dataset)}
-            return np.asarray(arrays[_chosen(path, list(arrays))])
-    if not path.is_file():
-        raise InputError(f"{path}: a mask file was needed, there is no such file; check the path.")
-    try:
+            arrays = {n: one for n in file.names() for one in [_array(file, n)] if one is not None}
+            chosen = arrays[_chosen(path, list(arrays))]
+            _check_size(path, chosen.shape)
+            return file.read(chosen)
+    packed = content(path, "a mask file", _MOST_BYTES)
+    with reading(path, f"a complete {path.suffix} file", "write it again"):
         if path.suffix == ".png":
-            return _gray(path)
-        with path.open("rb") as file:  # np.load would leave a damaged archive open
-            found = np.load(file, allow_pickle=False)
-            return found if isinstance(found, np.ndarray) else found[_chosen(path, found.files)]
-    except (InputError, ModuleNotFoundError):
-        raise
-    except Exception as error:  # of NumPy, zipfile or Pillow
+            return _gray(path, packed)
+        return _numpy(path, packed)
+
+
+def _array(file: Contents, name: str) -> h5py.Dataset | None:
+    found = file.get(name)
+    return found if isinstance(found, h5py.Dataset) else None
+
+
+def _check_size(path: Path, shape: tuple[int, ...] | None) -> None:
+    if math.prod(shape or ()) > _MOST_VALUES:
         raise InputError(
-            f"{path}: a complete {path.suffix} file was needed, it cannot be read ({error}); write "
-            "it again."
-        ) from error
+            f"{path}: a mask of at most {_MOST_VALUES} positions was needed, got shape {shape}; "
+            "choose a part."
+        )
+
+
+def _numpy(path: Path, packed: bytes) -> NDArray[Any]:
+    """The array of a .npy file, or of the one that is meant in a .npz file."""
+    if packed.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            names = [one.removesuffix(".npy") for one in archive.namelist()]
+            place = archive.infolist()[names.index(_chosen(path, names))]
+            check_announced(path, f"{place.filename!r}", place.file_size, len(packed))
+            with archive.open(place) as file:
+                packed = file.read(place.file_size)
+    stream = io.BytesIO(packed)
+    version = np.lib.format.read_magic(stream)
+    heads = {(1, 0): np.lib.format.read_array_header_1_0}
+    shape, _, dtype = heads.get(version, np.lib.format.read_array_header_2_0)(stream)
+    _check_size(path, shape)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if n_bytes > len(packed):
+        raise ValueError(f"{n_bytes} bytes are announced, it has {len(packed)}")
+    return np.load(io.BytesIO(packed), allow_pickle=False)
 
 
 def _chosen(path: Path, names: list[str]) -> str:
@@ -96,16 +130,19 @@ def _chosen(path: Path, names: list[str]) -> str:
         return "mask"
     if len(names) != 1:
         raise InputError(
-            f"{path}: an array named 'mask', or one array alone, was needed, got {sorted(names)}; "
+            f"{path}: an array named 'mask', or one array alone, was needed, got {listed(names)}; "
             "rename the mask."
         )
     return names[0]
 
 
-def _gray(path: Path) -> NDArray[Any]:
+def _gray(path: Path, packed: bytes) -> NDArray[Any]:
     from matplotlib.image import imread  # slow to import
 
-    picture = imread(path)
+    if len(packed) < _PNG_HEAD or packed[:8] != b"\x89PNG\r\n\x1a\n":
+        raise ValueError("it does not begin as PNG does")
+    _check_size(path, struct.unpack(">II", packed[16:_PNG_HEAD]))
+    picture = imread(io.BytesIO(packed), format="png")
     if picture.ndim != 2:
         raise InputError(
             f"{path}: a grey picture was needed, got {picture.shape[2]} colours; convert it."

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from applications.errors import InputError
+from applications.inputs import check_announced
 from applications.mri.bundled.paths import bundled
-from applications.mri.formats.hdf5 import dataset, opened
+from applications.mri.formats.hdf5 import opened
 from applications.mri.formats.nifti import Plane, is_nifti, read_images
 
 
@@ -54,19 +56,17 @@ def load_anatomies(path: Path | str | None = None, plane: Plane | None = None) -
             "leave it out."
         )
     with opened(path) as file:
-        names = sorted(file)
+        names = file.names()
         if not names:
             raise InputError(
                 f"{path}: at least one group with images was needed, the file is empty."
             )
+        found = {n: file.dataset(f"{n}/images", "u", "slice, row, column") for n in names}
+        n_bytes = sum(int(one.size or 0) for one in found.values())
+        check_announced(path, f"images of {len(names)} groups", n_bytes, file.size)
         return {
-            name: torch.from_numpy(
-                dataset(file, path, f"{name}/images", "u", "slice, row, column")[()].astype(
-                    np.float32
-                )
-            )
-            / 255
-            for name in names
+            name: torch.from_numpy(file.read(one).astype(np.float32)) / 255
+            for name, one in found.items()
         }
 
 
@@ -78,12 +78,26 @@ def wraps(path: Path | str | None = None) -> dict[str, float]:
 
     Returns:
         By name, the attribute ``wrap`` of the groups; nothing for NIfTI.
+
+    Raises:
+        InputError: if one does not lie in 0 to 1.
     """
     path = bundled("anatomy.h5") if path is None else Path(path)
     if is_nifti(path):
         return {}
+    found = {}
     with opened(path) as file:
-        return {n: float(one.attrs["wrap"]) for n, one in file.items() if "wrap" in one.attrs}
+        for name in file.names():
+            group = file.get(name)
+            if group is not None and "wrap" in group.attrs:
+                stated: Any = group.attrs["wrap"]
+                found[name] = float(stated)
+                if not 0 < found[name] <= 1:
+                    raise InputError(
+                        f"{path}: the attribute 'wrap' of {name} must lie in 0 to 1, got "
+                        f"{found[name]:g}; correct it."
+                    )
+    return found
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import torch
 from torch import Tensor
 
 from applications.errors import InputError
 from applications.files import make_folder
 from applications.mri.data import Volume, write_volume
+from applications.mri.formats.hdf5 import opened
 from applications.mri.formats.nifti import Plane
 from applications.mri.physics.operators import ifft2c, rss
 from applications.mri.simulation.anatomy import load_anatomies, resize, split, wraps
@@ -24,11 +24,13 @@ _PATIENT = "simulated"
 
 
 def _is_simulated(path: Path) -> bool:
-    with h5py.File(path, "r") as file:
-        return file.attrs["patient_id"] == _PATIENT
+    with opened(path) as file:
+        return file.attributes["patient_id"] == _PATIENT
 
 
 SIMULATED = Kind("a simulated scan", _is_simulated)
+_MOST = {"n_coils": 1024, "repeats": 10_000, "noise_std": 1e5, "local_phase": 1e5}
+_MOST |= {"seed": 2**63 - 1}
 REFERENCES = ("clean", "measured")
 ROLES = ("train", "validation", "test")
 
@@ -71,6 +73,10 @@ class SimulationSettings:
             raise InputError(
                 f"reference must be one of {', '.join(REFERENCES)}, got {self.reference!r}."
             )
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and not abs(value) <= most:
+                raise InputError(f"{name} must be finite and at most {most}, got {value}.")
 
 
 def simulate_folder(

@@ -8,9 +8,14 @@ from typing import Any
 import yaml
 
 from applications.errors import InputError
+from applications.inputs import content as content_of, reading
 from applications.mri.sampling import Masking, Sampling
 from applications.mri.simulation.phantoms import ROLES
 
+_MOST_BYTES, _MOST_NODES = 2**16, 20_000  # of a list
+_MOST = {"coils": 1024, "seed": 2**63, "size": 2**12, "repeats": 10_000}
+_MOST_NUMBER = 10**5
+_LETTERS = 16  # that count as a node
 _NUMBERS = {
     "acceleration": float,
     "center": float,
@@ -150,10 +155,9 @@ def read_task_list(path: Path) -> list[TaskSettings]:
     """
     if not path.is_file():
         raise InputError(f"{path}: a task list was needed, there is no such file; check the path.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path}: YAML was needed ({error}); correct it there.") from error
+    text = content_of(path, "a task list", _MOST_BYTES)
+    with reading(path, "YAML", "correct it there"):
+        content = _loaded(text.decode("utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
         raise InputError(
             f"{path}: a mapping with 'tasks', a list, was needed, got {type(content).__name__}"
@@ -167,6 +171,33 @@ def read_task_list(path: Path) -> list[TaskSettings]:
         for i, one in enumerate(content["tasks"], start=1)
         for where in [f"{path}: task {i}"]
     ]
+
+
+def _loaded(text: str) -> Any:
+    """Plain values; an alias counts as often as it stands for something."""
+    loader = yaml.SafeLoader(text)
+    root = loader.get_single_node()
+    counts: dict[int, int] = {}
+
+    def count(node: yaml.Node) -> int:
+        """The nodes of a tree whose aliases are written out."""
+        if id(node) in counts:
+            return counts[id(node)]
+        counts[id(node)] = _MOST_NODES + 1  # of a node in itself
+        if isinstance(node, yaml.CollectionNode):
+            pairs = [one if isinstance(one, tuple) else (one,) for one in node.value]
+            n = 1 + sum(count(part) for pair in pairs for part in pair)
+        else:
+            n = 1 + len(node.value) // _LETTERS
+        counts[id(node)] = n
+        if n > _MOST_NODES:
+            raise ValueError(f"it has aliases that stand for more than {_MOST_NODES} values")
+        return n
+
+    if root is None:
+        return None
+    count(root)
+    return loader.construct_document(root)
 
 
 def parse_task(text: str) -> TaskSettings:
@@ -222,7 +253,10 @@ def task_settings(entry: Mapping[str, Any], where: str, folder: Path) -> TaskSet
             values[key] = tuple(map(str, given if isinstance(given, list) else [given]))
         else:
             values[key] = str(value)
-    return TaskSettings(**values)
+    try:
+        return TaskSettings(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _mapping(entry: Any, where: str) -> dict[str, Any]:
@@ -245,6 +279,10 @@ def _number(value: Any, kind: type, where: str) -> Any:
     try:
         if isinstance(value, bool) or (kind is int and float(value) != int(float(value))):
             raise ValueError
-        return kind(float(value))
+        number = kind(float(value))
     except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where} must be {wanted}, got {value!r}; correct it.") from None
+    most = _MOST.get(where.rpartition(" ")[2], _MOST_NUMBER)
+    if not abs(number) <= most:
+        raise InputError(f"{where} must be finite and at most {most}, got {number}; correct it.")
+    return number

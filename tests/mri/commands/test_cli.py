@@ -88,12 +88,12 @@ COMMANDS = {
         *("--seconds", "--evaluations", "--method", "--optimizer", "--inner-steps"),
         *("--learning-rate", "--outer-rate", "--batch", "--crop", "--entropy", "--floor"),
         *("--learn-share", "--penalty", "--adapt-steps", "--adapt-slices", "--seeds", "--seed"),
-        *("--outer-clip", "--penalty-rate", "--device", "--threads", "--keep-graphs"),
+        *("--outer-clip", "--penalty-rate", "--device", "--threads", "--keep-graphs", "--resume"),
     ],
     "transfer": [
         *("--tasks", "--task", "--unseen", "--meta", "--out", "--preset", "--coils", "--seconds"),
         *("--init", "--evaluations", "--optimizer", "--learning-rate", "--batch", "--crop"),
-        *("--steps", "--slices", "--seed", "--device", "--threads", "--keep-graphs"),
+        *("--steps", "--slices", "--seed", "--device", "--threads", "--keep-graphs", "--resume"),
     ],
     "reconstruct": [
         *("--scan", "--method", "--weights", "--out", "--png", "--mask", "--suffix", "--skip-bad"),
@@ -160,8 +160,9 @@ def scan(tmp_path_factory, data):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_names_every_option(command):
     text = succeed(command, "--help")
+    followed = [] if command == "demo" else ["--follow-links"]
     assert sorted(set(re.findall(r"--[a-z][a-z-]*", text))) == sorted(
-        [*COMMANDS[command], "--help"]
+        [*COMMANDS[command], *followed, "--help"]
     )
 
 
@@ -755,13 +756,13 @@ def test_an_interrupt_is_exit_code_130_and_one_line(data, tmp_path, monkeypatch)
     monkeypatch.setattr("applications.mri.training.keeping._SAVE_EVERY", -1.0)
     real, out = train, tmp_path / "w.safetensors"
 
-    def interrupted(network, control, slices, settings, keeper, validation):
+    def interrupted(network, control, slices, settings, keeper, *rest):
         def stop(state):
-            keeper(state)
             if state.step == 2:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
+            keeper(state)
 
-        return real(network, control, slices, settings, stop, validation)
+        return real(network, control, slices, settings, stop, *rest)
 
     monkeypatch.setattr("applications.mri.commands.train.train", interrupted)
     found = call("train", "--data", data / "train", "--out", out, *MASK, "--steps", 9)

@@ -114,7 +114,7 @@ def test_results_are_those_of_the_training(run, files):
 def test_options_reach_the_settings(files, tmp_path, monkeypatch):
     seen = []
 
-    def probe(ablation, network, control, tasks, settings, report):
+    def probe(ablation, network, control, tasks, settings, *rest):
         seen.append((ablation, network.architecture, settings, len(tasks.every)))
         return learn(ablation, network, control, tasks, replace(settings, seconds=1e-3))
 

@@ -176,7 +176,7 @@ def test_gains_curves_and_rank_correlation_are_their_formulas():
         (["--steps=-1", *BUDGET], "steps must be one or more numbers >= 0"),
         ([], "a training needs a budget"),
         (["--meta", "{}/nowhere", *BUDGET], "weights of meta-train were needed"),
-        (["--meta", "{}/half", *BUDGET], "the results of meta-train were needed"),
+        (["--meta", "{}/half", *BUDGET], "a file of results of meta-train was needed"),
         (["--meta", "{}/meta", "--coils", "2", *BUDGET], "--meta brings its network, got --preset"),
         (["--unseen", "{}/tasks.yaml", *BUDGET], "'head' came twice"),
     ],

@@ -1,0 +1,287 @@
+r"""First and second derivatives of all steps of all problems, in one call each.
+
+An augmented state x = (u, w) holds the shared numbers w, which stay as they are, and homogeneous
+coordinates (x, 1) make affine maps linear and gradients a part of the Hessian:
+
+.. math::
+    F_t = \begin{pmatrix} A_t & 0 & B_t \\ 0 & 1 & 0 \end{pmatrix}, \qquad
+    H_t = \begin{pmatrix} h_{xx} & r_x & h_{x\theta} \\ r_x^T & 0 & r_\theta^T \\
+        h_{\theta x} & r_\theta & h_{\theta\theta} \end{pmatrix}, \qquad
+    h = r + p_t \cdot g
+
+at (u(t-1), theta_t), with p_t = -lambda_t of the multiplier sweep (7).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel import autodiff
+from bilevel.control.riccati.controls import Point
+from bilevel.control.riccati.stages import Stages
+from bilevel.errors import DivergenceError, UnsupportedError
+
+CHUNK = 2**21  # numbers of the Jacobians that are found in one pass
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """The point where problems are linearised: a control, and where it leads.
+
+    Attributes:
+        problems: which ones, shape ``(b,)``.
+        point: their controls.
+        states: ``(b, T + 1, n)``.
+    """
+
+    problems: Tensor
+    point: Point
+    states: Tensor
+
+    def at(self, i: Tensor) -> "Swept":
+        """Some of the problems."""
+        return Swept(self.problems[i], self.point.at(i), self.states[i])
+
+
+@dataclass(frozen=True, eq=False)
+class Hessians:
+    """Second derivatives.
+
+    Attributes:
+        steps: H_t, ``(b, T, n + q + 1 + m)`` twice.
+        terminal: of l in (u(T), w), 1 beside: ``(b, n + q + 1)`` twice.
+        start: p_0 . g0'' in w, ``(b, q, q)``.
+    """
+
+    steps: Tensor
+    terminal: Tensor
+    start: Tensor
+
+
+class Linearisation:
+    """First derivatives at a point, and the second ones when they are asked for.
+
+    Attributes:
+        where: the point.
+        cost: J, shape ``(b,)``.
+        size: sum of the sizes of the costs that make J, for how far J rounds, ``(b,)``.
+        maps: F_t, ``(b, T, n + q + 1, n + q + 1 + m)``.
+        start: dg0/dw above the identity, ``(b, n + q, q)``.
+        costates: p_0, ..., p_T in (u, w), ``(b, T + 1, n + q)``.
+        gradient: of J.
+    """
+
+    def __init__(self, stages: Stages, where: Swept) -> None:
+        """One evaluation of every step, and the multiplier sweep (7)."""
+        self._stages, self.where = stages, where
+        self._n, self._q, self._m = stages.n, stages.controls.q, stages.controls.m
+        self._chunks = self._evaluated()
+        if not self._faithful():
+            stages.one_by_one()
+            self._chunks = self._evaluated()
+        with autodiff.recording():
+            self._ended()
+            self._begun()
+        r = torch.cat([chunk.costs.detach() for chunk in self._chunks]).unflatten(0, self._lead)
+        self.cost = r.sum(1) + self._final.detach()
+        self.size = r.abs().sum(1) + self._final.detach().abs()
+        slopes = torch.cat([chunk.slopes for chunk in self._chunks]).unflatten(0, self._lead)
+        maps = torch.cat([chunk.maps for chunk in self._chunks]).unflatten(0, self._lead)
+        self._sweep(slopes, maps)
+
+    @property
+    def defects(self) -> Tensor:
+        """How far each u(t) is from g of the one before, ``(b, T, n)``; rounding at most."""
+        following = torch.cat([chunk.following for chunk in self._chunks]).unflatten(0, self._lead)
+        return self.where.states[:, 1:] - following
+
+    @property
+    def costate_defects(self) -> Tensor:
+        """What is left of (7), ``(b, T, n + q)``; rounding at most."""
+        nx = self._n + self._q
+        pulled = torch.einsum("btij,bti->btj", self.maps[:, :, :nx, :nx], self.costates[:, 1:])
+        return self.costates[:, :-1] - self._slopes[..., :nx] - pulled
+
+    def _faithful(self) -> bool:
+        """Whether steps evaluated at once lead where they led in the roll-out, with t a number."""
+        if not self._stages.at_once or not self._chunks:
+            return True
+        size = float(self.where.states.abs().amax()) if self.where.states.numel() else 0.0
+        allowed = torch.finfo(self._stages.dtype).eps ** 0.5 * (1 + size)
+        return not self.defects.numel() or not float(self.defects.abs().amax()) > allowed
+
+    @property
+    def _lead(self) -> tuple[int, int]:
+        return len(self.where.problems), self._stages.problem.horizon
+
+    def _evaluated(self) -> list["_Chunk"]:
+        where = self.where
+        b, horizon = self._lead
+        w = where.point.shared.unsqueeze(1).expand(b, horizon, self._q)
+        z = torch.cat([where.states[:, :-1], w, where.point.own], 2)
+        numbers = max(1, horizon * z.shape[2] * max(self._n, z.shape[2]))
+        return [
+            _Chunk(self._stages, part, problems)
+            for part, problems in zip(
+                z.split(max(1, CHUNK // numbers)),
+                where.problems.split(max(1, CHUNK // numbers)),
+                strict=True,
+            )
+        ]
+
+    def _ended(self) -> None:
+        """L and its gradient in (u(T), w)."""
+        where = self.where
+        end = torch.cat([where.states[:, -1], where.point.shared], 1)
+        self._end, own = autodiff.variables((end, where.point.own))
+        u, w = self._end[:, : self._n], self._end[:, self._n :]
+        self._final = self._stages.terminal(u, w, own, where.problems)
+        autodiff.refuse_hidden(self._final, (self._end, own), "the terminal cost")
+        one = torch.ones_like(self._final)
+        self._end_slope, steps = autodiff.pull(self._final, one, (self._end, own), keep=True)
+        if steps is not None and own.numel() and self._stages.controls.m:
+            raise UnsupportedError(
+                "Riccati needs a terminal cost of the final state and what is shared, got one that "
+                "reads control.steps: put that part into the running cost, or take NewtonCG."
+            )
+        if self._end_slope is None:
+            self._end_slope = torch.zeros_like(self._end)
+
+    def _begun(self) -> None:
+        """g0 and its derivative in w."""
+        where, b = self.where, len(self.where.problems)
+        identity = torch.eye(self._q, dtype=self._end.dtype, device=self._end.device)
+        identity = identity.expand(b, self._q, self._q)
+        if not self._q:
+            self.start = self._end.new_zeros(b, self._n, 0)
+            return
+        self._shared = autodiff.variables(where.point.shared)
+        self._first = self._stages.start(self._shared, where.problems)
+        autodiff.refuse_hidden(self._first, self._shared, "dynamics.init")
+        self.start = torch.cat([autodiff.rows(self._first, self._shared, keep=True), identity], 1)
+
+    def _sweep(self, slopes: Tensor, maps: Tensor) -> None:
+        """(7) and (8), for p = -lambda."""
+        b, horizon = self._lead
+        n, q, m = self._n, self._q, self._m
+        nx = n + q
+        self.maps = maps.new_zeros(b, horizon, nx + 1, nx + 1 + m)
+        self.maps[:, :, :n, :nx], self.maps[:, :, :n, nx + 1 :] = maps[..., :nx], maps[..., nx:]
+        self.maps[:, :, n:, n : nx + 1].diagonal(dim1=2, dim2=3).fill_(1)
+        self._slopes = slopes
+        # Columns, so that a step is one call.
+        p = self._end_slope.detach().unsqueeze(2)
+        costates = [p]
+        columns = slopes[..., :nx].unsqueeze(3).unbind(1)
+        transposed = self.maps[:, :, :nx, :nx].mT.unbind(1)
+        for t in range(horizon - 1, -1, -1):
+            p = torch.baddbmm(columns[t], transposed[t], p)
+            costates.append(p)
+        self.costates = torch.stack(costates[::-1], 1).squeeze(3)
+        own = slopes[..., nx:] + torch.einsum(
+            "btnm,btn->btm", maps[..., nx:], self.costates[:, 1:, :n]
+        )
+        self.gradient = Point(own, torch.einsum("bxq,bx->bq", self.start, self.costates[:, 0]))
+        self._check_finite(torch.cat([maps.flatten(2), slopes], 2), "derivative")
+
+    def _check_finite(self, values: Tensor, name: str) -> None:
+        """Refuse a derivative that is not finite, by its problem and step."""
+        # One sum tells; which one is asked only if it does.
+        if bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all()):
+            return
+        i, t = (~torch.isfinite(values)).any(2).nonzero()[0].tolist()
+        problem = f" of problem {int(self.where.problems[i])}" if self._stages.size > 1 else ""
+        raise DivergenceError(
+            f"the {name}s of step t = {t + 1}{problem} or its running cost are not finite at this "
+            "control: look for a square root or a division at zero, or begin elsewhere."
+        )
+
+    def hessians(self, *, gauss_newton: bool) -> Hessians:
+        """The second derivatives; Gauss-Newton leaves out p . g''."""
+        b, horizon = self._lead
+        n, nx, m = self._n, self._n + self._q, self._m
+        p = self.costates[:, 1:, :n].flatten(0, 1)
+        start = 0
+        found = []
+        for chunk in self._chunks:
+            stop = start + len(chunk.costs)
+            found.append(chunk.hessian(None if gauss_newton else p[start:stop]))
+            start = stop
+        second = torch.cat(found).unflatten(0, (b, horizon))
+        self._check_finite(second.flatten(2), "second derivative")
+        steps = second.new_zeros(b, horizon, nx + 1 + m, nx + 1 + m)
+        places = torch.cat([torch.arange(nx), torch.arange(nx + 1, nx + 1 + m)]).to(second.device)
+        steps[:, :, places.unsqueeze(1), places] = second
+        steps[:, :, nx, places] = steps[:, :, places, nx] = self._slopes
+        with autodiff.recording():
+            terminal = second.new_zeros(b, nx + 1, nx + 1)
+            terminal[:, :nx, :nx] = autodiff.rows(self._end_slope, self._end, keep=True)
+            slope = self._end_slope.detach()
+            terminal[:, nx, :nx] = terminal[:, :nx, nx] = slope
+            first = second.new_zeros(b, self._q, self._q)
+            if self._q and not gauss_newton:
+                pulled = autodiff.pull(
+                    self._first, self.costates[:, 0, :n], self._shared, keep=True
+                )
+                if pulled is not None:
+                    first = autodiff.rows(pulled, self._shared, keep=True)
+        return Hessians(steps, terminal, first)
+
+    def suspects(self) -> bool:
+        """Whether a number of the control moves no state and has no gradient, at any step."""
+        n, nx = self._n, self._n + self._q
+        still = (self.maps[:, :, :n, nx + 1 :] == 0).all(2) & (self.gradient.own == 0)
+        shared = (self.maps[:, :, :n, n:nx] == 0).flatten(0, 2).all(0)
+        shared &= (self.gradient.shared == 0).all(0)
+        return bool(still.flatten(0, 1).all(0).any()) or bool(shared.any())
+
+    def noise(self) -> Tensor:
+        """How large a gradient may be by rounding alone, roughly: ``(b,)``."""
+        n, nx = self._n, self._n + self._q
+        end = self._end.detach()
+        with autodiff.recording():
+            curved = autodiff.rows(self._end_slope, self._end, keep=True)
+        pull = torch.linalg.vector_norm(torch.bmm(curved.abs(), end.abs().unsqueeze(2)), dim=(1, 2))
+        p = torch.linalg.vector_norm(self.costates, dim=2).amax(1) + pull
+        size = torch.linalg.vector_norm(self.maps[:, :, :n, nx + 1 :].flatten(1), dim=1)
+        size = size + torch.linalg.vector_norm(self.start.flatten(1), dim=1)
+        slopes = torch.linalg.vector_norm(self._slopes.flatten(1), dim=1)
+        horizon = max(1, self._stages.problem.horizon)
+        return 30 * torch.finfo(p.dtype).eps * horizon**0.5 * (slopes + size * p)
+
+
+class _Chunk:
+    """The steps of some of the problems, evaluated with their graph.
+
+    Attributes:
+        following: g, shape ``(N, n)``.
+        costs: r, shape ``(N,)``, of all steps of these problems.
+        maps: g', ``(N, n, n + q + m)``.
+        slopes: r', ``(N, n + q + m)``.
+    """
+
+    def __init__(self, stages: Stages, z: Tensor, problems: Tensor) -> None:
+        shape = z.shape
+        with autodiff.recording():
+            self._z = autodiff.variables(z.flatten(0, 1))
+            g, r = stages.steps(self._z.view(shape), problems)
+            self._following, self.costs = g.flatten(0, 1), r.flatten()
+            outputs = self._following, self.costs
+            autodiff.refuse_hidden(outputs, self._z, "a step or its running cost")
+            self.maps = autodiff.rows(self._following, self._z, keep=True)
+            one = torch.ones_like(self.costs)
+            self._slopes = autodiff.pull(self.costs, one, self._z, keep=True)
+        if self._slopes is None:
+            self._slopes = torch.zeros_like(self._z)
+        self.following = self._following.detach()
+        self.slopes = self._slopes.detach()
+
+    def hessian(self, p: Tensor | None) -> Tensor:
+        """Of r, and of p . g where p is given, in z: ``(N, d, d)``."""
+        with autodiff.recording():
+            slopes = self._slopes
+            pulled = None if p is None else autodiff.pull(self._following, p, self._z, keep=True)
+            if pulled is not None:
+                slopes = slopes + pulled
+            return autodiff.rows(slopes, self._z, keep=True)
