@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, final
+from typing import Any, ParamSpec, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from bilevel.tree import Tree
 # Arguments that are compared by their values, or may be of a process's own.
 OF_EACH = {"self", "params", "control", "observation", "warm", "callback", "progress"}
 OF_EACH |= {"keep", "resume", "batches", "inner_batch", "outer_batch", "linear_batch"}
+P = ParamSpec("P")
+R = TypeVar("R")
 EVERY = 16  # calls from one comparison of all values to the next
 
 
@@ -52,6 +54,22 @@ class Replicas:
     Raises:
         ArgumentError: if a field is not what it should be, or `torch.distributed` was not
             initialised, or this process is not in the group.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> import bilevel as bl
+        >>> known = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # not with torchrun
+        >>> dist.init_process_group("gloo", **known)
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, alpha, batch: ((w - batch) ** 2).mean() + alpha * w**2,
+        ...     outer=lambda w, alpha, batch: ((w - batch) ** 2).mean(),
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 50, replicas=bl.Replicas())
+        >>> batch = torch.tensor([1.0, 3.0])
+        >>> found = solver.hypergradient(torch.tensor(0.0), torch.tensor(1.0), batch, batch)
+        >>> round(float(found.gradient), 3)
+        1.0
+        >>> dist.destroy_process_group()
     """
 
     group: Any = None
@@ -257,15 +275,16 @@ def decided(replicas: Replicas | None, callback: Callable[[Any], Any] | None) ->
     return lambda progress: replicas.any(callback(progress))
 
 
-def together(method: Callable[..., Any]) -> Callable[..., Any]:
+def together(method: Callable[P, R]) -> Callable[P, R]:
     """A method of a solver, on all processes of its `replicas`, if it has any."""
 
     @functools.wraps(method)
-    def run(self: Any, *arguments: Any, **options: Any) -> Any:
-        replicas = self.replicas
+    def run(*arguments: P.args, **options: P.kwargs) -> R:
+        solver: Any = arguments[0]
+        replicas = solver.replicas
         if replicas is None:
-            return method(self, *arguments, **options)
-        bound = signature(method).bind(self, *arguments, **options)
+            return method(*arguments, **options)
+        bound = signature(method).bind(*arguments, **options)
         call = {
             f"{method.__name__}({name}=)": x
             for name, x in bound.arguments.items()
