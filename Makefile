@@ -8,7 +8,7 @@ STAMPS := $(VENV)/.stamps
 DEMO ?= demo-output
 DEMO_FLAGS ?=
 
-.PHONY: demo test test-all lint docs bench bench-peers bench-control packages lowest clean help
+.PHONY: demo test test-all lint docs bench bench-peers bench-control cuda packages lowest clean help
 
 help:
 	@echo "make demo   simulate, reconstruct and evaluate scans, all on bundled data; results in $(DEMO)/"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint   ruff and basedpyright"
 	@echo "make docs   build the Sphinx site into docs/_build/html"
 	@echo "make bench  run the benchmarks (by hand; several minutes)"
+	@echo "make cuda   what needs a GPU: its tests, and benchmarks/gpu.py"
 	@echo "make packages  build wheel and sdist, and use them outside of the checkout"
 	@echo "make lowest  test the library with the oldest versions of what it needs"
 	@echo "make bench-peers  compare with other libraries, in an environment of its own"
@@ -54,6 +55,14 @@ bench: $(STAMPS)/mri
 	$(VENV)/bin/python -m benchmarks.columns
 	$(VENV)/bin/python -m benchmarks.many_outers
 	$(VENV)/bin/python -m benchmarks.first_derivatives
+
+# One run of some minutes, with what is installed already: CUDA_PYTHON may be any that has torch and
+# the packages of the extra `mri`.
+CUDA_PYTHON ?= $(VENV)/bin/python
+cuda:
+	$(CUDA_PYTHON) -m pytest -q -m cuda tests
+	@mkdir -p benchmarks/results
+	$(CUDA_PYTHON) -m benchmarks.gpu --json benchmarks/results/gpu.json
 
 # The peers need versions of their own. pip 24.1 began to refuse how betty-ml writes "torch>=1.6.*".
 $(PEERS)/.made: benchmarks/peers.txt

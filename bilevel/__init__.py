@@ -16,6 +16,7 @@ from bilevel import (
     methods as methods,
     optim as optim,
     outer as outer,
+    parallel as parallel,
     prox as prox,
     settings as settings,
     solution as solution,
@@ -44,6 +45,7 @@ from bilevel.inner import BilevelProblem, Minibatches
 from bilevel.methods import MLM, FirstOrder, Implicit, OneStep, Penalty, Unrolled
 from bilevel.optim import Given
 from bilevel.outer import Keep, Restore
+from bilevel.parallel import Replicas
 from bilevel.settings import ByStep
 from bilevel.solver import BilevelSolver
 from bilevel.sweeps import Budget, Checkpointing, InMemory, OnDisk, OnHost, plan
@@ -64,7 +66,7 @@ __all__ = ["MLM", "AgainstMinimiser", "AgainstSteps", "BilevelError", "BilevelPr
 __all__ += ["BilevelSolver", "Budget", "ByStep", "Checkpointing", "Compiled", "ControlProblem"]
 __all__ += ["ControlSolver", "ConvergenceWarning", "Dynamics", "FirstOrder", "Given", "Implicit"]
 __all__ += ["InMemory", "Keep", "Looped", "Map", "Minibatches", "NewtonCG", "OnDisk", "OnHost"]
-__all__ += ["OneStep", "Penalty", "PerStep", "Phases", "Restore", "Riccati", "Softmax", "Sparsemax"]
-__all__ += ["TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint", "check_hypergradient"]
-__all__ += ["functional", "hvp", "implicit"]
+__all__ += ["OneStep", "Penalty", "PerStep", "Phases", "Replicas", "Restore", "Riccati", "Softmax"]
+__all__ += ["Sparsemax", "TaskWeights", "Unrolled", "Vmapped", "adapt", "adjoint"]
+__all__ += ["check_hypergradient", "functional", "hvp", "implicit"]
 __all__ += ["kkt", "lagrangian", "plan", "rollout", "total_cost", "weighted_problem"]

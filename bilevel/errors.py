@@ -43,6 +43,10 @@ class DivergenceError(BilevelError, ArithmeticError):
     """A value became infinite or NaN; the message names the step where it began."""
 
 
+class ParallelError(BilevelError, RuntimeError):
+    """A process of several failed, fell silent, or does not hold what the others hold."""
+
+
 class ConvergenceWarning(UserWarning):
     """An iteration stopped before its tolerance; the result says by how much."""
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,13 @@ from bilevel.checks import check_arguments, check_choice, check_kind, check_rang
 from bilevel.control.tangent import HessianProduct
 from bilevel.dynamics.per_step import BILEVEL_WORDS, Look, PerStep
 from bilevel.dynamics.steps import walk
-from bilevel.errors import ArgumentError, BilevelError, DivergenceError, LostGradientError
+from bilevel.errors import (
+    ArgumentError,
+    BilevelError,
+    DivergenceError,
+    LostGradientError,
+    UnsupportedError,
+)
 from bilevel.hessian import hessian_product
 from bilevel.inner.batches import refuse_loader
 from bilevel.inner.problem import BilevelProblem, Objective
@@ -27,7 +34,7 @@ from bilevel.kept_solution import RECORDS, KeptSolution
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Warm
 from bilevel.methods.mlm import MLM
 from bilevel.methods.one_step import OneStep
-from bilevel.methods.pairing import check_pairing
+from bilevel.methods.pairing import check_pairing, check_shared
 from bilevel.methods.unrolled import Unrolled
 from bilevel.optim.given import Given
 from bilevel.optim.rules import InnerOptimizer
@@ -37,6 +44,7 @@ from bilevel.outer.encoding import columns, rows
 from bilevel.outer.keeping import Keep, OnDivergence
 from bilevel.outer.running import Around
 from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
+from bilevel.parallel import Alone, Averaged, Replicas, decided, refuse_shards, shared, together
 from bilevel.settings import Stepwise
 from bilevel.solution import Hypergradient, Solution
 from bilevel.tasks.problem import Evaluation, Vmapped
@@ -64,9 +72,15 @@ class BilevelSolver:
             itself; None switches that off.
         on_failure: what to do where a hypergradient is not trustworthy, or a tolerance that was
             asked for is not reached.
+        replicas: the processes that solve it together, each with its part of the batches; None is
+            this one alone.
+        micro_batches: parts of each batch, along the first axis of its tensors, that are evaluated
+            one after another, so that the graph of one is held at a time. Objectives are means over
+            samples, and so the same; one evaluation more is made where a step is reversed.
 
     Raises:
         ArgumentError: if a field is not what it should be.
+        UnsupportedError: if replicas or micro-batches cannot share the problem or its optimiser.
 
     Example:
         >>> import dataclasses, torch, bilevel as bl
@@ -90,6 +104,8 @@ class BilevelSolver:
     method: HypergradientMethod = field(default_factory=MLM)
     certificate: Certifier | None = field(default_factory=AgainstMinimiser)
     on_failure: OnFailure = "warn"
+    replicas: Replicas | None = None
+    micro_batches: int = 1
 
     def __post_init__(self) -> None:
         check_kind(self.problem, BilevelProblem, "problem", "a BilevelProblem")
@@ -101,8 +117,13 @@ class BilevelSolver:
         certificate = "AgainstMinimiser(...), AgainstSteps(...) or None"
         check_kind(self.certificate, Certifier | None, "certificate", certificate)
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
+        check_kind(self.replicas, Replicas | None, "replicas", "bilevel.Replicas() or None")
+        check_whole(self.micro_batches, "micro_batches", 1)
         check_pairing(self.problem, self.optimizer, self.method)
+        if self._among is not None:
+            check_shared(self.problem, self.optimizer)
 
+    @together
     def hypergradient(
         self,
         params: Tree,
@@ -151,6 +172,7 @@ class BilevelSolver:
             report(found.complaint, self.on_failure)
         return found
 
+    @together
     def hypergradients(
         self,
         params: Tree,
@@ -196,7 +218,7 @@ class BilevelSolver:
             check_arguments(outer, f"outers[{i}]", "params", "control", "batch")
         given = inner_batch, outer_batch, linear_batch, warm, inner_tolerance
         first = self._counted(self._instance(params, control, *given))
-        instances = [first.beside(outer) for outer in outers]
+        instances = [first.beside(self._averaged(outer)) for outer in outers]
         look = Look(BILEVEL_WORDS, control)
         look.waits = True
         with look.on():
@@ -209,6 +231,7 @@ class BilevelSolver:
                 report(f"outers[{i}]: {one.complaint}", self.on_failure)
         return found
 
+    @together
     def value(
         self,
         params: Tree,
@@ -232,6 +255,7 @@ class BilevelSolver:
         instance = self._instance(params, control, inner_batch, outer_batch, warm=warm)
         return instance.value()
 
+    @together
     def advance(
         self, params: Tree, control: Tree, inner_batch: Any = None, warm: Warm | None = None
     ) -> Warm:
@@ -276,9 +300,15 @@ class BilevelSolver:
             Product, gradient and value.
 
         Raises:
-            UnsupportedError: if the method has no second derivative.
+            UnsupportedError: if the method has no second derivative, or there are replicas or
+                micro-batches.
             StructureError: if the direction does not fit the control.
         """
+        if self._among is not None:
+            raise UnsupportedError(
+                "hvp evaluates whole batches on one process: leave replicas= and micro_batches= "
+                "out for it, or take differences of hypergradient(), which splits them."
+            )
         given = tree.map_leaves(lambda x: x if tree.is_variable(x) else None, control)
         along = tree.map_leaves(lambda x: x if tree.is_variable(x) else None, direction)
         tree.check_like(along, given, "direction", "direction must be like the control")
@@ -287,6 +317,7 @@ class BilevelSolver:
         )
         return hessian_product(instance, self.method, tree.detach(along), self.on_failure)
 
+    @together
     def solve(
         self,
         params: Tree,
@@ -368,7 +399,7 @@ class BilevelSolver:
         """
         check_factory(optimizer)
         pairs = None if batches is None else paired(batches)
-        watched = scheduler, project, tolerance, callback, progress
+        watched = scheduler, project, tolerance, decided(self.replicas, callback), progress
         tasks = self._tasks(params, linear_batch, accumulate, evaluate, batches is not None)
         pairs = Grouped(pairs, accumulate) if accumulate > 1 and pairs is not None else pairs
         loop = Loop(steps, pairs, *watched, keep, resume, on_divergence)
@@ -417,9 +448,10 @@ class BilevelSolver:
         if not history.keeps(self.optimizer, params):
             return None
         kinds = [tree.kind(x) for x in tree.leaves_of(params)]
-        conditions = {"solver": self, "params": kinds, "accumulate": tasks.accumulate, **settings}
+        alone = replace(self, replicas=None)  # a run goes on with any number of processes
+        conditions = {"solver": alone, "params": kinds, "accumulate": tasks.accumulate, **settings}
         parts = {"history": history, "look": look}
-        return Around(parts, conditions, RECORDS, (self, tasks.linear_batch))
+        return Around(parts, conditions, RECORDS, (alone, tasks.linear_batch))
 
     def _starts_warm(
         self,
@@ -439,6 +471,17 @@ class BilevelSolver:
             return warm_start is not False
         counted = inner_tolerance is not None and self._differentiates_steps
         return not (accumulate > 1 or counted or isinstance(self.certificate, AgainstSteps))
+
+    @cached_property
+    def _among(self) -> Replicas | Alone | None:
+        """Those who share the batches; None where nobody does."""
+        return Alone() if self.replicas is None and self.micro_batches > 1 else self.replicas
+
+    def _averaged(self, outer: Objective) -> Objective:
+        """An outer objective as those who share the batches see it."""
+        if self._among is None:
+            return outer
+        return Averaged(outer, "the outer objective", self._among, self.micro_batches)
 
     @property
     def _differentiates_steps(self) -> bool:
@@ -462,6 +505,11 @@ class BilevelSolver:
             )
         if accumulate == 1 or not isinstance(evaluate, Vmapped):
             return _Tasks(self, params, linear_batch, accumulate)
+        if self._among is not None:
+            raise ArgumentError(
+                "tasks that Vmapped() stacks are no samples of a batch, which replicas and "
+                "micro_batches split: pass evaluate=Looped()."
+            )
         problem = side_by_side(self.problem, self.optimizer, accumulate, evaluate)
         batch = None if linear_batch is None else stacked([linear_batch] * accumulate)
         params = copies(tree.detach(params), accumulate)
@@ -571,8 +619,17 @@ class BilevelSolver:
                 "stack what changes with the step, and read it by "
                 "ByStep(lambda t: lambda control: control['rates'][t - 1])."
             )
+        problem, among = self.problem, self._among
+        refuse_shards(params, control, alone=self.replicas is None)
+        if among is not None:
+            fields = "optimizer", "inner_steps", "method", "certificate"
+            settings = {f"solver.{name}": getattr(self, name) for name in fields}
+            values = {"params": params, "control": control, "warm": warm and warm.state}
+            batches = {"inner": inner_batch, "outer": outer_batch, "linear": linear_batch}
+            problem, given = shared(among, problem, settings, values, batches, self.micro_batches)
+            inner_batch, outer_batch, linear_batch = given.values()
         return Instance(
-            self.problem,
+            problem,
             self.optimizer,
             1 if isinstance(self.optimizer, Given) else self.inner_steps,
             tree.detach(params),

@@ -160,7 +160,7 @@ def random_like(values: Tree, generator: torch.Generator) -> Tree:
     """A vector of the space of `values` with normal entries, drawn on the CPU."""
     return tree.map_leaves(
         lambda x: (
-            torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
+            torch.randn(x.shape, dtype=x.dtype, generator=generator, device="cpu").to(x.device)
             if tree.is_variable(x)
             else None
         ),
@@ -431,7 +431,7 @@ def check_hypergradient(
 
     def slopes(h: float) -> Tensor:
         found = [(value(d, h) - value(d, -h)) / (2 * h) for d in directions]
-        return torch.tensor(found, dtype=torch.float64)
+        return torch.tensor(found, dtype=torch.float64, device="cpu")
 
     with preserved(devices):
         fine, coarse = slopes(h), slopes(2 * h)
@@ -444,7 +444,9 @@ def check_hypergradient(
     for row in rows:
         if row.gradient is not None:
             along = [float(tree.inner(row.gradient, d)) for d in directions]
-            error = float((torch.tensor(along, dtype=torch.float64) - fine).norm()) / size
+            error = (
+                float((torch.tensor(along, dtype=torch.float64, device="cpu") - fine).norm()) / size
+            )
             row = replace(row, error=error)
         judged.append(row)
     own = float((fine - coarse).norm()) / size

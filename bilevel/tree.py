@@ -14,6 +14,7 @@ import optree
 import torch
 from torch import Tensor
 
+from bilevel import shards
 from bilevel.errors import StructureError, UnsupportedError
 
 Tree = Any  # a tensor, or a dict / tuple / list of trees
@@ -140,15 +141,19 @@ def inner(a: Tree, b: Tree) -> Tensor:
         for x, y in zip(leaves_of(a), leaves_of(b), strict=True)
         if is_variable(x) and is_variable(y)
     ]
-    return sum(terms[1:], terms[0]) if terms else torch.zeros(())
+    return sum(terms[1:], terms[0]) if terms else torch.zeros((), device="cpu")
 
 
 def norm(vector: Tree) -> float:
     """Euclidean norm of a vector; large and small entries neither over- nor underflow."""
-    return math.hypot(*(_length(_real(x)) for x in leaves_of(vector) if is_variable(x)))
+    return math.hypot(*(_length(x) for x in leaves_of(vector) if is_variable(x)))
 
 
 def _length(x: Tensor) -> float:
+    if shards.is_shard(x):
+        local: Any = x
+        return shards.length(x, _length(local.to_local()))
+    x = _real(x)
     size = float(torch.linalg.vector_norm(x))
     limits = torch.finfo(x.dtype)
     # Squares of the entries are far inside the range of the dtype: that is the rule.

@@ -14,8 +14,11 @@ ROOT = Path(__file__).parent.parent
 # a file imports only from what stands above it. The files beside the rooms of the library are the
 # ground that they stand on, and their roof.
 ROOMS = {
-    "bilevel": ["errors", "tree", "records", "checks", "settings", "drawing"],
-    "bilevel.autodiff": ["graphs", "gradients", "linearisation", "nested", "reversible", "by_hand"],
+    "bilevel": ["errors", "shards", "tree", "records", "checks", "settings", "drawing"],
+    "bilevel.autodiff": [
+        *("junctions", "series", "graphs", "gradients", "linearisation", "nested", "reversible"),
+        "by_hand",
+    ],
     "bilevel.dynamics": [
         "dynamics",
         "closures",
@@ -37,6 +40,7 @@ ROOMS = {
         *("watching", "generators", "batches", "leaves", "encoding", "checkpoints", "signals"),
         *("keeping", "running", "descent"),
     ],
+    "bilevel.parallel": ["wire", "agreement", "parts", "replicas", "portions", "objectives"],
     "bilevel.control.riccati": [
         *("layout", "controls", "mapping", "constraints", "settings", "stages", "linearisation"),
         *("box", "sweep", "bounds", "newton", "solving", "sensitivity"),
@@ -58,7 +62,7 @@ ROOMS = {
         *("orders", "against_minimiser"),
     ],
     "bilevel.implicit_function": ["question", "systems", "equations", "function"],
-    "bilevel.tasks": ["normalisers", "weights", "problem", "adaptation", "stacked"],
+    "bilevel.tasks": ["normalisers", "weights", "problem", "over_ranks", "adaptation", "stacked"],
     "bilevel, above its rooms": [
         *("solution", "kept_solution", "accumulated", "hessian", "solver", "testing"),
     ],
@@ -74,6 +78,7 @@ ROOMS = {
         "pictures",
         "options",
         "command_line",
+        "processes",
     ],
     "applications.mri.bundled": ["paths"],
     "applications.mri.physics": [
@@ -182,7 +187,7 @@ LAYERS = [f"{room.split(',')[0]}.{name}" for room, names in ROOMS.items() for na
 # What the front door does not have is found in these.
 PACKAGES = [
     *("certificates", "control", "dynamics", "errors", "inner", "linear", "methods", "optim"),
-    *("outer", "prox", "settings", "solution", "solver", "sweeps", "tasks", "testing"),
+    *("outer", "parallel", "prox", "settings", "solution", "solver", "sweeps", "tasks", "testing"),
 ]
 MOST_FILES = 15  # in a folder, its __init__.py among them
 LONGEST = 60  # lines of a function, docstring apart
@@ -383,7 +388,7 @@ def test_only_autodiff_differentiates():
 
 
 def test_the_search_for_differentiation_finds_that_of_autodiff():
-    assert "torch.autograd.grad" in differentiating(SOURCES["bilevel.autodiff.gradients"])
+    assert "torch.autograd.grad" in differentiating(SOURCES["bilevel.autodiff.junctions"])
 
 
 def test_the_front_door_only_hands_on_and_lists_all_of_it_in_order():

@@ -15,6 +15,7 @@ BUILT_IN = {
     "StorageError": OSError,
     "ConvergenceError": RuntimeError,
     "DivergenceError": ArithmeticError,
+    "ParallelError": RuntimeError,
 }
 
 

@@ -1,8 +1,9 @@
 """The one room that differentiates, with respect to Re<., .>, as torch has gradients.
 
 A *variable tree* is a detached alias of a tree whose variables require grad: what is computed from
-it is a graph of its own, connected to nothing the caller holds. Read `graphs`, `gradients`,
-`linearisation`, `nested`, `reversible`, `by_hand`.
+it is a graph of its own, connected to nothing the caller holds. Read `junctions`, `graphs`,
+`gradients`, `linearisation`, `nested`, `reversible`, `by_hand`; `series` are junctions of several
+functions.
 """
 
 from bilevel.autodiff.by_hand import ByHand
@@ -28,6 +29,7 @@ from bilevel.autodiff.graphs import (
     told_apart,
     variables,
 )
+from bilevel.autodiff.junctions import Mean, meeting, seam
 from bilevel.autodiff.linearisation import Linearisation
 from bilevel.autodiff.nested import (
     Dims,
@@ -50,11 +52,13 @@ from bilevel.autodiff.nested import (
     varies,
 )
 from bilevel.autodiff.reversible import Reversible, no_transforms, reversible
+from bilevel.autodiff.series import in_turn
 
 __all__ = [
     "ByHand",
     "Cast",
     "Linearisation",
+    "Mean",
     "Reversible",
     "gradient",
     "is_on",
@@ -64,8 +68,9 @@ __all__ = [
     "pull_at",
     "push_at",
 ]
-__all__ += ["autocast_as", "autocasts", "forget_casts", "pull", "pull_each", "pushforward"]
-__all__ += ["recording", "refuse_hidden", "refuse_inside", "reversible", "rows", "told_apart"]
+__all__ += ["autocast_as", "autocasts", "forget_casts", "in_turn", "meeting", "pull", "pull_each"]
+__all__ += ["pushforward", "recording", "refuse_hidden", "refuse_inside", "reversible", "rows"]
+__all__ += ["seam", "told_apart"]
 __all__ += ["value_and_gradient", "variables"]
 __all__ += ["Dims", "Function", "alive", "forwards_again", "leading", "mapped", "member", "placed"]
 __all__ += [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import shards, tree
 from bilevel.autodiff.graphs import (
     autocast_as,
     autocasts,
@@ -19,6 +19,7 @@ from bilevel.autodiff.graphs import (
     told_apart,
     variables,
 )
+from bilevel.autodiff.junctions import crosses, pulled, slopes_only
 from bilevel.checks import check_scalar
 from bilevel.errors import LostGradientError
 from bilevel.tree import Tree
@@ -55,19 +56,17 @@ def grad(
         wanted = [leaves[i] for i in places]
         # A backward runs in the dtypes of its forward: autocast would cast once more.
         with autocast_as([]) if autocasts() else _AS_IT_IS:
-            gradients = torch.autograd.grad(
-                outputs,
-                wanted,
-                cotangents,
+            gradients = pulled(
+                *(outputs, wanted, cotangents),
                 retain_graph=retain_graph,
                 create_graph=create_graph,
-                allow_unused=True,
-                is_grads_batched=batched,
+                batched=batched,
             )
         for i, gradient in zip(places, gradients, strict=True):
             # As those of an embedding with sparse=True: sums and norms are of dense vectors.
-            sparse = gradient is not None and gradient.layout != torch.strided
-            found[i] = gradient.to_dense() if sparse else gradient
+            if gradient is not None and gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
+            found[i] = shards.fitted(gradient, leaves[i])
     return tree.unflatten(structure, found)
 
 
@@ -121,6 +120,9 @@ def pull_each(outputs: Tree, cotangents: Tree, inputs: Tree) -> Tree:
 
 def _together(ys: list[Tensor], wanted: list[Tensor], vs: list[Tensor]) -> list[Tensor | None]:
     """One backward pass for all cotangents, or one for each where a kernel refuses that."""
+    if crosses(ys, wanted):  # processes meet once for each cotangent, in the same order
+        more = {"create_graph": False, "retain_graph": True, "batched": True}
+        return [*pulled(ys, wanted, vs, **more)]
     given: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     try:
         with warnings.catch_warnings():
@@ -182,7 +184,8 @@ def gradient(
     attached = torch.is_grad_enabled() and (is_taped(params) or is_taped(control))
     with recording():
         point = _point(params, attached=attached)
-        value = check_scalar(function(point, control), name)
+        with slopes_only():
+            value = check_scalar(function(point, control), name)
         if check:
             given = ((params, control) if attached else (), point)
             refuse_hidden(value, given, name, twice=attached)

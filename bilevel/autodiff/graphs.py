@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable as once_differentiable_o
 from torch.autograd.graph import Node
 
 from bilevel import tree
+from bilevel.autodiff.junctions import behind
 from bilevel.errors import LostGradientError, UnsupportedError
 from bilevel.tree import Tree
 
@@ -152,9 +153,9 @@ def refuse_hidden(
     if not tensors:
         return
     given = [x for x in tree.leaves_of(inputs) if isinstance(x, Tensor)]
-    known, behind = {id(x) for x in given}, {x.grad_fn for x in given}
-    for leaf in _graph_leaves(tensors, behind, name if twice else ""):
-        if id(leaf) not in known and not getattr(leaf, "passing", False):
+    known, nodes = {id(x) for x in given}, {x.grad_fn for x in given}
+    for leaf in _graph_leaves(tensors, known, nodes, name if twice else ""):
+        if not getattr(leaf, "passing", False):
             raise LostGradientError(
                 f"{name} uses a tensor of shape {tuple(leaf.shape)} that requires grad but is not "
                 f"among its arguments; its gradient would be lost. {remedy}, or "
@@ -195,33 +196,40 @@ _MARK: Any = getattr(once_differentiable_of_torch(print), "__code__", None)
 
 
 def _graph_leaves(
-    tensors: Sequence[Tensor], seen: set[Node | None], twice: str
+    tensors: Sequence[Tensor], known: set[int], seen: set[Node | None], twice: str
 ) -> Iterator[Tensor]:
-    """The tensors that accumulate a gradient in the graph behind `tensors`, not behind `seen`."""
-    # `twice` names what is differentiated twice, if it is.
-    pending: list[Node] = []
-    for tensor in tensors:
-        node = tensor.grad_fn
-        if node is None:
-            yield tensor
-        elif node not in seen:
-            seen.add(node)
-            pending.append(node)
+    """The tensors that accumulate a gradient in the graph behind `tensors`."""
+    # Nobody looks behind known tensors, which are not among them, and behind nodes that were seen.
+    # `twice` names what is differentiated twice, if it is. No function inside of this one: what it
+    # closes over, the graph, would live until the next garbage collection.
+    pending: list[Node | Tensor] = [*tensors]
     while pending:
-        node = pending.pop()
+        one = pending.pop()
+        if isinstance(one, Tensor):
+            node = one.grad_fn
+            if node is None and id(one) not in known:
+                known.add(id(one))
+                further = behind(one)  # the graph before a junction
+                pending += further
+                if not further:
+                    yield one
+            elif node is not None and node not in seen:
+                seen.add(node)
+                pending.append(node)
+            continue
         if twice:
-            _refuse_once(node, twice)
-        kind = node.name()
+            _refuse_once(one, twice)
+        kind = one.name()
         if kind == _COMPILED_TWICE or (twice and kind == _COMPILED):
             raise compiled(twice or "this graph")
         if kind.endswith("Error"):  # what the mark leaves where a graph is asked for
             raise once_differentiable("this graph", "a function")
-        edges = node.next_functions
+        edges = one.next_functions
         if not edges:
             # Only a node that accumulates a gradient has a `variable`.
-            variable = getattr(node, "variable", None)
+            variable = getattr(one, "variable", None)
             if isinstance(variable, Tensor):
-                yield variable
+                pending.append(variable)
         for previous, _ in edges:
             if previous is not None and previous not in seen:
                 seen.add(previous)

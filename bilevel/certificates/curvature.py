@@ -59,7 +59,10 @@ def probe(operator: Operator, like: Tree, directions: int, seed: int) -> Curvatu
     """
     flat = Flat(like, "params", operator.columns)
     start = torch.randn(
-        flat.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        flat.shape,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
+        device="cpu",
     )
     start = start.to(device=flat.device, dtype=flat.dtype).reshape(-1, flat.width)
     with autodiff.paused():

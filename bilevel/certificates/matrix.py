@@ -43,7 +43,7 @@ def formed(residual: Linearisation, operator: Operator, like: Tree) -> Tensor | 
     except (RuntimeError, ValueError, TypeError):
         return None  # an operation without a rule for several vectors
     generator = torch.Generator().manual_seed(n)
-    v = torch.randn(n, generator=generator, dtype=torch.float64).to(matrix)
+    v = torch.randn(n, generator=generator, dtype=torch.float64, device="cpu").to(matrix)
     wanted = flat.vector(operator.apply(flat.tree(v)))
     error, size = torch.linalg.vector_norm(matrix @ v - wanted), torch.linalg.vector_norm(matrix)
     sound = bool(error <= math.sqrt(torch.finfo(flat.dtype).eps) * size)  # not where one is NaN

@@ -22,6 +22,7 @@ from bilevel.linear.operator import LinearSolver, Operator
 from bilevel.linear.steihaug import Truncated, steihaug
 from bilevel.outer.descent import StandstillError
 from bilevel.outer.leaves import Leaves
+from bilevel.parallel import Replicas
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.randomness import RandomState
 from bilevel.tree import Tree
@@ -239,8 +240,9 @@ class NewtonRun:
         checkpointing: Checkpointing | Budget | None,
         random: RandomState,
         look: Look,
+        replicas: Replicas | None = None,
     ) -> None:
-        self._look = look
+        self._look, self._replicas = look, replicas
         self._settings, self._given, self._evaluate = settings, given, evaluate
         self._checkpointing, self.random = checkpointing, random
         self._step = 0
@@ -287,4 +289,5 @@ class NewtonRun:
         along = self._leaves.spread(direction)
         with self._look.on():
             found = hvp(*self._problem, control, along, checkpointing=self._checkpointing)
-        return self._leaves.gathered(found.product)
+        product = self._leaves.gathered(found.product)
+        return product if self._replicas is None else self._replicas.mean_of(product)

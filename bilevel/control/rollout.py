@@ -225,4 +225,4 @@ class _Carrying(Dynamics):
 
 
 def _no_cost(state: Tree, control: Tree) -> Tensor:  # noqa: ARG001
-    return torch.zeros(())
+    return torch.zeros((), device="cpu")

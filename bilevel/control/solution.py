@@ -48,8 +48,9 @@ class ControlSolution(Record):
         steps: updates made.
         converged: whether the gradient norm came down to the tolerance.
         reason: why it ended, in words.
-        adjoint: states, multipliers and gradient at the last control; None with batches.
-        kkt: residuals of the optimality conditions (5a-c) there; None with batches.
+        adjoint: states, multipliers and gradient at the last control; None with batches. With
+            replicas states and multipliers are those of this process.
+        kkt: residuals of the optimality conditions (5a-c) there; None with batches or replicas.
         products: of the Hessian, in each iteration of `NewtonCG`; None by another optimiser.
         shifts: of the Hessian before each update; None but by `Riccati`.
         constraints: their multipliers and violation; None without. With them, gradient and

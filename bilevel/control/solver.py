@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -17,6 +18,7 @@ from bilevel.control.newton_cg import NewtonCG, NewtonRun
 from bilevel.control.optimum import Optimal, Optimum, optimum_of
 from bilevel.control.riccati.settings import Riccati
 from bilevel.control.riccati.solving import Laid, Solved
+from bilevel.control.rollout import total_cost
 from bilevel.control.second_order import by_riccati, iterated
 from bilevel.control.solution import BatchSolution, ControlSolution
 from bilevel.dynamics.per_step import CONTROL_WORDS, Look
@@ -27,14 +29,8 @@ from bilevel.outer.batches import Grouped
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory, check_finite
 from bilevel.outer.keeping import Keep, OnDivergence
 from bilevel.outer.running import Around
-from bilevel.outer.watching import (
-    ON_FAILURE,
-    OnFailure,
-    Progress,
-    carrying,
-    report,
-    told,
-)
+from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
+from bilevel.parallel import Portion, Replicas, Shares, check_mean, decided, own, together
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.memory import Plans
 from bilevel.sweeps.randomness import RandomState, devices_of
@@ -56,9 +52,13 @@ class ControlSolver:
         checkpointing: of the sweeps; None is `Checkpointing()`. A `Budget` is planned once in a
             solve for all batches whose observations agree in structure, shape, dtype and device.
         on_failure: what to do when a tolerance was asked for and not reached.
+        replicas: the processes that solve it together, each with its part of the batches, or of the
+            batches of an update; one problem each builds for itself. None is this one alone, as
+            `Riccati` and `optimum` need it.
 
     Raises:
         ArgumentError: if a field is not what it should be.
+        UnsupportedError: if replicas are to share a Riccati sweep.
 
     Example:
         >>> import torch, bilevel as bl
@@ -78,6 +78,7 @@ class ControlSolver:
     optimizer: MakeOptimizer | NewtonCG | Riccati = adam
     checkpointing: Checkpointing | Budget | None = None
     on_failure: OnFailure = "warn"
+    replicas: Replicas | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.problem, ControlProblem) or callable(self.problem)):
@@ -97,7 +98,14 @@ class ControlSolver:
                 "or take NewtonCG."
             )
         check_choice(self.on_failure, ON_FAILURE, "on_failure")
+        check_kind(self.replicas, Replicas | None, "replicas", "bilevel.Replicas() or None")
+        if isinstance(self.optimizer, Riccati) and self.replicas is not None:
+            raise UnsupportedError(
+                "Riccati sweeps on one process, and so does optimum(): leave replicas= out, or "
+                "take NewtonCG() or an optimiser of torch, whose costs processes share."
+            )
 
+    @together
     def solve(
         self,
         control: Tree,
@@ -157,7 +165,9 @@ class ControlSolver:
         self._check_accumulation(accumulate)
         if accumulate > 1 and batches is not None:
             batches = Grouped(batches, accumulate)
-        watched = scheduler, project, tolerance, callback, progress
+        if self.replicas is not None and batches is not None:
+            batches = Shares(self.replicas, batches, accumulate)
+        watched = scheduler, project, tolerance, decided(self.replicas, callback), progress
         loop = Loop(steps, batches, *watched, keep, resume, on_divergence)
         if isinstance(self.optimizer, Riccati):
             given = self.optimizer, self.problem, control, observation, loop
@@ -170,7 +180,7 @@ class ControlSolver:
         if isinstance(make, NewtonCG):
             random = RandomState.capture(devices_of((observation, control)))
             given, swept = partial(self._given, observation), partial(self._adjoint, plans)
-            run = NewtonRun(make, given, swept, self.checkpointing, random, look)
+            run = NewtonRun(make, given, swept, self.checkpointing, random, look, self.replicas)
             evaluate, make = run.evaluate, run.optimizer
         around = self._around(look, run, observation, accumulate)
         with carrying(lambda error: _solution(descent, told(error))):
@@ -190,9 +200,10 @@ class ControlSolver:
     ) -> Around:
         """What a descent that is kept has to know of this solver."""
         kinds = [tree.kind(x) for x in tree.leaves_of(observation)]
-        conditions = {"solver": self, "observation": kinds, "accumulate": accumulate}
+        alone = replace(self, replicas=None)  # a run goes on with any number of processes
+        conditions = {"solver": alone, "observation": kinds, "accumulate": accumulate}
         parts = {"look": look} if run is None else {"look": look, "newton": run}
-        return Around(parts, conditions, {}, (self, observation))
+        return Around(parts, conditions, {}, (alone, observation))
 
     def optimum(
         self,
@@ -275,6 +286,8 @@ class ControlSolver:
         final = self._adjoint(plans, problem, observation, control, steps, keep=True)
         random.restore()  # so that steps which draw at random draw what they drew
         states, multipliers = final.states or [], final.multipliers or []
+        if self.replicas is not None:  # states and multipliers are those of this process
+            return final, None
         residuals = kkt(problem, observation, control, states, multipliers)
         if descent.leaves.tied:  # the condition is on the sum over its places
             norm = tree.norm(descent.leaves.gathered(final.gradient))
@@ -294,7 +307,7 @@ class ControlSolver:
     def _given(self, observation: Tree, batch: Any) -> tuple[ControlProblem, Tree]:
         if isinstance(self.problem, ControlProblem):
             return self.problem, observation
-        return self.problem(batch)
+        return self.problem(own(batch))
 
     def _evaluate(
         self,
@@ -305,6 +318,8 @@ class ControlSolver:
         batch: Any,
         step: int,
     ) -> tuple[float, Adjoint]:
+        if self.replicas is not None:
+            self._compare(self.replicas, control, batch)
         batches = [batch] if accumulate == 1 else batch
         each = (self._adjoint(plans, *self._given(observation, b), control, step) for b in batches)
         if accumulate == 1:
@@ -314,6 +329,18 @@ class ControlSolver:
             norm = tree.norm(found.gradient)
             check_finite(float(found.cost), norm, step, lambda: "that of each batch is finite")
         return float(found.cost), found
+
+    def _compare(self, replicas: Replicas, control: Tree, batch: Any) -> None:
+        """Refuse what must be the same on every process and is not."""
+        replicas.begin({"problem": self.problem}, {"control": control})
+        build = self._given
+
+        def cost(one: Any) -> Tensor:
+            return total_cost(*build(None, one), tree.detach(control))
+
+        if isinstance(batch, Portion):
+            parts = [batch.part], batch.whole
+            check_mean(replicas, "the cost", cost, parts, control, self.problem)
 
     def _adjoint(
         self,
@@ -332,6 +359,9 @@ class ControlSolver:
             keep_states=keep,
             keep_multipliers=keep,
         )
+        if self.replicas is not None:
+            cost, gradient = self.replicas.mean_of((found.cost, found.gradient))
+            found = replace(found, cost=cost, gradient=gradient)
         norm = tree.norm(found.gradient)
         check_finite(float(found.cost), norm, step, lambda: _where(problem, observation, control))
         return found

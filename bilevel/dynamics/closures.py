@@ -1,9 +1,12 @@
 """Modules that a user's function closes over, and their buffers kept as they are.
 
+Modules that train over several processes are refused wherever they are found.
+
 A step is evaluated again when its block is reversed. A BatchNorm layer that it closes over would
 count those evaluations as further batches: its buffers are put back after each.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from bilevel.errors import UnsupportedError
 
 LARGE = 1000  # containers of more entries hold data, not modules
 
@@ -107,3 +112,54 @@ def buffers_kept(*roots: Any) -> Iterator[None]:
                 with torch.no_grad():
                     value.copy_(before)
             part._buffers[name] = value
+
+
+def refuse_wrapped(*models: nn.Module) -> None:
+    """Refuse modules whose backward pass talks to other processes: gradients here never see it.
+
+    Args:
+        models: they, and all their parts.
+
+    Raises:
+        UnsupportedError: naming the module, and what to do.
+    """
+    # What was not imported is no module of the caller's.
+    names = {
+        "torch.nn.parallel": ("DistributedDataParallel",),
+        "torch.distributed.fsdp": ("FullyShardedDataParallel", "FSDPModule"),
+    }
+    wrappers = tuple(
+        kind
+        for room, kinds in names.items()
+        for kind in (getattr(sys.modules.get(room), name, None) for name in kinds)
+        if isinstance(kind, type)
+    )
+    for name, part in (named for model in models for named in model.named_modules()):
+        if isinstance(part, wrappers):
+            remedy = (
+                "Pass the module that it wraps (model.module)"
+                if hasattr(part, "module")
+                else "Call functional on a copy made before fully_shard, and take the parameters "
+                "of the sharded one as params, {name: p.detach() for name, p in "
+                "sharded.named_parameters()}"
+            )
+            raise UnsupportedError(
+                f"{name or 'the module'} is a {type(part).__name__}, which averages or gathers in "
+                "its own backward pass; a plain function of its parameters does not, and every "
+                f"process would go its own way in silence. {remedy}; and give the solver "
+                "replicas=bilevel.Replicas(), which averages over the processes."
+            )
+
+
+def refuse_wrapped_in(*roots: Any) -> None:
+    """Refuse functions that reach a module which trains over several processes.
+
+    Args:
+        roots: functions, or objects that hold them.
+
+    Raises:
+        UnsupportedError: naming the module, and what to do.
+    """
+    # Where processes do not know each other there is no such module.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        refuse_wrapped(*modules_of(*roots))

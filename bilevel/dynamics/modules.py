@@ -1,6 +1,5 @@
 """`torch.nn.Module`s as dynamics and as plain functions of their parameters."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import tree
+from bilevel.dynamics.closures import refuse_wrapped
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.dynamics.per_step import PerStep, check_control
-from bilevel.errors import ArgumentError, UnsupportedError
+from bilevel.errors import ArgumentError
 from bilevel.tree import Tree
 
 Params = dict[str, Tensor]
@@ -70,34 +70,11 @@ def functional(model: nn.Module) -> tuple[Params, ModuleFunction]:
         >>> functional(nn.BatchNorm1d(3, affine=False))[1]
         ModuleFunction(BatchNorm1d; buffers, cloned: running_mean, running_var, num_batches_tracked)
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     constants = tuple(n for n, p in model.named_parameters() if not p.requires_grad)
     return _trainable(model), ModuleFunction(
         model, constants, tuple(n for n, _ in model.named_buffers())
     )
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    """Refuse modules whose backward pass talks to other processes: gradients here never see it."""
-    # What was not imported is no module of the caller's.
-    names = {
-        "torch.nn.parallel": ("DistributedDataParallel",),
-        "torch.distributed.fsdp": ("FullyShardedDataParallel", "FSDPModule"),
-    }
-    wrappers = tuple(
-        kind
-        for room, kinds in names.items()
-        for kind in (getattr(sys.modules.get(room), name, None) for name in kinds)
-        if isinstance(kind, type)
-    )
-    for name, part in model.named_modules():
-        if isinstance(part, wrappers):
-            raise UnsupportedError(
-                f"{name or 'the module'} is a {type(part).__name__}, which averages or gathers in "
-                "its own backward pass; a plain function of its parameters does not, and every "
-                "process would go its own way in silence. Pass the module that it wraps "
-                "(model.module), and average gradients yourself."
-            )
 
 
 def _call(model: nn.Module, params: Params, *inputs: Any, **options: Any) -> Any:
@@ -139,7 +116,7 @@ class Phases(Dynamics):
         owner: dict[int, str] = {}
         named = [(f"step {t}", module) for t, module in enumerate(self.modules, start=1)]
         for holder, module in named + ([] if self.initial is None else [("initial", self.initial)]):
-            _refuse_wrapped(module)
+            refuse_wrapped(module)
             for name, parameter in module.named_parameters():
                 if not parameter.requires_grad:
                     continue

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel.checks import check_arguments, check_kind, check_scalar, check_whole
+from bilevel.dynamics.closures import refuse_wrapped_in
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.tree import Tree
 
@@ -26,6 +27,8 @@ class ControlProblem:
 
     Raises:
         ArgumentError: if the horizon is no whole number, or the dynamics none.
+        UnsupportedError: if one of them uses a module that is wrapped to train over several
+            processes.
 
     Example:
         >>> import torch
@@ -47,6 +50,7 @@ class ControlProblem:
         check_arguments(self.terminal, "terminal", "state", "control")
         if self.running is not None:
             check_arguments(self.running, "running", "state", "control", "t")
+        refuse_wrapped_in(self.dynamics, self.terminal, self.running)
 
     def final_cost(self, state: Tree, control: Tree) -> Tensor:
         """l(u(T), Theta), checked to be a real scalar."""

@@ -81,14 +81,14 @@ class Minibatches(Stepwise):
     def at(self, t: int) -> Any:  # noqa: D102
         epoch, k = divmod(t - 1, len(self))
         generator = torch.Generator().manual_seed(_mixed(self.seed, epoch))
-        order = torch.randperm(self._n, generator=generator)
+        order = torch.randperm(self._n, generator=generator, device="cpu")
         chosen = order[k * self.size : (k + 1) * self.size]
         return self._batch(chosen, _mixed(self.seed, t, 1))
 
     @property
     def whole(self) -> Any:
         """All samples in one batch, in their order, as for a `linear_batch`."""
-        return self._batch(torch.arange(self._n), _mixed(self.seed, 0, 2))
+        return self._batch(torch.arange(self._n, device="cpu"), _mixed(self.seed, 0, 2))
 
     def _batch(self, chosen: Tensor, seed: int) -> Any:
         if _is_tensors(self.dataset):

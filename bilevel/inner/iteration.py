@@ -47,6 +47,8 @@ class InnerIteration(Dynamics):
         return self.optimizer.begin(start)
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
+        if hasattr(self.problem.inner, "origin"):  # processes meet in it: piece by piece
+            state = autodiff.seam(state)
         try:
             if not self.optimizer.reversible:  # it makes its step by itself
                 return self.optimizer.step(
@@ -75,7 +77,7 @@ class InnerIteration(Dynamics):
 
     @property
     def origin(self) -> object:  # noqa: D102
-        return self.problem.equation
+        return getattr(self.problem.equation, "origin", self.problem.equation)
 
     def gradient(self, params: Tree, control: Tree, t: int, *, check: bool = False) -> Tree:
         """Gradient of the inner objective in the params, or the residual in its place, at `t`."""

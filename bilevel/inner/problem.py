@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel.checks import check_arguments, check_kind, check_whole, takes
+from bilevel.dynamics.closures import refuse_wrapped_in
 from bilevel.errors import ArgumentError, UnsupportedError
 from bilevel.tree import Tree
 
@@ -54,6 +55,8 @@ class BilevelProblem:
 
     Raises:
         ArgumentError: if a field is not what it should be.
+        UnsupportedError: if a function uses a module that is wrapped to train over several
+            processes.
 
     Example:
         >>> import torch
@@ -98,6 +101,7 @@ class BilevelProblem:
                 batch = () if name == "start" else ("batch",)
                 check_arguments(value, name, "params", "control", *batch)
         check_whole(self.columns, "columns", 1, optional=True)
+        refuse_wrapped_in(self.inner, self.outer, self.start, self.outer_each, self.residual)
         if self.outer_each is not None:
             check_kind(
                 self.outer_each, Callable, "outer_each", "a function (params, control, batch)"

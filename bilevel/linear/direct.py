@@ -66,7 +66,8 @@ class Nystrom(LinearSolver):
         x, r, _ = system.begin()
         # On the CPU: the same numbers on every device.
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randn(n, min(self.rank, n), generator=generator, dtype=torch.float64)
+        shape = n, min(self.rank, n)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         Q = torch.linalg.qr(drawn)[0].to(r)
         # Nystrom: A ~ Y core^+ Y^T with Y = A Q, core = Q^T A Q. Written with core = V S V^T and
         # Y V = basis R it is U diag(found) U^T, and (that + damping)^-1 is known on the span of U
@@ -190,7 +191,9 @@ def _upright(v: Tensor, A: Tensor) -> Tensor:
 
 def _matrices(system: System) -> Tensor:
     """The matrix of each column of the system."""
-    return _image(system, torch.eye(system.flat.width).to(system.rhs))
+    return _image(
+        system, torch.eye(system.flat.width, dtype=system.flat.dtype, device=system.flat.device)
+    )
 
 
 def _sizes(A: Tensor) -> list[float]:

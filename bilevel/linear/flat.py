@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel import tree
-from bilevel.errors import StructureError
+from bilevel import shards, tree
+from bilevel.errors import StructureError, UnsupportedError
 from bilevel.tree import Tree
 
 _AS_THEY_ARE = (torch.float32, torch.float64)
@@ -44,6 +44,12 @@ class Flat:
 
     def __init__(self, vector: Tree, name: str, columns: int | None = None) -> None:
         """Lay out the leaves of `vector`."""
+        if shards.any_shard(tree.leaves_of(vector)):
+            raise UnsupportedError(
+                f"a linear system cannot be solved for {name} in parts (DTensor): take a method "
+                "that solves none, such as OneStep() or MLM(), and certificate=None, or pass "
+                "params that are whole."
+            )
         self._template, self._columns = vector, columns
         # The common cases cost least: the tree is one real tensor, a flat vector even.
         self._is_tensor = isinstance(vector, Tensor) and vector.dtype in _AS_THEY_ARE

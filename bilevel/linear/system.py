@@ -73,7 +73,7 @@ class System:
                 raise DivergenceError("start is not finite: pass None to start at zero.")
             if self.columns is not None:
                 # Where the right-hand side is zero, so is the solution.
-                x[torch.tensor([not norm for norm in self.rhs_norms])] = 0
+                x[torch.tensor([not norm for norm in self.rhs_norms], device=x.device)] = 0
             self._start, self.start_norms = x, self.norms(x, 0)
 
     def _balanced(self, probes: int) -> Tensor:
@@ -83,7 +83,9 @@ class System:
         generator = torch.Generator().manual_seed(0)
         squares = torch.zeros(self.flat.shape, dtype=self.flat.dtype, device=self.flat.device)
         for _ in range(probes):
-            signs = torch.randint(0, 2, self.flat.shape, generator=generator) * 2.0 - 1
+            signs = (
+                torch.randint(0, 2, self.flat.shape, generator=generator, device="cpu") * 2.0 - 1
+            )
             squares += self.apply(signs.to(squares)).square()
         rows = (squares / probes).sqrt()
         largest = rows.amax(-1, keepdim=True)

@@ -92,7 +92,7 @@ def told(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def report(message: str, on_failure: OnFailure, *, level: int = 3) -> None:
+def report(message: str, on_failure: OnFailure, *, level: int = 4) -> None:
     """Warn, raise, or be silent, as asked."""
     if on_failure == "raise":
         raise ConvergenceError(message)

@@ -197,7 +197,7 @@ def summed(term: Callable[[Tensor, Any], Tensor], params: Tree, weight: Tree) ->
     """The sum over the leaves."""
     pairs = zip(tree.leaves_of(params), tree.leaves_of(weight), strict=True)
     terms = [term(x, w) for x, w in pairs if w is not None]
-    return sum(terms[1:], terms[0]) if terms else torch.zeros(())
+    return sum(terms[1:], terms[0]) if terms else torch.zeros((), device="cpu")
 
 
 @final
@@ -299,7 +299,11 @@ class Box(Prox):
         """See `Prox`; 0 inside, infinite outside."""
         pairs = zip(tree.leaves_of(params), tree.leaves_of(self(params, 1.0, control)), strict=True)
         moved = [(x != y).any() for x, y in pairs if tree.is_variable(x)]
-        return torch.where(torch.stack(moved).any(), math.inf, 0.0) if moved else torch.zeros(())
+        return (
+            torch.where(torch.stack(moved).any(), math.inf, 0.0)
+            if moved
+            else torch.zeros((), device="cpu")
+        )
 
     def term(self, params: Tree, control: Tree) -> Tensor | float:  # noqa: ARG002, D102
         return nothing_of_a_set(self, self.lower, self.upper)

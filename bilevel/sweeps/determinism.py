@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import autodiff, tree
+from bilevel import autodiff, shards, tree
 from bilevel.errors import ArgumentError
 from bilevel.sweeps.block import Block
 from bilevel.tree import Tree
@@ -27,7 +27,7 @@ def check_same_state(again: Tree, expected: Tree, name: str, *, whole: bool) -> 
     for new, old in zip(tree.leaves_of(again), tree.leaves_of(expected), strict=True):
         if not isinstance(old, Tensor):
             continue
-        new, old = new.detach(), old.detach()
+        new, old = shards.local(new.detach()), shards.local(old.detach())
         if not whole and old.is_contiguous() and new.is_contiguous() and old.numel() > SAMPLE:
             new, old = (x.view(-1)[:SAMPLE] for x in (new, old))
         if not (torch.equal(new, old) or _rounded(new, old)):
@@ -57,6 +57,7 @@ class Digest:
     @classmethod
     def of(cls, x: Tensor) -> "Digest":
         """The digest of a leaf."""
+        x = shards.local(x)
         sums = complex(x.sum().item()), complex(x.reshape(-1)[:SAMPLE].sum().item())
         norm = float(torch.linalg.vector_norm(x))
         return cls(norm, sums, _tolerance(x) * norm, math.sqrt(x.numel()))

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, final
 
 import torch
@@ -45,6 +46,17 @@ class Evaluation(ABC):
         Returns:
             Shape ``(M, n)``.
         """
+
+    def each(self, losses: Sequence[Callable[[], Tensor]]) -> Tensor:
+        """Losses of tasks, one function each.
+
+        Args:
+            losses: without arguments, n of them.
+
+        Returns:
+            Shape ``(n,)``.
+        """
+        return torch.stack([loss() for loss in losses])
 
 
 def _split(params: Tree, columns: int) -> tuple[list[Tensor], Callable[[Sequence[Any]], Tree]]:
@@ -139,7 +151,7 @@ def _each(params: Tree, columns: int) -> list[Tree]:
 
 
 def weighted_problem(
-    train_losses: Losses,
+    train_losses: Losses | Sequence[Loss],
     validation_losses: Losses | Sequence[Loss],
     weights: TaskWeights,
     evaluate: Evaluation | None = None,
@@ -150,7 +162,7 @@ def weighted_problem(
     objectives are sums over the columns, column j being judged by validation loss j alone.
 
     Args:
-        train_losses: `(params, batch) -> losses`, shape ``(N,)``.
+        train_losses: `(params, batch) -> losses`, shape ``(N,)``; or N functions, one a task.
         validation_losses: `(params, batch) -> losses`, shape ``(M,)``; any number for a vector. Or
             M functions `(params, batch) -> loss`, a real scalar each: a column then evaluates its
             own alone, instead of all M of which one counts.
@@ -176,13 +188,9 @@ def weighted_problem(
     """
     check_kind(weights, TaskWeights, "weights", "a TaskWeights")
     check_kind(evaluate, Evaluation | None, "evaluate", "Vmapped() or Looped()")
-    check_arguments(train_losses, "train_losses", "params", "batch")
     n, m = weights.n_tasks, weights.n_validations
     each = Vmapped() if evaluate is None else evaluate
-
-    def train(params: Tree, batch: Any) -> Tensor:
-        return _checked(train_losses(params, batch), n, "train_losses")
-
+    train = _train(train_losses, n, each if m is None else Looped())
     judge = _judge(validation_losses, m, each)
 
     def inner(params: Tree, alpha: Tensor, batch: Any) -> Tensor:
@@ -207,35 +215,55 @@ def weighted_problem(
     return BilevelProblem(inner, outer, columns=m)
 
 
+def _train(given: Losses | Sequence[Loss], n: int, evaluate: Evaluation) -> Losses:
+    """The training losses, shape ``(N,)``, of one model."""
+    if not callable(given):
+        return _apart(_functions(given, n, "train_losses"), None, evaluate, "train_losses")
+    check_arguments(given, "train_losses", "params", "batch")
+    return lambda params, batch: _checked(given(params, batch), n, "train_losses")
+
+
 def _judge(given: Losses | Sequence[Loss], m: int | None, evaluate: Evaluation) -> Losses:
     """The validation losses, shape ``(M,)``, of params or of each column its own."""
-    for loss in [given] if callable(given) else given if isinstance(given, Sequence) else []:
-        check_arguments(loss, "validation_losses", "params", "batch")
-    if callable(given):
+    name = "validation_losses"
+    if not callable(given):
+        return _apart(_functions(given, m, name), m, evaluate, name)
+    check_arguments(given, name, "params", "batch")
 
-        def together(params: Tree, batch: Any) -> Tensor:
-            return _checked(given(params, batch), m, "validation_losses")
+    def together(params: Tree, batch: Any) -> Tensor:
+        return _checked(given(params, batch), m, name)
 
-        if m is None:
-            return together
-        return lambda params, batch: evaluate.losses(together, params, batch, m).diagonal()
+    if m is None:
+        return together
+    return lambda params, batch: evaluate.losses(together, params, batch, m).diagonal()
+
+
+def _functions(given: Any, n: int | None, name: str) -> list[Loss]:
+    """One loss a task, checked."""
     alone = list(given) if isinstance(given, Sequence) else []
-    if not alone or not all(callable(loss) for loss in alone) or m not in (None, len(alone)):
+    for loss in alone:
+        check_arguments(loss, name, "params", "batch")
+    if not alone or not all(callable(loss) for loss in alone) or n not in (None, len(alone)):
+        kind = "training" if name == "train_losses" else "validation"
         raise ArgumentError(
-            f"validation_losses must be a function, or {m or 'some'} functions, one a validation "
+            f"{name} must be a function, or {n or 'some'} functions, one a {kind} "
             f"task, got {f'{len(alone)} items' if alone else repr(given)}."
         )
+    return alone
 
-    def apart(params: Tree, batch: Any) -> Tensor:
-        each = [params] * len(alone) if m is None else _each(params, m)
-        return torch.stack(
-            [
-                check_scalar(loss(own, batch), f"validation_losses[{j}]")
-                for j, (loss, own) in enumerate(zip(alone, each, strict=True))
-            ]
-        )
 
-    return apart
+def _apart(alone: list[Loss], columns: int | None, evaluate: Evaluation, name: str) -> Losses:
+    """Losses of tasks of params; with columns, of the column of each."""
+
+    def losses(params: Tree, batch: Any) -> Tensor:
+        each = [params] * len(alone) if columns is None else _each(params, columns)
+
+        def of_task(j: int) -> Tensor:
+            return check_scalar(alone[j](each[j], batch), f"{name}[{j}]")
+
+        return evaluate.each([partial(of_task, j) for j in range(len(alone))])
+
+    return losses
 
 
 def _checked(losses: Any, n: int | None, name: str) -> Tensor:

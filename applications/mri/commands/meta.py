@@ -31,6 +31,7 @@ from applications.mri.tasks.task_facts import facts_of
 from applications.mri.tasks.task_list import TaskSettings, read_task_list
 from applications.mri.tasks.tasks import check_names, open_each, open_tasks
 from applications.outputs import PICTURE, Output, claimed, results
+from applications.processes import processes
 from applications.records import describe
 
 Resume = Annotated[
@@ -52,25 +53,27 @@ def meta_train(
     listed, begin = tasks.listed(), beginning.weights()
     check_names([one.name for one in listed])
     n_coils = begin(settings.training.seed).network.architecture.n_coils
-    written = [
-        Output(out / "results.json", results("runs", "summary")),
-        Output(out / "figure.png", PICTURE),
-        *(Output(one, WEIGHTS) for one in (out / "weights").glob("*.safetensors")),
-    ]
-    conditions = _conditions(settings.training, settings, listed, begin(settings.training.seed))
-    with (
-        claimed(written, [*tasks.files, *beginning.files], out),
-        going_on(out / "state", conditions, META_RECORDS, resume=resume) as kept,
-        progress_bars() as report,
-    ):
-        opened = open_tasks(listed, out / "scans", lambda k, n: report("opening tasks", k / n))
-        facts = tuple(facts_of(one, n_coils) for one in opened.every)
-        for one in facts:
-            console.print(one.summary)
-        found = run_meta(opened, facts, begin, out, settings, report, kept)
-        draw_meta(out / "figure.png", found)
-    _print(found)
-    _print_places(out, "results.json", "figure.png", "weights")
+    with processes(out) as out:
+        written = [
+            Output(out / "results.json", results("runs", "summary")),
+            Output(out / "figure.png", PICTURE),
+            *(Output(one, WEIGHTS) for one in (out / "weights").glob("*.safetensors")),
+        ]
+        begun = begin(settings.training.seed)
+        conditions = _conditions(settings.training, settings, listed, begun)
+        with (
+            claimed(written, [*tasks.files, *beginning.files], out),
+            going_on(out / "state", conditions, META_RECORDS, resume=resume) as kept,
+            progress_bars() as report,
+        ):
+            opened = open_tasks(listed, out / "scans", lambda k, n: report("opening tasks", k / n))
+            facts = tuple(facts_of(one, n_coils) for one in opened.every)
+            for one in facts:
+                console.print(one.summary)
+            found = run_meta(opened, facts, begin, out, settings, report, kept)
+            draw_meta(out / "figure.png", found)
+        _print(found)
+        _print_places(out, "results.json", "figure.png", "weights")
 
 
 def transfer(

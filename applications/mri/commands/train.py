@@ -26,6 +26,7 @@ from applications.mri.training.settings import TrainingSettings
 from applications.mri.training.training import TrainingResult, TrainingState, train
 from applications.options import Given
 from applications.outputs import Output, claimed
+from applications.processes import processes
 from applications.records import Report, describe
 from applications.settings import setting
 
@@ -96,6 +97,7 @@ def train_command(
     limited = training.values["steps"] or training.values["seconds"]
     settings = training.settings(**sampled, **({} if limited else {"steps": _STEPS}))
     with ExitStack() as stack:
+        out = stack.enter_context(processes(out))
         report = stack.enter_context(progress_bars())
         written = [Output(out, WEIGHTS)]
         inputs = [*tasks.files, *beginning.files]

@@ -30,6 +30,7 @@ from applications.mri.network.weights import named, on_device
 from applications.mri.tasks.tasks import Tasks
 from applications.mri.training.draws import Minibatches
 from applications.mri.training.schedules import Cosine
+from applications.processes import common, total
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +129,7 @@ class _Training:
         self.train = draws(train, role="train", kept=settings.inner_steps)
         self.validation = draws(validation, role="validation")
         self.names = [task.name for task in tasks.of("validation")]
-        self.began = time.monotonic()
+        self.began, self.shared = time.monotonic(), True
         self.rates = [self.rate(0)]  # of the network, an update
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,14 +152,20 @@ class _Training:
     def n_tasks(self) -> int:
         return len(self.train.sources)
 
+    @property
+    def evaluations(self) -> int:
+        """Of the losses; those of all processes, where they share the tasks."""
+        own = self.losses.evaluations
+        return round(total(own)) if self.shared else own
+
     def share(self) -> float:
         """Of the budget, spent."""
         limits = self.settings
         spent = [0.0]
         if limits.evaluations is not None:
-            spent.append(self.losses.evaluations / limits.evaluations)
+            spent.append(self.evaluations / limits.evaluations)
         if limits.seconds is not None:
-            spent.append((time.monotonic() - self.began) / limits.seconds)
+            spent.append(common(time.monotonic() - self.began) / limits.seconds)
         return min(max(spent), 1.0)
 
     def rate(self, steps: int) -> float:
@@ -178,7 +185,7 @@ class _Training:
         k = self.settings.inner_steps
         # Sweeps ask for a step again: its rate must not depend on when they do.
         rate = bl.ByStep(lambda t: self.rates[(t - 1) // k])
-        return meta_solver(self.losses, weights, self.settings, rate)
+        return meta_solver(self.losses, weights, self.settings, rate, len(self.names))
 
     def learned(
         self,
@@ -189,7 +196,7 @@ class _Training:
         steps: int,
     ) -> Learned:
         spent = time.monotonic() - self.began
-        updates, evaluations = len(self.rates) - 1, self.losses.evaluations
+        updates, evaluations = len(self.rates) - 1, self.evaluations
         models = {name: on_device(model, "cpu") for name, model in models.items()}
         alpha = alpha.cpu()
         return Learned(models, weights, alpha, values, updates, steps, evaluations, spent)
@@ -264,8 +271,8 @@ class _Training:
         return self.learned(models, weights, solution.control, solution.values, warm.steps)
 
     def penalised(self) -> Learned:
-        """Network and task weights descend together on `penalty_objective`."""
-        settings = self.settings
+        """Network and task weights descend together on `penalty_objective`, on each process."""
+        settings, self.shared = self.settings, False
         weights = bl.TaskWeights(self.n_tasks, entropy=settings.entropy, floor=settings.floor)
         objective = penalty_objective(self.losses, weights, settings.penalty)
         theta = on_device(self.control, settings.device, copy=True)

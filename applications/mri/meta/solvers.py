@@ -12,10 +12,15 @@ from applications.mri.meta.losses import TaskLosses
 from applications.mri.meta.settings import MetaSettings
 from applications.mri.network.weights import named
 from applications.mri.training.draws import Batch
+from applications.processes import present
 
 
 def meta_solver(
-    losses: TaskLosses, weights: bl.TaskWeights, settings: MetaSettings, rate: float | bl.ByStep
+    losses: TaskLosses,
+    weights: bl.TaskWeights,
+    settings: MetaSettings,
+    rate: float | bl.ByStep,
+    n_judges: int | None = None,
 ) -> bl.BilevelSolver:
     """Algorithm 3: the weights of a network as params, those of the tasks as control.
 
@@ -24,6 +29,7 @@ def meta_solver(
         weights: sigma.
         settings: number of inner steps, their rule, and how hypergradients are found.
         rate: of the inner steps.
+        n_judges: validation tasks, for several processes to share them.
 
     Returns:
         The solver; with a matrix of weights the params are stacked.
@@ -34,13 +40,20 @@ def meta_solver(
     m = weights.n_validations
     # The model of a column is judged on its own task alone, and evaluated on no other.
     judges = losses if m is None else [partial(_own, losses, j) for j in range(m)]
+    trained, evaluate, replicas = losses, bl.Looped(), present(split=False)
+    if replicas is not None:  # of a vector the tasks are shared, of a matrix its columns
+        evaluate = bl.tasks.OverRanks(replicas, evaluate)
+        if m is None and n_judges is not None:
+            judges = [partial(_own, losses, j) for j in range(n_judges)]
+            trained = [partial(_own, losses, i) for i in range(weights.n_tasks)]
     return bl.BilevelSolver(
-        bl.weighted_problem(losses, judges, weights, bl.Looped()),
+        bl.weighted_problem(trained, judges, weights, evaluate),
         settings.optimizer.at(rate),
         settings.inner_steps,
         method,
         certificate=None,
         on_failure="ignore",
+        replicas=replicas,
     )
 
 

@@ -19,6 +19,7 @@ from applications.mri.training.precision import in_precision
 from applications.mri.training.self_supervised import draw_split
 from applications.mri.training.settings import TrainingSettings
 from applications.mri.training.validation import Look, Looks, mean_cost
+from applications.processes import common, present
 
 __all__ = ["TrainingResult", "TrainingSettings", "TrainingState", "train"]
 
@@ -115,6 +116,17 @@ def train(
     return training.run()
 
 
+def _shared(settings: TrainingSettings) -> bl.Replicas | None:
+    """The processes that share the slices of an update."""
+    replicas = present(split=True)
+    if replicas is not None and settings.accumulate % replicas.size:
+        raise InputError(
+            f"{replicas.size} processes need a multiple of {replicas.size} slices an update, got "
+            f"accumulate {settings.accumulate}; raise --accumulate."
+        )
+    return replicas
+
+
 class _Training:
     """A training under way."""
 
@@ -129,6 +141,7 @@ class _Training:
         keep: bl.Keep | None,
     ) -> None:
         self.network, self.settings = network, settings
+        self.replicas = _shared(settings)
         self.after_step, self.validation = after_step, validation
         self.keep = keep and replace(keep, also=self)
         self.control = on_device(begin, settings.device)
@@ -140,7 +153,9 @@ class _Training:
 
     def run(self) -> TrainingResult:
         settings = self.settings
-        solver = bl.ControlSolver(self.build, self.optimizer, settings.checkpointing)
+        solver = bl.ControlSolver(
+            self.build, self.optimizer, settings.checkpointing, replicas=self.replicas
+        )
         control = solver.solve(
             self.control,
             steps=settings.steps or 10**9,
@@ -179,7 +194,7 @@ class _Training:
     def share(self) -> float:
         steps, seconds = self.settings.steps, self.settings.seconds
         by_steps = len(self.costs) / steps if steps else 0.0
-        by_time = (time.monotonic() - self.started) / seconds if seconds else 0.0
+        by_time = common(time.monotonic() - self.started) / seconds if seconds else 0.0
         return min(max(by_steps, by_time), 1.0)
 
     def draw(
