@@ -1,3 +1,5 @@
+import signal
+
 import hypothesis
 import pytest
 import torch
@@ -5,6 +7,13 @@ import torch
 # The same examples in every run, however busy the machine is.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts():
+    """A shell starts what runs in its background with SIGINT ignored, which tests send."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

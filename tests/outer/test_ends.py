@@ -121,9 +121,16 @@ def at_the_optimum(scale=1.0):
     return problem, a0
 
 
-@pytest.mark.parametrize("method", [bl.MLM(), bl.Implicit()], ids=repr)
 @pytest.mark.parametrize(
-    ("scale", "dtype"), [(1.0, torch.float64), (1e-3, torch.float64), (1.0, torch.float32)]
+    ("method", "scale", "dtype"),
+    [
+        (bl.MLM(), 1e-3, torch.float64),
+        (bl.Implicit(), 1.0, torch.float32),
+        pytest.param(bl.MLM(), 1.0, torch.float64, marks=pytest.mark.slow),
+        pytest.param(bl.MLM(), 1.0, torch.float32, marks=pytest.mark.slow),
+        pytest.param(bl.Implicit(), 1e-3, torch.float64, marks=pytest.mark.slow),
+    ],
+    ids=repr,
 )
 def test_a_plain_run_to_its_optimum_is_no_failure(method, scale, dtype):
     problem, a = at_the_optimum(scale)

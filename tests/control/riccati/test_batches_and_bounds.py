@@ -46,7 +46,9 @@ def quiet(problem, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"bounds": (-3.0, 3.0)}, {"gauss_newton": True}], ids=repr
+    "settings",
+    [pytest.param({}, marks=pytest.mark.slow), {"bounds": (-3.0, 3.0)}, {"gauss_newton": True}],
+    ids=repr,
 )
 def test_each_problem_of_a_batch_goes_as_it_goes_alone(settings):
     starts = torch.stack([REST, real(1, 2), 2 * real(2, 2), REST + 0.1])

@@ -170,6 +170,7 @@ def ended(tmp_path_factory):
     }
 
 
+@pytest.mark.xdist_group("missing")
 @pytest.mark.parametrize("package", ["typer", "rich"])
 @pytest.mark.parametrize("app", ["mri", "toy"])
 def test_a_missing_package_is_one_line_that_names_the_extra(app, package, ended):
@@ -194,6 +195,7 @@ def test_a_package_that_is_missed_at_work_is_one_line_too(tmp_path, monkeypatch)
         assert (found.exit_code, found.stderr) == (2, MISSING.format("matplotlib", name))
 
 
+@pytest.mark.xdist_group("missing")
 def test_a_missing_module_of_our_own_is_no_missing_extra(ended):
     code, said = ended["nothing", "nothing"]
     assert code == 1
