@@ -171,7 +171,7 @@ def solved(laid: Laid, settings: Riccati, steps: int, tolerance: float, watch: W
     newton = Newton(laid.stages, rules, laid.limits, laid.start)
     iterates = newton.run(watch)
     final = newton.point
-    if laid.stages.size > 1:
+    if len(final.where.problems) < laid.stages.size:
         final = Linearisation(laid.stages, iterates.where)
     return Solved(laid, iterates, final, asked or usual)
 

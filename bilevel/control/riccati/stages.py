@@ -84,6 +84,7 @@ class Stages:
         self._observation = Fixed(observed, batched=batched)
         self._rest = Fixed(controls.rest_constants, batched=batched)
         self._each = [Fixed(x, batched=batched) for x in controls.step_constants]
+        self._same_constants = not any(x.columns for x in (self._rest, *self._each))
         # Whether steps differ in nothing but the number t.
         self._alike = all(map(self._each[0].same, self._each)) if self._each else True
 
@@ -98,6 +99,8 @@ class Stages:
 
     def _columns(self, problems: Tensor) -> list[list[Tensor]]:
         """Constants of the control that differ from problem to problem."""
+        if self._same_constants:
+            return [[]] * (1 + len(self._each))
         return [[x[problems] for x in fixed.columns] for fixed in (self._rest, *self._each)]
 
     def start(
