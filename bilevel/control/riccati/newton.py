@@ -317,8 +317,8 @@ class Newton:
         """J of trajectories; infinite where it is not finite."""
         stages, horizon = self._stages, self._stages.problem.horizon
         w = trial.point.shared.unsqueeze(1).expand(-1, horizon, -1)
-        z = torch.cat([trial.states[:, :-1], w, trial.point.own], 2)
-        _, running = stages.steps(z, trial.problems)
+        parts = trial.states[:, :-1], w, trial.point.own
+        _, running = stages.steps(parts, trial.problems)
         own, shared = trial.point.own, trial.point.shared
         cost = stages.terminal(trial.states[:, -1], shared, own, trial.problems) + running.sum(1)
         return torch.where(torch.isfinite(cost), cost, torch.inf)

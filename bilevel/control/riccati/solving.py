@@ -241,19 +241,18 @@ def _plain(stages: Stages, where: Swept) -> Tensor:
     """J without what the augmented Lagrangian adds."""
     duals, stages.duals = stages.duals, None
     with autodiff.paused():
-        z, end = _parts(where)
-        _, running = stages.steps(z, where.problems)
+        parts, end = _parts(where)
+        _, running = stages.steps(parts, where.problems)
         n = stages.n
         last = stages.terminal(end[:, :n], end[:, n:], where.point.own, where.problems)
     stages.duals = duals
     return running.sum(1) + last
 
 
-def _parts(where: Swept) -> tuple[Tensor, Tensor]:
+def _parts(where: Swept) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     own, shared = where.point.own, where.point.shared
     w = shared.unsqueeze(1).expand(-1, own.shape[1], -1)
-    z = torch.cat([where.states[:, :-1], w, own], 2)
-    return z, torch.cat([where.states[:, -1], shared], 1)
+    return (where.states[:, :-1], w, own), torch.cat([where.states[:, -1], shared], 1)
 
 
 def _check_constraints(

@@ -176,7 +176,7 @@ def _gathered(model: Model, shift: Tensor, values: list[Tensor], stages: list[An
     slope = P.new_zeros(b)
     failed = torch.full((b,), -1, device=P.device)
     if stages:
-        first, factors, info = (torch.stack([stage[i] for stage in stages], 1) for i in range(3))
+        first, factors, info = (_stacked([stage[i] for stage in stages]) for i in range(3))
         if boxed:
             gains, free = first, torch.stack([stage[3] for stage in stages], 1)
             slope = torch.stack([stage[4] for stage in stages], 1).sum(1)
@@ -192,8 +192,12 @@ def _gathered(model: Model, shift: Tensor, values: list[Tensor], stages: list[An
     shared = _shared(model, shift, P)
     change, factor, held, bad, also = shared
     failed = torch.where((failed < 0) & bad, 0, failed)
-    stacked = torch.stack(values, 1)
-    return Gains(stacked, gains, factors, free, change, factor, held, slope + also, failed)
+    return Gains(_stacked(values), gains, factors, free, change, factor, held, slope + also, failed)
+
+
+def _stacked(each: list[Tensor]) -> Tensor:
+    """Of every t, on axis 1; what belongs to one t lies together."""
+    return torch.stack(each).transpose(0, 1)
 
 
 def _shared(model: Model, shift: Tensor, P: Tensor) -> tuple[Any, ...]:
