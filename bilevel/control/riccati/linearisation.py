@@ -175,17 +175,15 @@ class Linearisation:
         self.maps, self._slopes = maps.transpose(0, 1), slopes.transpose(0, 1)
         # Columns, so that a step is one call; rows of the slopes in x, 1 and the control.
         p = self._end_slope.detach().unsqueeze(2)
-        costates, own = [p], []
+        swept = [torch.nn.functional.pad(p, (0, 0, 0, 1 + m))]
         columns = slopes.unsqueeze(3).unbind(0)
         transposed = maps[..., :nx, :].mT.unbind(0)
         for t in range(horizon - 1, -1, -1):
-            whole = torch.baddbmm(columns[t], transposed[t], p)
-            p = whole.narrow(1, 0, nx)
-            own.append(whole[:, nx + 1 :, 0])
-            costates.append(p)
-        self.costates = torch.stack(costates[::-1]).squeeze(3).transpose(0, 1)
-        steps = torch.stack(own[::-1], 1) if own else slopes.new_zeros(b, 0, m)
-        self.gradient = Point(steps, (self.start.mT @ p).squeeze(2))
+            swept.append(torch.baddbmm(columns[t], transposed[t], p))
+            p = swept[-1].narrow(1, 0, nx)
+        every = torch.stack(swept[::-1]).squeeze(3).transpose(0, 1)
+        self.costates = every[..., :nx]
+        self.gradient = Point(every[:, :-1, nx + 1 :], (self.start.mT @ p).squeeze(2))
         self._check_finite("derivative", self.maps, self._slopes)
 
     def _check_finite(self, name: str, *parts: Tensor) -> None:

@@ -131,15 +131,12 @@ def backward(model: Model, shift: Tensor) -> Gains:
     shifted = bool(shift.any())
     added = torch.eye(m, dtype=P.dtype, device=P.device) * shift.view(-1, 1, 1)
     values, stages = [P], []
-    maps = model.maps.unbind(1)
-    # The rows of x and of the control apart: what would fill the block of Q_xc is its transpose.
-    from_x, from_c = model.maps[..., :N].mT.unbind(1), model.maps[..., N:].mT.unbind(1)
-    of_x, of_c = model.steps[:, :, :N, :N].unbind(1), model.steps[:, :, N:].unbind(1)
+    maps, transposed, steps = model.maps.unbind(1), model.maps.mT.unbind(1), model.steps.unbind(1)
     for t in range(horizon - 1, -1, -1):
-        ahead = torch.bmm(P, maps[t])
-        P = torch.baddbmm(of_x[t], from_x[t], ahead.narrow(2, 0, N))
+        Q = torch.baddbmm(steps[t], transposed[t], torch.bmm(P, maps[t]))
+        P = Q.narrow(1, 0, N).narrow(2, 0, N) if m else Q
         if m:
-            Qc = torch.baddbmm(of_c[t], from_c[t], ahead)
+            Qc = Q.narrow(1, N, m)
             Qcx, Qcc = Qc.narrow(2, 0, N), Qc.narrow(2, N, m)
             if shifted:
                 Qcc = Qcc + added
