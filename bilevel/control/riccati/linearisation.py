@@ -175,15 +175,19 @@ class Linearisation:
         self.maps, self._slopes = maps.transpose(0, 1), slopes.transpose(0, 1)
         # Columns, so that a step is one call; rows of the slopes in x, 1 and the control.
         p = self._end_slope.detach().unsqueeze(2)
-        swept = [torch.nn.functional.pad(p, (0, 0, 0, 1 + m))]
-        columns = slopes.unsqueeze(3).unbind(0)
+        every = slopes.new_empty(horizon + 1, b, nx + 1 + m, 1)
+        every[horizon, :, :nx] = p
+        columns, whole, of_x = (
+            slopes.unsqueeze(3).unbind(0),
+            every.unbind(0),
+            every[:, :, :nx].unbind(0),
+        )
         transposed = maps[..., :nx, :].mT.unbind(0)
         for t in range(horizon - 1, -1, -1):
-            swept.append(torch.baddbmm(columns[t], transposed[t], p))
-            p = swept[-1].narrow(1, 0, nx)
-        every = torch.stack(swept[::-1]).squeeze(3).transpose(0, 1)
+            torch.baddbmm(columns[t], transposed[t], of_x[t + 1], out=whole[t])
+        every = every.squeeze(3).transpose(0, 1)
         self.costates = every[..., :nx]
-        self.gradient = Point(every[:, :-1, nx + 1 :], (self.start.mT @ p).squeeze(2))
+        self.gradient = Point(every[:, :-1, nx + 1 :], (self.start.mT @ of_x[0]).squeeze(2))
         self._check_finite("derivative", self.maps, self._slopes)
 
     def _check_finite(self, name: str, *parts: Tensor) -> None:
