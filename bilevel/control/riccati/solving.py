@@ -308,7 +308,8 @@ def _walked(problem: ControlProblem, observation: Tree, control: Tree) -> list[T
             "be told from another draw. Draw before, and keep what was drawn in the dynamics; or "
             "take NewtonCG."
         )
-    constants = [_tensors(state) for state in states]
+    # Steps were found to return states of one structure.
+    constants = [_tensors(state) for state in states] if _tensors(states[0]) else []
     for t, now in enumerate(constants):
         if not all(map(torch.equal, now, constants[0])):
             raise UnsupportedError(

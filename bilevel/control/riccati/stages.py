@@ -87,7 +87,8 @@ class Stages:
         self._each = [Fixed(x, batched=batched) for x in controls.step_constants]
         self._same_constants = not any(x.columns for x in (self._rest, *self._each))
         # Whether steps differ in nothing but the number t.
-        self._alike = all(map(self._each[0].same, self._each)) if self._each else True
+        constants = any(controls.step_constants)
+        self._alike = not constants or all(map(self._each[0].same, self._each))
 
     @property
     def at_once(self) -> bool:
