@@ -321,6 +321,8 @@ def write_rows(
         return
     both = [(x, place) for x, place in zip(inputs, places, strict=True) if x.numel()]
     inputs, places = [x for x, _ in both], [place for _, place in both]
+    if not both:
+        return
     units = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
     # All rows in one pass where calls cost more than arithmetic, and memory is no matter.
     if n * k * sum(x.shape[1] for x in inputs) <= SMALL:

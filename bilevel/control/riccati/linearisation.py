@@ -285,7 +285,7 @@ class _Chunk:
         self.following = self._following.detach().unflatten(0, lead)
 
     def write(self, maps: Tensor, slopes: Tensor) -> None:
-        """g' and r', shapes ``(T, b, n, n + q + 1 + m)`` and ``(T, b, n + q + 1 + m)``."""
+        """First derivatives g', ``(T, b, n, d)``, and r', ``(T, b, d)``, with d = n + q + 1 + m."""
         with autodiff.recording():
             rows = [maps[..., i] for i in self._places]
             autodiff.write_rows(self._following, self._z, rows, keep=True)

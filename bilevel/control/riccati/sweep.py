@@ -130,7 +130,7 @@ def backward(model: Model, shift: Tensor) -> Gains:
     P = model.terminal
     b = len(P)
     added = torch.eye(m, dtype=P.dtype, device=P.device) * shift.view(-1, 1, 1)
-    shifted, boxed = bool(shift.any()), model.low is not None and model.high is not None
+    shifted = bool(shift.any())
     maps, transposed, steps = model.maps.unbind(1), model.maps.mT.unbind(1), model.steps.unbind(1)
     # Results are written where they stay, by views made once: a call of one step costs little more
     # than its arithmetic. Columns of `half` lie together, as the solver wants them.
@@ -150,7 +150,7 @@ def backward(model: Model, shift: Tensor) -> Gains:
             Qcc += added
         if not m:
             value[t].copy_(Qxx)
-        elif boxed:
+        elif model.low is not None and model.high is not None:
             P, stage = _boxed(Qxx, Qcx, Qcc, model.low[:, t], model.high[:, t])
             value[t].copy_(P)
             stages.append(stage)
@@ -158,7 +158,7 @@ def backward(model: Model, shift: Tensor) -> Gains:
             torch.linalg.cholesky_ex(Qcc, out=(factor[t], failed[t]))
             torch.linalg.solve_triangular(factor[t], Qcx, upper=False, out=halves[t])
             torch.baddbmm(Qxx, halves_of[t], halves[t], alpha=-1, out=value[t])
-    if boxed and stages:
+    if stages:
         swept = tuple(torch.stack(part, 1) for part in zip(*stages[::-1], strict=True))
     else:
         swept = half.transpose(0, 1), factors.transpose(0, 1), info.transpose(0, 1)
