@@ -14,6 +14,7 @@ from bilevel.autodiff.gradients import (
     pushforward,
     rows,
     value_and_gradient,
+    write_rows,
 )
 from bilevel.autodiff.graphs import (
     Cast,
@@ -67,6 +68,7 @@ __all__ = [
     "paused",
     "pull_at",
     "push_at",
+    "write_rows",
 ]
 __all__ += ["autocast_as", "autocasts", "forget_casts", "in_turn", "meeting", "pull", "pull_each"]
 __all__ += ["pushforward", "recording", "refuse_hidden", "refuse_inside", "reversible", "rows"]

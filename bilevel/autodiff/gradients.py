@@ -298,28 +298,56 @@ def rows(outputs: Tensor, inputs: Tensor, *, keep: bool = False) -> Tensor:
     Returns:
         Shape ``(N, k, d)``, detached; zero where nothing depends on the inputs.
     """
-    (n, k), d = outputs.shape, inputs.shape[1]
+    found = inputs.new_empty(*outputs.shape, inputs.shape[1])
+    write_rows(outputs, [inputs], [found], keep=keep)
+    return found
+
+
+def write_rows(
+    outputs: Tensor, inputs: Sequence[Tensor], places: Sequence[Tensor], *, keep: bool = False
+) -> None:
+    """`rows` in several inputs, each written where it belongs.
+
+    Args:
+        outputs: as in `rows`.
+        inputs: each of shape ``(N, d)``, with a `d` of its own.
+        places: what to write to, ``(..., k, d)`` with N entries of the axes before.
+        keep: as in `rows`.
+    """
+    n, k = outputs.shape
     if not outputs.requires_grad or not outputs.numel():
-        return inputs.new_zeros(n, k, d)
+        for place in places:
+            place.zero_()
+        return
+    both = [(x, place) for x, place in zip(inputs, places, strict=True) if x.numel()]
+    inputs, places = [x for x, _ in both], [place for _, place in both]
+    if not both:
+        return
     units = torch.eye(k, dtype=outputs.dtype, device=outputs.device)
     # All rows in one pass where calls cost more than arithmetic, and memory is no matter.
-    if n * k * d <= SMALL:
+    if n * k * sum(x.shape[1] for x in inputs) <= SMALL:
         with suppress(RuntimeError):  # as of a backward that torch cannot map
-            return _all_rows(outputs, inputs, units[:, None].expand(k, n, k))
-    each = [
-        grad([outputs], inputs, [unit.expand(n, k)], retain_graph=keep or i < k - 1)
-        for i, unit in enumerate(units)
-    ]
-    return torch.stack([inputs.new_zeros(n, d) if x is None else x for x in each], 1)
+            _all_rows(outputs, inputs, units[:, None].expand(k, n, k), places)
+            return
+    for i, unit in enumerate(units):
+        again = keep or i < k - 1
+        found = grad([outputs], [*inputs], [unit.expand(n, k)], retain_graph=again)
+        for place, row in zip(places, found, strict=True):
+            there = place[..., i, :]
+            there.copy_(there.new_zeros(()) if row is None else row.reshape(there.shape))
 
 
 SMALL = 40_000  # numbers of a Jacobian
 
 
-def _all_rows(outputs: Tensor, inputs: Tensor, units: Tensor) -> Tensor:
-    (found,) = torch.autograd.grad(
-        outputs, inputs, units, retain_graph=True, allow_unused=True, is_grads_batched=True
+def _all_rows(
+    outputs: Tensor, inputs: Sequence[Tensor], units: Tensor, places: Sequence[Tensor]
+) -> None:
+    each = torch.autograd.grad(
+        outputs, [*inputs], units, retain_graph=True, allow_unused=True, is_grads_batched=True
     )
-    if found is None:
-        return inputs.new_zeros(*units.shape[1:], inputs.shape[1])
-    return found.transpose(0, 1)
+    for place, found in zip(places, each, strict=True):
+        if found is None:
+            place.zero_()
+        else:
+            place.copy_(found.transpose(0, 1).reshape(place.shape))

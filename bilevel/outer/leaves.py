@@ -1,5 +1,6 @@
 """The variables of a control as an optimiser moves them: each tensor once, and by name."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,11 +42,10 @@ class Leaves(list[Tensor]):
         """Copy it."""
         tree.check_leaves(control, "control")
         places, self._structure = tree.flatten(control)
-        names = tree.leaf_names(control, "control")
         firsts: dict[Any, int] = {}  # memory -> the place where it came first
         self._index: list[int | None] = []  # place -> variable
         self._places: list[Any] = []
-        self.named: list[tuple[str, Tensor]] = []
+        self._variables: list[tuple[int, Tensor]] = []  # where each came first, and itself
         for i, leaf in enumerate(places):
             if not tree.is_variable(leaf):
                 self._index.append(None)
@@ -53,23 +53,30 @@ class Leaves(list[Tensor]):
                 continue
             first = firsts.setdefault(_memory(leaf), i)
             if first == i:
-                self._index.append(len(self.named))
-                self.named.append((names[i], leaf.detach().clone().requires_grad_()))
+                self._index.append(len(self._variables))
+                self._variables.append((i, leaf.detach().clone().requires_grad_()))
             elif _same(leaf, places[first]):
                 self._index.append(self._index[first])
             else:
+                names = tree.leaf_names(control, "control")
                 raise StructureError(
                     f"{names[i]} shares memory with {names[first]}, {tree.kind(leaf)} with "
                     f"{tree.kind(places[first])}, and an update would part them: put one of them "
                     "into the control and view it where it is used, or clone one."
                 )
-            self._places.append(self.named[self._index[i] or 0][1])
-        if not self.named:
+            self._places.append(self._variables[self._index[i] or 0][1])
+        if not self._variables:
             raise ArgumentError(
                 f"control must hold a floating-point or complex tensor, got {control!r}."
             )
-        super().__init__(x for _, x in self.named)
+        super().__init__(x for _, x in self._variables)
         self.control = tree.unflatten(self._structure, self._places)
+
+    @cached_property
+    def named(self) -> list[tuple[str, Tensor]]:
+        """Pairs of a name and a variable; names take their time, where there are many leaves."""
+        names = tree.leaf_names(self.control, "control")
+        return [(names[i], x) for i, x in self._variables]
 
     @property
     def tied(self) -> bool:

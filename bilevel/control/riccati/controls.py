@@ -126,22 +126,27 @@ class Controls:
         places = zip(tree.leaves_of(self._indices), tree.leaves_of(control), strict=True)
         values = dict(reversed([(i, x) for i, x in places if i is not None]))
         n, lead = self._n, self.batch is not None
-        values = {i: x.detach() if lead else x.detach().unsqueeze(0) for i, x in values.items()}
-        if self._plain:
-            rows = [values[row[0]] for row in self._own_rows]
-        else:
-            rows = [self.own.vectors([values[i] for i in row], n) for row in self._own_rows]
-        shared = self.common.vectors([values[i] for i in self._shared], n)
-        if not rows:
+
+        def given(i: int) -> Tensor:
+            return values[i].detach() if lead else values[i].detach().unsqueeze(0)
+
+        shared = self.common.vectors([given(i) for i in self._shared], n)
+        if not self._own_rows:
             return Point(shared.new_zeros(n, self.horizon, 0), shared)
+        if self._plain:
+            own = torch.stack([values[row[0]] for row in self._own_rows], int(lead)).detach()
+            return Point(own if lead else own.unsqueeze(0), shared)
+        rows = [self.own.vectors([given(i) for i in row], n) for row in self._own_rows]
         return Point(torch.stack(rows, 1), shared)
 
     def control(self, point: Point, *, spread: bool = False) -> Tree:
         """The control of a point, like the one given; with `spread`, as a vector of its space."""
         values: list[Any] = [None] * len(self.leaves)
-        for row, numbers in zip(self._own_rows, point.own.unbind(1), strict=False):
+        lead = self.batch is not None
+        own = point.own[0].unbind(0) if self._plain and not lead else point.own.unbind(1)
+        for row, numbers in zip(self._own_rows, own, strict=False):
             if self._plain:
-                values[row[0]] = numbers if self.batch is not None else numbers[0]
+                values[row[0]] = numbers
                 continue
             for i, x in zip(row, self._trees(self.own, numbers), strict=True):
                 values[i] = x
@@ -169,8 +174,10 @@ class Controls:
         if not self._per_step:
             return self._whole(shared, rest)
         theta = self._step(own, shared, constants)
+        if self._given.shared is None:
+            return theta
         _, common = self._whole(shared, rest)
-        return theta if self._given.shared is None else (theta, common)
+        return theta, common
 
     def _step(self, own: Tensor, shared: list[Tensor], constants: Any) -> Tree:
         if self._plain and isinstance(self._given.steps[0], Tensor):

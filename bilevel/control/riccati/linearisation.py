@@ -12,12 +12,13 @@ coordinates (x, 1) make affine maps linear and gradients a part of the Hessian:
 at (u(t-1), theta_t), with p_t = -lambda_t of the multiplier sweep (7).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bilevel import autodiff
+from bilevel import autodiff, tree
 from bilevel.control.riccati.controls import Point
 from bilevel.control.riccati.stages import Stages
 from bilevel.errors import DivergenceError, UnsupportedError
@@ -83,25 +84,24 @@ class Linearisation:
         with autodiff.recording():
             self._ended()
             self._begun()
-        r = torch.cat([chunk.costs.detach() for chunk in self._chunks]).unflatten(0, self._lead)
-        self.cost = r.sum(1) + self._final.detach()
-        self.size = r.abs().sum(1) + self._final.detach().abs()
-        slopes = torch.cat([chunk.slopes for chunk in self._chunks]).unflatten(0, self._lead)
-        maps = torch.cat([chunk.maps for chunk in self._chunks]).unflatten(0, self._lead)
-        self._sweep(slopes, maps)
+        r = torch.cat([chunk.costs.detach() for chunk in self._chunks], 1)
+        self.cost = r.sum(0) + self._final.detach()
+        self.size = r.abs().sum(0) + self._final.detach().abs()
+        self._sweep()
 
     @property
     def defects(self) -> Tensor:
         """How far each u(t) is from g of the one before, ``(b, T, n)``; rounding at most."""
-        following = torch.cat([chunk.following for chunk in self._chunks]).unflatten(0, self._lead)
+        following = torch.cat([chunk.following for chunk in self._chunks], 1).transpose(0, 1)
         return self.where.states[:, 1:] - following
 
     @property
     def costate_defects(self) -> Tensor:
         """What is left of (7), ``(b, T, n + q)``; rounding at most."""
         nx = self._n + self._q
-        pulled = torch.einsum("btij,bti->btj", self.maps[:, :, :nx, :nx], self.costates[:, 1:])
-        return self.costates[:, :-1] - self._slopes[..., :nx] - pulled
+        maps, p = (x.transpose(0, 1).flatten(0, 1) for x in (self.maps, self.costates[:, 1:]))
+        pulled = torch.bmm(maps[:, :nx, :nx].mT, p.unsqueeze(2)).view(*self._lead[::-1], nx)
+        return self.costates[:, :-1] - self._slopes[..., :nx] - pulled.transpose(0, 1)
 
     def _faithful(self) -> bool:
         """Whether steps evaluated at once lead where they led in the roll-out, with t a number."""
@@ -119,16 +119,11 @@ class Linearisation:
         where = self.where
         b, horizon = self._lead
         w = where.point.shared.unsqueeze(1).expand(b, horizon, self._q)
-        z = torch.cat([where.states[:, :-1], w, where.point.own], 2)
-        numbers = max(1, horizon * z.shape[2] * max(self._n, z.shape[2]))
-        return [
-            _Chunk(self._stages, part, problems)
-            for part, problems in zip(
-                z.split(max(1, CHUNK // numbers)),
-                where.problems.split(max(1, CHUNK // numbers)),
-                strict=True,
-            )
-        ]
+        parts = where.states[:, :-1], w, where.point.own, where.problems
+        width = self._n + self._q + self._m
+        some = max(1, CHUNK // max(1, horizon * width * width))
+        each = zip(*(part.split(some) for part in parts), strict=True)
+        return [_Chunk(self._stages, x, problems) for *x, problems in each]
 
     def _ended(self) -> None:
         """L and its gradient in (u(T), w)."""
@@ -161,34 +156,47 @@ class Linearisation:
         autodiff.refuse_hidden(self._first, self._shared, "dynamics.init")
         self.start = torch.cat([autodiff.rows(self._first, self._shared, keep=True), identity], 1)
 
-    def _sweep(self, slopes: Tensor, maps: Tensor) -> None:
+    def _sweep(self) -> None:
         """(7) and (8), for p = -lambda."""
         b, horizon = self._lead
         n, q, m = self._n, self._q, self._m
         nx = n + q
-        self.maps = maps.new_zeros(b, horizon, nx + 1, nx + 1 + m)
-        self.maps[:, :, :n, :nx], self.maps[:, :, :n, nx + 1 :] = maps[..., :nx], maps[..., nx:]
-        self.maps[:, :, n:, n : nx + 1].diagonal(dim1=2, dim2=3).fill_(1)
-        self._slopes = slopes
-        # Columns, so that a step is one call.
+        # What belongs to one step of all problems lies together: sweeps go step by step.
+        maps = self.where.states.new_empty(horizon, b, nx + 1, nx + 1 + m)
+        slopes = maps.new_zeros(horizon, b, nx + 1 + m)
+        start = 0
+        for chunk in self._chunks:
+            part = slice(start, start + len(chunk.problems))
+            chunk.write(maps[:, part, :n], slopes[:, part])
+            start = part.stop
+        maps[..., :n, nx] = 0
+        maps[..., n:, :] = 0
+        maps[..., n:, n : nx + 1].diagonal(dim1=2, dim2=3).fill_(1)
+        self.maps, self._slopes = maps.transpose(0, 1), slopes.transpose(0, 1)
+        # Columns, so that a step is one call; rows of the slopes in x, 1 and the control.
         p = self._end_slope.detach().unsqueeze(2)
-        costates = [p]
-        columns = slopes[..., :nx].unsqueeze(3).unbind(1)
-        transposed = self.maps[:, :, :nx, :nx].mT.unbind(1)
-        for t in range(horizon - 1, -1, -1):
-            p = torch.baddbmm(columns[t], transposed[t], p)
-            costates.append(p)
-        self.costates = torch.stack(costates[::-1], 1).squeeze(3)
-        own = slopes[..., nx:] + torch.einsum(
-            "btnm,btn->btm", maps[..., nx:], self.costates[:, 1:, :n]
+        every = slopes.new_empty(horizon + 1, b, nx + 1 + m, 1)
+        every[horizon, :, :nx] = p
+        columns, whole, of_x = (
+            slopes.unsqueeze(3).unbind(0),
+            every.unbind(0),
+            every[:, :, :nx].unbind(0),
         )
-        self.gradient = Point(own, torch.einsum("bxq,bx->bq", self.start, self.costates[:, 0]))
-        self._check_finite(torch.cat([maps.flatten(2), slopes], 2), "derivative")
+        transposed = maps[..., :nx, :].mT.unbind(0)
+        for t in range(horizon - 1, -1, -1):
+            torch.baddbmm(columns[t], transposed[t], of_x[t + 1], out=whole[t])
+        every = every.squeeze(3).transpose(0, 1)
+        self.costates = every[..., :nx]
+        self.gradient = Point(every[:, :-1, nx + 1 :], (self.start.mT @ of_x[0]).squeeze(2))
+        self._check_finite("derivative", self.maps, self._slopes)
 
-    def _check_finite(self, values: Tensor, name: str) -> None:
+    def _check_finite(self, name: str, *parts: Tensor) -> None:
         """Refuse a derivative that is not finite, by its problem and step."""
         # One sum tells; which one is asked only if it does.
-        if bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all()):
+        if math.isfinite(sum(float(part.sum()) for part in parts)):
+            return
+        values = torch.cat([part.flatten(2) for part in parts], 2)
+        if bool(torch.isfinite(values).all()):
             return
         i, t = (~torch.isfinite(values)).any(2).nonzero()[0].tolist()
         problem = f" of problem {int(self.where.problems[i])}" if self._stages.size > 1 else ""
@@ -201,19 +209,16 @@ class Linearisation:
         """The second derivatives; Gauss-Newton leaves out p . g''."""
         b, horizon = self._lead
         n, nx, m = self._n, self._n + self._q, self._m
-        p = self.costates[:, 1:, :n].flatten(0, 1)
+        p = self.costates[:, 1:, :n].transpose(0, 1)
+        second = p.new_empty(horizon, b, nx + 1 + m, nx + 1 + m)
         start = 0
-        found = []
         for chunk in self._chunks:
-            stop = start + len(chunk.costs)
-            found.append(chunk.hessian(None if gauss_newton else p[start:stop]))
-            start = stop
-        second = torch.cat(found).unflatten(0, (b, horizon))
-        self._check_finite(second.flatten(2), "second derivative")
-        steps = second.new_zeros(b, horizon, nx + 1 + m, nx + 1 + m)
-        places = torch.cat([torch.arange(nx), torch.arange(nx + 1, nx + 1 + m)]).to(second.device)
-        steps[:, :, places.unsqueeze(1), places] = second
-        steps[:, :, nx, places] = steps[:, :, places, nx] = self._slopes
+            part = slice(start, start + len(chunk.problems))
+            chunk.write_hessian(None if gauss_newton else p[:, part], second[:, part])
+            start = part.stop
+        steps = second.transpose(0, 1)
+        steps[:, :, nx] = steps[..., nx] = self._slopes
+        self._check_finite("second derivative", steps)
         with autodiff.recording():
             terminal = second.new_zeros(b, nx + 1, nx + 1)
             terminal[:, :nx, :nx] = autodiff.rows(self._end_slope, self._end, keep=True)
@@ -252,36 +257,48 @@ class Linearisation:
 
 
 class _Chunk:
-    """The steps of some of the problems, evaluated with their graph.
+    """The steps of some of the problems, evaluated with their graph; the axis of steps is first.
 
     Attributes:
-        following: g, shape ``(N, n)``.
-        costs: r, shape ``(N,)``, of all steps of these problems.
-        maps: g', ``(N, n, n + q + m)``.
-        slopes: r', ``(N, n + q + m)``.
+        problems: which they are, ``(b,)``.
+        following: g, shape ``(T, b, n)``.
+        costs: r, shape ``(T, b)``.
     """
 
-    def __init__(self, stages: Stages, z: Tensor, problems: Tensor) -> None:
-        shape = z.shape
+    def __init__(self, stages: Stages, z: list[Tensor], problems: Tensor) -> None:
+        self.problems, lead = problems, (z[0].shape[1], z[0].shape[0])
+        n, q = z[0].shape[2], z[1].shape[2]
+        # Places of (u, shared, own) where a 1 stands before what is a step's own.
+        self._places = slice(0, n), slice(n, n + q), slice(n + q + 1, None)
         with autodiff.recording():
-            self._z = autodiff.variables(z.flatten(0, 1))
-            g, r = stages.steps(self._z.view(shape), problems)
-            self._following, self.costs = g.flatten(0, 1), r.flatten()
-            outputs = self._following, self.costs
-            autodiff.refuse_hidden(outputs, self._z, "a step or its running cost")
-            self.maps = autodiff.rows(self._following, self._z, keep=True)
+            self._z = autodiff.variables([x.transpose(0, 1).flatten(0, 1) for x in z])
+            parts = [x.unflatten(0, lead).transpose(0, 1) for x in self._z]
+            g, r = stages.steps(parts, problems)
+            self.costs = r.transpose(0, 1)
+            self._following = g.transpose(0, 1).flatten(0, 1)
+            autodiff.refuse_hidden(
+                (self._following, self.costs), self._z, "a step or its running cost"
+            )
             one = torch.ones_like(self.costs)
-            self._slopes = autodiff.pull(self.costs, one, self._z, keep=True)
-        if self._slopes is None:
-            self._slopes = torch.zeros_like(self._z)
-        self.following = self._following.detach()
-        self.slopes = self._slopes.detach()
+            found = autodiff.pull(self.costs, one, self._z, keep=True)
+        self._slopes: list[Tensor] = tree.filled(found, self._z)
+        self.following = self._following.detach().unflatten(0, lead)
 
-    def hessian(self, p: Tensor | None) -> Tensor:
-        """Of r, and of p . g where p is given, in z: ``(N, d, d)``."""
+    def write(self, maps: Tensor, slopes: Tensor) -> None:
+        """First derivatives g', ``(T, b, n, d)``, and r', ``(T, b, d)``, with d = n + q + 1 + m."""
+        with autodiff.recording():
+            rows = [maps[..., i] for i in self._places]
+            autodiff.write_rows(self._following, self._z, rows, keep=True)
+        for i, slope in zip(self._places, self._slopes, strict=True):
+            slopes[..., i] = slope.detach().view(slopes[..., i].shape)
+
+    def write_hessian(self, p: Tensor | None, into: Tensor) -> None:
+        """Of r, and of p . g where p is given, in z: ``(T, b, n + q + 1 + m)`` twice."""
         with autodiff.recording():
             slopes = self._slopes
-            pulled = None if p is None else autodiff.pull(self._following, p, self._z, keep=True)
-            if pulled is not None:
-                slopes = slopes + pulled
-            return autodiff.rows(slopes, self._z, keep=True)
+            if p is not None:
+                pulled = autodiff.pull(self._following, p.flatten(0, 1), self._z, keep=True)
+                slopes = [x if y is None else x + y for x, y in zip(slopes, pulled, strict=True)]
+            for i, slope in zip(self._places, slopes, strict=True):
+                rows = [into[..., i, j] for j in self._places]
+                autodiff.write_rows(slope, self._z, rows, keep=True)

@@ -105,8 +105,14 @@ class Mapped:
 
     def attempt(self, function: Callable[..., Any], columns: Tree) -> Any:
         """`function` of all elements at once; None, from then on, where it cannot be mapped."""
+        # torch would flatten the trees leaf by leaf in Python, on each level once more.
+        leaves, structure = tree.flatten(columns)
+
+        def flat(*elements: Any) -> Any:
+            return function(*tree.unflatten(structure, [*elements]))
+
         try:
-            return torch.func.vmap(function)(*columns)
+            return torch.func.vmap(flat)(*leaves)
         except Exception:  # whatever a user's function raises: one by one it tells why
             self.together = False
             return None

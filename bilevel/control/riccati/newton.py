@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -71,7 +72,13 @@ class Iterates:
     history: list[tuple[Tensor, Tensor, Tensor]]
 
 
+_Some = TypeVar("_Some", Model, Gains, Swept)
 Watch = Callable[[Iterates], bool]
+
+
+def _some(all_of: _Some, i: Tensor, n: int) -> _Some:
+    """The problems i of n, in their order; no copy where they are all."""
+    return all_of if len(i) == n else all_of.at(i)
 
 
 class Newton:
@@ -134,14 +141,14 @@ class Newton:
         going = (now.status[active] == RUNNING).nonzero().squeeze(1)
         if last or not len(going):
             return
-        gains, shift = self._swept(model.at(going), now.shift[active[going]])
+        gains, shift = self._swept(_some(model, going, len(active)), now.shift[active[going]])
         lost = torch.isinf(shift)
         now.status[active[going[lost]]] = UNBOUNDED_BELOW
         now.failed[active[going[lost]]] = gains.failed[lost]
         fine = (~lost).nonzero().squeeze(1)
         if len(fine):
             now.shift[active[going[fine]]] = shift[fine]
-            self._step(going[fine], gains.at(fine))
+            self._step(going[fine], _some(gains, fine, len(going)))
 
     def _model(self, *, gauss_newton: bool) -> Model:
         point, limits = self.point, self._limits
@@ -187,7 +194,7 @@ class Newton:
         """The full step where it lowers the cost enough, else the longest shorter one that does."""
         now, point, rules = self.now, self.point, self._rules
         problems = point.where.problems[rows]
-        base = point.where.at(rows)
+        base = _some(point.where, rows, len(point.where.problems))
         cost, size = point.cost[rows], point.size[rows]
         rounding = 100 * torch.finfo(cost.dtype).eps * size
         trial = self._rolled(base, gains, torch.ones_like(cost))
@@ -310,8 +317,8 @@ class Newton:
         """J of trajectories; infinite where it is not finite."""
         stages, horizon = self._stages, self._stages.problem.horizon
         w = trial.point.shared.unsqueeze(1).expand(-1, horizon, -1)
-        z = torch.cat([trial.states[:, :-1], w, trial.point.own], 2)
-        _, running = stages.steps(z, trial.problems)
+        parts = trial.states[:, :-1], w, trial.point.own
+        _, running = stages.steps(parts, trial.problems)
         own, shared = trial.point.own, trial.point.shared
         cost = stages.terminal(trial.states[:, -1], shared, own, trial.problems) + running.sum(1)
         return torch.where(torch.isfinite(cost), cost, torch.inf)

@@ -201,7 +201,7 @@ class Sensitivity:
         stages, problems = self._stages(parameters, observation), self._where.problems
         n = stages.n
         p = self._p[..., :n]
-        g, r = stages.steps(z, problems)
+        g, r = stages.steps(z.split([n, stages.controls.q, own.shape[2]], 2), problems)
         l = stages.terminal(end[:, :n], end[:, n:], own, problems)  # noqa: E741  as in MODEL
         g0 = stages.start(shared, problems, tree.leaves_of(observation))
         stepped = r.sum(1) + (p[:, 1:] * g).sum((1, 2))

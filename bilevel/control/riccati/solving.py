@@ -171,7 +171,7 @@ def solved(laid: Laid, settings: Riccati, steps: int, tolerance: float, watch: W
     newton = Newton(laid.stages, rules, laid.limits, laid.start)
     iterates = newton.run(watch)
     final = newton.point
-    if laid.stages.size > 1:
+    if len(final.where.problems) < laid.stages.size:
         final = Linearisation(laid.stages, iterates.where)
     return Solved(laid, iterates, final, asked or usual)
 
@@ -241,19 +241,18 @@ def _plain(stages: Stages, where: Swept) -> Tensor:
     """J without what the augmented Lagrangian adds."""
     duals, stages.duals = stages.duals, None
     with autodiff.paused():
-        z, end = _parts(where)
-        _, running = stages.steps(z, where.problems)
+        parts, end = _parts(where)
+        _, running = stages.steps(parts, where.problems)
         n = stages.n
         last = stages.terminal(end[:, :n], end[:, n:], where.point.own, where.problems)
     stages.duals = duals
     return running.sum(1) + last
 
 
-def _parts(where: Swept) -> tuple[Tensor, Tensor]:
+def _parts(where: Swept) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     own, shared = where.point.own, where.point.shared
     w = shared.unsqueeze(1).expand(-1, own.shape[1], -1)
-    z = torch.cat([where.states[:, :-1], w, own], 2)
-    return z, torch.cat([where.states[:, -1], shared], 1)
+    return (where.states[:, :-1], w, own), torch.cat([where.states[:, -1], shared], 1)
 
 
 def _check_constraints(
@@ -309,7 +308,8 @@ def _walked(problem: ControlProblem, observation: Tree, control: Tree) -> list[T
             "be told from another draw. Draw before, and keep what was drawn in the dynamics; or "
             "take NewtonCG."
         )
-    constants = [_tensors(state) for state in states]
+    # Steps were found to return states of one structure.
+    constants = [_tensors(state) for state in states] if _tensors(states[0]) else []
     for t, now in enumerate(constants):
         if not all(map(torch.equal, now, constants[0])):
             raise UnsupportedError(

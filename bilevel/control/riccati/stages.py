@@ -1,5 +1,6 @@
 """A control problem as functions of flat real vectors, of many problems and steps at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +85,10 @@ class Stages:
         self._observation = Fixed(observed, batched=batched)
         self._rest = Fixed(controls.rest_constants, batched=batched)
         self._each = [Fixed(x, batched=batched) for x in controls.step_constants]
+        self._same_constants = not any(x.columns for x in (self._rest, *self._each))
         # Whether steps differ in nothing but the number t.
-        self._alike = all(map(self._each[0].same, self._each)) if self._each else True
+        constants = any(controls.step_constants)
+        self._alike = not constants or all(map(self._each[0].same, self._each))
 
     @property
     def at_once(self) -> bool:
@@ -98,6 +101,8 @@ class Stages:
 
     def _columns(self, problems: Tensor) -> list[list[Tensor]]:
         """Constants of the control that differ from problem to problem."""
+        if self._same_constants:
+            return [[]] * (1 + len(self._each))
         return [[x[problems] for x in fixed.columns] for fixed in (self._rest, *self._each)]
 
     def start(
@@ -126,31 +131,33 @@ class Stages:
         rest = [x[problems] for x in self._rest.columns]
         return self._problems.over(one, [shared, observed, rest], len(problems))
 
-    def steps(self, z: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
-        """u(t) = g and r of every step, at z = (u(t-1), shared, own).
+    def steps(self, parts: Sequence[Tensor], problems: Tensor) -> tuple[Tensor, Tensor]:
+        """u(t) = g and r of every step.
 
         Args:
-            z: shape ``(b, T, n + q + m)``.
+            parts: z = (u(t-1), shared, own), shapes ``(b, T, n)``, ``(b, T, q)``, ``(b, T, m)``.
             problems: which they are, shape ``(b,)``.
 
         Returns:
             Shapes ``(b, T, n)`` and ``(b, T)``.
         """
-        b, horizon = z.shape[:2]
+        b, horizon = parts[0].shape[:2]
         if not horizon:
-            return z.new_zeros(b, 0, self.n), z.new_zeros(b, 0)
+            return parts[0].new_zeros(b, 0, self.n), parts[0].new_zeros(b, 0)
         duals: list[Tensor] = []
         if self.duals is not None:
             some = self.duals.at(problems)
             weight = some.weight.unsqueeze(1).expand(b, horizon)
             duals = [some.inequality, some.equality, weight]
-        return self._over_steps(self._step, z, problems, duals)
+        return self._over_steps(self._step, parts, problems, duals)
 
-    def constrained(self, where: Tensor, end: Tensor, own: Tensor, problems: Tensor) -> Values:
+    def constrained(
+        self, where: Sequence[Tensor], end: Tensor, own: Tensor, problems: Tensor
+    ) -> Values:
         """What the constraints are at a point.
 
         Args:
-            where: z as in `steps`.
+            where: as `parts` of `steps`.
             end: (u(T), w), shape ``(b, n + q)``.
             own: the steps' own controls, ``(b, T, m)``.
             problems: which they are, shape ``(b,)``.
@@ -158,9 +165,9 @@ class Stages:
         Returns:
             The values.
         """
-        b, horizon = where.shape[:2]
+        b, horizon = where[0].shape[:2]
 
-        def at_step(z: Tensor, t: Any, rest: Any, constants: Any, duals: Any) -> Any:
+        def at_step(z: list[Tensor], t: Any, rest: Any, constants: Any, duals: Any) -> Any:
             del duals
             state, theta = self._received(z, t, rest, constants)
             return self._both(self._constraints.at_step(self._dynamics.readout(state), theta, t))
@@ -171,7 +178,7 @@ class Stages:
 
         given = [end[:, : self.n], end[:, self.n :], own, self._columns(problems)]
         last = self._problems.over(at_end, given, b)
-        none = where.new_zeros(b, 0, 0)
+        none = end.new_zeros(b, 0, 0)
         first = self._over_steps(at_step, where, problems, []) if horizon else (none, none)
         return Values(*first, *last)
 
@@ -186,45 +193,45 @@ class Stages:
         return first, second
 
     def _over_steps(
-        self, function: Any, z: Tensor, problems: Tensor, duals: list[Tensor]
+        self, function: Any, parts: Sequence[Tensor], problems: Tensor, duals: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """A function of one step, of every step of every problem."""
-        b, horizon = z.shape[:2]
+        b, horizon = parts[0].shape[:2]
         columns = self._columns(problems)
         if self._steps.together and self._alike:
 
-            def one(z: Tensor, t: Tensor, rest: list[Tensor], duals: list[Tensor]) -> Any:
+            def one(z: list[Tensor], t: Tensor, rest: list[Tensor], duals: list[Tensor]) -> Any:
                 return function(z, Time(t), rest, [], duals)
 
-            times = torch.arange(1, horizon + 1, dtype=torch.float64, device=z.device).repeat(b)
-            rest = [x.repeat_interleave(horizon, 0) for x in columns[0]]
-            flat = [x.flatten(0, 1) for x in duals]
-            found = self._steps.attempt(one, [z.flatten(0, 1), times, rest, flat])
+            # The axis of steps comes first, as it does where they are linearised.
+            times = torch.arange(1, horizon + 1, dtype=torch.float64, device=self.device)
+            rest = [x.repeat(horizon, *[1] * (x.ndim - 1)) for x in columns[0]]
+            z, of_duals = ([x.transpose(0, 1).flatten(0, 1) for x in xs] for xs in (parts, duals))
+            found = self._steps.attempt(one, [z, times.repeat_interleave(b), rest, of_duals])
             if found is not None:
-                first, second = found
-                return first.unflatten(0, (b, horizon)), second.unflatten(0, (b, horizon))
+                first, second = (x.unflatten(0, (horizon, b)).transpose(0, 1) for x in found)
+                return first, second
         each = []
         for t in range(1, horizon + 1):
 
-            def at(z: Tensor, rest: Any, own: Any, duals: Any, t: int = t) -> Any:
+            def at(z: list[Tensor], rest: Any, own: Any, duals: Any, t: int = t) -> Any:
                 return function(z, t, rest, own, duals)
 
             own = columns[t] if self._each else []
-            here = [z[:, t - 1], columns[0], own, [x[:, t - 1] for x in duals]]
+            here = [[x[:, t - 1] for x in parts], columns[0], own, [x[:, t - 1] for x in duals]]
             each.append(self._problems.over(at, here, b))
         return torch.stack([g for g, _ in each], 1), torch.stack([r for _, r in each], 1)
 
-    def _received(self, z: Tensor, t: Any, rest: Any, constants: Any) -> tuple[Tree, Tree]:
+    def _received(self, z: list[Tensor], t: Any, rest: Any, constants: Any) -> tuple[Tree, Tree]:
         """u(t-1) and theta_t of one step's numbers."""
-        n, q = self.n, self.controls.q
-        u, w, own = z[:n], z[n : n + q], z[n + q :]
+        u, w, own = z
         state = self.state.tree(u, self.state.fixed)
         each = self._each[(t if isinstance(t, int) else 1) - 1].of(constants) if self._each else []
         return state, self.controls.received(
             own, self.controls.pieces(w), each, self._rest.of(rest)
         )
 
-    def _step(self, z: Tensor, t: Any, rest: Any, constants: Any, duals: Any) -> Any:
+    def _step(self, z: list[Tensor], t: Any, rest: Any, constants: Any, duals: Any) -> Any:
         state, theta = self._received(z, t, rest, constants)
         following = self.state.vector(self._dynamics.step(state, theta, t))
         cost = self._running(state, theta, t)

@@ -128,31 +128,41 @@ def backward(model: Model, shift: Tensor) -> Gains:
     N = model.terminal.shape[1]
     horizon, m = model.steps.shape[1], model.steps.shape[2] - N
     P = model.terminal
-    shifted = bool(shift.any())
+    b = len(P)
     added = torch.eye(m, dtype=P.dtype, device=P.device) * shift.view(-1, 1, 1)
-    values, stages = [P], []
-    maps = model.maps.unbind(1)
-    # The rows of x and of the control apart: what would fill the block of Q_xc is its transpose.
-    from_x, from_c = model.maps[..., :N].mT.unbind(1), model.maps[..., N:].mT.unbind(1)
-    of_x, of_c = model.steps[:, :, :N, :N].unbind(1), model.steps[:, :, N:].unbind(1)
+    shifted = bool(shift.any())
+    maps, transposed, steps = model.maps.unbind(1), model.maps.mT.unbind(1), model.steps.unbind(1)
+    # Results are written where they stay, by views made once: a call of one step costs little more
+    # than its arithmetic. Columns of `half` lie together, as the solver wants them.
+    values, half = P.new_empty(horizon + 1, b, N, N), P.new_empty(horizon, b, N, m).mT
+    factors = P.new_empty(horizon, b, m, m)
+    info = torch.empty(horizon, b, dtype=torch.int32, device=P.device)
+    value, factor, failed = values.unbind(0), factors.unbind(0), info.unbind(0)
+    halves, halves_of = half.unbind(0), half.mT.unbind(0)
+    value[horizon].copy_(P)
+    ahead, Q = P.new_empty(b, N, N + m), P.new_empty(b, N + m, N + m)
+    Qxx, Qcx, Qcc = Q[:, :N, :N], Q[:, N:, :N], Q[:, N:, N:]
+    stages = []
     for t in range(horizon - 1, -1, -1):
-        ahead = torch.bmm(P, maps[t])
-        P = torch.baddbmm(of_x[t], from_x[t], ahead.narrow(2, 0, N))
-        if m:
-            Qc = torch.baddbmm(of_c[t], from_c[t], ahead)
-            Qcx, Qcc = Qc.narrow(2, 0, N), Qc.narrow(2, N, m)
-            if shifted:
-                Qcc = Qcc + added
-            if model.low is None or model.high is None:
-                factor, info = torch.linalg.cholesky_ex(Qcc)
-                half = torch.linalg.solve_triangular(factor, Qcx, upper=False)
-                P = torch.baddbmm(P, half.mT, half, alpha=-1)
-                stages.append((half, factor, info))
-            else:
-                P, stage = _boxed(P, Qcx, Qcc, model.low[:, t], model.high[:, t])
-                stages.append(stage)
-        values.append(P)
-    return _gathered(model, shift, values[::-1], stages[::-1])
+        torch.bmm(value[t + 1], maps[t], out=ahead)
+        torch.baddbmm(steps[t], transposed[t], ahead, out=Q)
+        if shifted:
+            Qcc += added
+        if not m:
+            value[t].copy_(Qxx)
+        elif model.low is not None and model.high is not None:
+            P, stage = _boxed(Qxx, Qcx, Qcc, model.low[:, t], model.high[:, t])
+            value[t].copy_(P)
+            stages.append(stage)
+        else:
+            torch.linalg.cholesky_ex(Qcc, out=(factor[t], failed[t]))
+            torch.linalg.solve_triangular(factor[t], Qcx, upper=False, out=halves[t])
+            torch.baddbmm(Qxx, halves_of[t], halves[t], alpha=-1, out=value[t])
+    if stages:
+        swept = tuple(torch.stack(part, 1) for part in zip(*stages[::-1], strict=True))
+    else:
+        swept = half.transpose(0, 1), factors.transpose(0, 1), info.transpose(0, 1)
+    return _gathered(model, shift, values.transpose(0, 1), swept)
 
 
 def _boxed(Qxx: Tensor, Qcx: Tensor, Qcc: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Any]:
@@ -167,19 +177,18 @@ def _boxed(Qxx: Tensor, Qcx: Tensor, Qcc: Tensor, low: Tensor, high: Tensor) -> 
     return P, (gain, least.factor, least.failed.int(), least.free, slope)
 
 
-def _gathered(model: Model, shift: Tensor, values: list[Tensor], stages: list[Any]) -> Gains:
-    P = values[0]
+def _gathered(model: Model, shift: Tensor, values: Tensor, swept: tuple[Tensor, ...]) -> Gains:
+    P = values[:, 0]
     b, N = P.shape[:2]
     horizon, m = model.steps.shape[1], model.steps.shape[2] - N
-    boxed = model.low is not None
     free = None
     slope = P.new_zeros(b)
     failed = torch.full((b,), -1, device=P.device)
-    if stages:
-        first, factors, info = (torch.stack([stage[i] for stage in stages], 1) for i in range(3))
-        if boxed:
-            gains, free = first, torch.stack([stage[3] for stage in stages], 1)
-            slope = torch.stack([stage[4] for stage in stages], 1).sum(1)
+    if horizon and m:
+        first, factors, info = swept[:3]
+        if len(swept) > 3:
+            gains, free = first, swept[3]
+            slope = swept[4].sum(1)
         else:
             gains = -torch.linalg.solve_triangular(factors.mT, first, upper=True)
             slope = -first[..., -1].square().sum((1, 2))
@@ -192,8 +201,7 @@ def _gathered(model: Model, shift: Tensor, values: list[Tensor], stages: list[An
     shared = _shared(model, shift, P)
     change, factor, held, bad, also = shared
     failed = torch.where((failed < 0) & bad, 0, failed)
-    stacked = torch.stack(values, 1)
-    return Gains(stacked, gains, factors, free, change, factor, held, slope + also, failed)
+    return Gains(values, gains, factors, free, change, factor, held, slope + also, failed)
 
 
 def _shared(model: Model, shift: Tensor, P: Tensor) -> tuple[Any, ...]:
