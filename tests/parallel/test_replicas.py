@@ -11,6 +11,8 @@ import bilevel as bl
 from bilevel.errors import ArgumentError
 from bilevel.parallel.parts import part_of
 
+pytestmark = pytest.mark.xdist_group("ranks")  # so that the ranks are started once
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
