@@ -64,7 +64,7 @@ ROOMS = {
     "bilevel.implicit_function": ["question", "systems", "equations", "function"],
     "bilevel.tasks": ["normalisers", "weights", "problem", "over_ranks", "adaptation", "stacked"],
     "bilevel, above its rooms": [
-        *("solution", "kept_solution", "accumulated", "hessian", "solver", "testing"),
+        *("solution", "kept_solution", "accumulated", "hessian", "history", "solver", "testing"),
     ],
     "applications": [
         "errors",
