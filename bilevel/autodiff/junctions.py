@@ -7,8 +7,7 @@ from junction to junction, in the same order on every process.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any, Protocol
 
@@ -123,15 +122,15 @@ class Meeting(Junction):
         return [mean if mean is None else self.leaf(mean) for mean in means]
 
 
-@contextmanager
-def slopes_only() -> Iterator[None]:
+class slopes_only:  # noqa: N801 - a context, of which each small step enters one
     """Inside, nobody looks at the value that a meeting comes to, only at its derivative."""
-    outside = getattr(_inside, "slopes", False)
-    _inside.slopes = True
-    try:
-        yield
-    finally:
-        _inside.slopes = outside
+
+    def __enter__(self) -> None:
+        self._outside = getattr(_inside, "slopes", False)
+        _inside.slopes = True
+
+    def __exit__(self, *_: object) -> None:
+        _inside.slopes = self._outside
 
 
 def slopes_wanted() -> bool:

@@ -1,6 +1,7 @@
 """Gradient descent, on its own or with momentum."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple, final
 
 from torch import Tensor
@@ -76,7 +77,7 @@ class SGD(InnerOptimizer):
                 f"momentum={self.momentum} and dampening={self.dampening}."
             )
 
-    @property
+    @cached_property
     def _moves(self) -> bool:
         """Whether there is a velocity."""
         return not _is_zero(self.momentum)
