@@ -100,45 +100,26 @@ def pull_each(outputs: Tree, cotangents: Tree, inputs: Tree) -> Tree:
 
     Returns:
         Vectors of the space of `inputs`, stacked; None where `outputs` do not depend on the leaf.
+
+    Raises:
+        RuntimeError: as torch raises it where processes meet on the way.
     """
     pairs = [
         (y, v)
         for y, v in zip(tree.leaves_of(outputs), tree.leaves_of(cotangents), strict=True)
         if v is not None and y.requires_grad
     ]
-    leaves, structure = tree.flatten(inputs)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-    found: list[Tensor | None] = [None] * len(leaves)
-    if pairs and places:
-        wanted = [leaves[i] for i in places]
-        with autocast_as([]) if autocasts() else nullcontext():
-            gradients = _together([y for y, _ in pairs], wanted, [v for _, v in pairs])
-        for i, gradient in zip(places, gradients, strict=True):
-            found[i] = gradient
-    return tree.unflatten(structure, found)
-
-
-def _together(ys: list[Tensor], wanted: list[Tensor], vs: list[Tensor]) -> list[Tensor | None]:
-    """One backward pass for all cotangents, or one for each where a kernel refuses that."""
-    if crosses(ys, wanted):  # processes meet once for each cotangent, in the same order
-        more = {"create_graph": False, "retain_graph": True, "batched": True}
-        return [*pulled(ys, wanted, vs, **more)]
-    given: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    ys, vs = [y for y, _ in pairs], [v for _, v in pairs]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kernels that are looped over inside
-            return [*torch.autograd.grad(ys, wanted, vs, is_grads_batched=True, **given)]
-    except RuntimeError:
-        rows = [
-            torch.autograd.grad(ys, wanted, list(row), **given)
-            for row in zip(*(v.unbind(0) for v in vs), strict=True)
-        ]
-        each = zip(*rows, strict=True)
-        return [None if x[0] is None else _stacked(x) for x in each]
-
-
-def _stacked(rows: tuple[Tensor, ...]) -> Tensor:
-    return torch.stack([x if x.layout == torch.strided else x.to_dense() for x in rows])
+            return grad(ys, inputs, vs, retain_graph=True, batched=True)
+    except RuntimeError:  # a kernel that refuses several: one pass for each
+        if crosses(ys, [x for x in tree.leaves_of(inputs) if isinstance(x, Tensor)]):
+            raise  # processes meet in the same order: nothing is tried again
+    rows = zip(*(v.unbind(0) for v in vs), strict=True)
+    each = [grad(ys, inputs, list(row), retain_graph=True) for row in rows]
+    return tree.map_leaves(lambda *xs: None if xs[0] is None else torch.stack(xs), *each)
 
 
 def value_and_gradient(
