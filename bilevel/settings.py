@@ -1,6 +1,5 @@
 """Numbers that a rule or a penalty is told: constant, learned, or changing with the step."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,14 @@ from bilevel.errors import ArgumentError, StructureError
 from bilevel.tree import Tree
 
 
-class Stepwise(ABC):
+class Stepwise:
     """What is another at each inner step t = 1, 2, ..., and the same whenever t is asked for."""
 
-    @abstractmethod
+    # No abstract base class: each step asks for this type several times, and those answer slowly.
+
     def at(self, t: int) -> Any:
         """What step t gets."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

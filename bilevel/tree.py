@@ -99,6 +99,8 @@ def zeros_like(tree: Tree) -> Tree:
 
 def filled(vector: Tree, like: Tree) -> Tree:
     """`vector` with zeros where it has None and `like` a variable."""
+    if isinstance(vector, Tensor) and isinstance(like, Tensor):
+        return vector
     return map_leaves(
         lambda x, v: torch.zeros_like(x) if v is None and is_variable(x) else v, like, vector
     )

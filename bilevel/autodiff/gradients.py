@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from bilevel import shards, tree
 from bilevel.autodiff.graphs import (
     autocast_as,
     autocasts,
-    forget_casts,
     is_taped,
     recording,
     refuse_hidden,
@@ -23,9 +22,6 @@ from bilevel.autodiff.junctions import crosses, pulled, slopes_only
 from bilevel.checks import check_scalar
 from bilevel.errors import LostGradientError
 from bilevel.tree import Tree
-
-_AS_IT_IS = nullcontext()
-
 
 def grad(
     outputs: Sequence[Tensor],
@@ -54,14 +50,15 @@ def grad(
     found: list[Tensor | None] = [None] * len(leaves)
     if outputs and places:
         wanted = [leaves[i] for i in places]
-        # A backward runs in the dtypes of its forward: autocast would cast once more.
-        with autocast_as([]) if autocasts() else _AS_IT_IS:
-            gradients = pulled(
-                *(outputs, wanted, cotangents),
-                retain_graph=retain_graph,
-                create_graph=create_graph,
-                batched=batched,
-            )
+        how = {"retain_graph": retain_graph, "create_graph": create_graph, "batched": batched}
+        if autocasts():
+            # A backward runs in the dtypes of its forward: autocast would cast once more.
+            with autocast_as([]):
+                gradients = pulled(outputs, wanted, cotangents, **how)
+            if not create_graph:
+                torch.clear_autocast_cache()  # it keeps a copy of each leaf until its context ends
+        else:
+            gradients = pulled(outputs, wanted, cotangents, **how)
         for i, gradient in zip(places, gradients, strict=True):
             # As those of an embedding with sparse=True: sums and norms are of dense vectors.
             if gradient is not None and gradient.layout != torch.strided:
@@ -130,9 +127,7 @@ def value_and_gradient(
     with recording():
         value = check_scalar(function(*inputs), name)
         refuse_hidden(value, inputs, name)
-        found = value.detach(), pull(value, torch.ones_like(value), inputs)
-    forget_casts()
-    return found
+        return value.detach(), pull(value, torch.ones_like(value), inputs)
 
 
 def gradient(
@@ -171,8 +166,6 @@ def gradient(
             given = ((params, control) if attached else (), point)
             refuse_hidden(value, given, name, twice=attached)
         found = grad([value] if value.requires_grad else [], point, None, create_graph=attached)
-        if not attached:
-            forget_casts()
         if check and all(g is None for g in tree.leaves_of(found)):
             raise LostGradientError(
                 f"the {name} does not depend on the params, so that nothing would be minimised: "
@@ -183,6 +176,8 @@ def gradient(
 
 def _point(params: Tree, *, attached: bool) -> Tree:
     """`params` as tensors that a gradient can be taken in, each in one place only."""
+    if isinstance(params, Tensor):
+        return params if attached and params.requires_grad else params.detach().requires_grad_()
     seen: list[Tensor] = []
 
     def own(x: Any) -> Any:

@@ -16,7 +16,13 @@ from bilevel.errors import LostGradientError, UnsupportedError
 from bilevel.tree import Tree
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
-_inside = threading.local()
+
+
+class _Inside(threading.local):
+    sweep = False  # whether this thread is in one
+
+
+_inside = _Inside()
 
 
 class recording:  # noqa: N801 - a context, as torch.enable_grad is
@@ -30,7 +36,7 @@ class recording:  # noqa: N801 - a context, as torch.enable_grad is
                 "gradients were asked for inside torch.inference_mode(), where nothing is "
                 "recorded: call it outside, or take torch.no_grad(), inside which they are right."
             )
-        self._outside = getattr(_inside, "sweep", False)
+        self._outside = _inside.sweep
         self._recorded = torch.is_grad_enabled()
         _inside.sweep = True
         if not self._recorded:
@@ -44,7 +50,7 @@ class recording:  # noqa: N801 - a context, as torch.enable_grad is
 
 def refuse_inside(name: str, *arguments: Tree) -> None:
     """Refuse a sweep that a step or an objective calls: what it returns has no graph."""
-    if getattr(_inside, "sweep", False) and is_taped(arguments):
+    if _inside.sweep and is_taped(arguments):
         raise LostGradientError(
             f"{name} was called inside a step or an objective with arguments that require grad, "
             "but what it returns has no graph, so that its part of the gradient would be lost: use "
@@ -97,6 +103,8 @@ def is_on() -> bool:
 
 def is_taped(values: Tree) -> bool:
     """Whether what is computed from `values` leaves a graph."""
+    if isinstance(values, Tensor):
+        return values.requires_grad
     return any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves_of(values))
 
 

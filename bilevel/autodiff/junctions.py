@@ -13,16 +13,25 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import graph
 from torch.autograd.graph import Node
+from torch.overrides import has_torch_function
 
 from bilevel import shards, tree
 from bilevel.tree import Tree
 
 _KNOWN = "_bilevel_junction"  # of a leaf: its junction and its place there
 _STANDS = "_bilevel_stands_for"  # of an alias: the tensor that it stands for
+_engine: Any = getattr(graph, "_engine_run_backward", None)
 _numbers = count()
-_inside = threading.local()
 _made: list[bool] = []  # empty as long as this process has no junction
+
+
+class _Inside(threading.local):
+    slopes = False  # whether only derivatives are looked at in this thread
+
+
+_inside = _Inside()
 
 
 class Mean(Protocol):
@@ -126,7 +135,7 @@ class slopes_only:  # noqa: N801 - a context, of which each small step enters on
     """Inside, nobody looks at the value that a meeting comes to, only at its derivative."""
 
     def __enter__(self) -> None:
-        self._outside = getattr(_inside, "slopes", False)
+        self._outside = _inside.slopes
         _inside.slopes = True
 
     def __exit__(self, *_: object) -> None:
@@ -135,7 +144,7 @@ class slopes_only:  # noqa: N801 - a context, of which each small step enters on
 
 def slopes_wanted() -> bool:
     """Whether it is so."""
-    return getattr(_inside, "slopes", False)
+    return _inside.slopes
 
 
 def meeting(function: Callable[..., Tensor], among: Mean, *arguments: Tree) -> Tensor:
@@ -212,14 +221,9 @@ def pulled(
     batched: bool = False,
 ) -> Sequence[Tensor | None]:
     """`torch.autograd.grad` through junctions; where there are none it is just that."""
-    options: dict[str, Any] = {
-        "create_graph": create_graph,
-        "retain_graph": retain_graph,
-        "allow_unused": True,
-    }
     crossing = _Crossing(inputs) if _made else None
     if crossing is None or not crossing.enter(outputs):
-        return torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=batched, **options)
+        return _grad(outputs, inputs, cotangents, retain_graph, create_graph, batched)
     given = [torch.ones_like(y) for y in outputs] if cotangents is None else cotangents
     with torch.set_grad_enabled(create_graph):  # sums of what arrives are part of the graph
         if not batched:
@@ -227,6 +231,27 @@ def pulled(
         rows = zip(*(v.unbind() for v in given), strict=True)
         found = [crossing.pull(outputs, row, create_graph=create_graph) for row in rows]
         return [None if g[0] is None else torch.stack([*g]) for g in zip(*found, strict=True)]  # pyright: ignore[reportArgumentType]
+
+
+def _grad(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None,
+    retain_graph: bool | None,
+    create_graph: bool,
+    batched: bool,
+) -> Sequence[Tensor | None]:
+    ys, xs = tuple(outputs), tuple(inputs)
+    if batched or _engine is None or has_torch_function(ys + xs):
+        return torch.autograd.grad(
+            *(ys, xs, cotangents, retain_graph, create_graph),
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+    # What that comes to for plain tensors, without a dozen questions in Python what they are.
+    vs = tuple(map(torch.ones_like, ys)) if cotangents is None else tuple(cotangents)
+    keep = create_graph if retain_graph is None else retain_graph
+    return _engine(ys, vs, keep, create_graph, xs, True, accumulate_grad=False)
 
 
 def crosses(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:

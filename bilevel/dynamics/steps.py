@@ -102,9 +102,9 @@ def first_infinite(
 
 def watch(values: Tree) -> Callable[[], bool]:
     """Tells, when called, whether a tensor was written to since, or another put in its place."""
-    if isinstance(values, Tensor):  # the common case of small steps
-        version = _version(values)
-        return lambda: version != _version(values)
+    if isinstance(values, Tensor) and not values.is_inference():  # the common case of small steps
+        version = values._version
+        return lambda: version != values._version
     leaves = tree.leaves_of(values)
     versions = [*map(_version, leaves)]
 

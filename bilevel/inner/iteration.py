@@ -1,6 +1,7 @@
 r"""The inner iteration as a dynamics: :math:`\theta^{(t)} = \Phi(\theta^{(t-1)}, \alpha)`."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bilevel import autodiff, tree
@@ -47,7 +48,7 @@ class InnerIteration(Dynamics):
         return self.optimizer.begin(start)
 
     def step(self, state: Tree, control: Tree, t: int) -> Tree:  # noqa: D102
-        if hasattr(self.problem.inner, "origin"):  # processes meet in it: piece by piece
+        if self._meets:  # pulled back piece by piece
             state = autodiff.seam(state)
         try:
             if not self.optimizer.reversible:  # it makes its step by itself
@@ -64,6 +65,11 @@ class InnerIteration(Dynamics):
         except DivergenceError as error:
             raise DivergenceError(f"inner step {t}: {error}") from error
         return self.optimizer.update(state, gradient, control, self.offset + t)
+
+    @cached_property
+    def _meets(self) -> bool:
+        """Whether processes meet in the inner objective."""
+        return hasattr(self.problem.inner, "origin")
 
     def _searched(self, state: Tree, gradient: Tree, control: Tree, t: int) -> Tree:
         inner, batch = self.problem.inner, at_step(self.batch, self.offset + t)

@@ -150,7 +150,8 @@ class InnerOptimizer(ABC):
             ArgumentError: naming the setting.
         """
         for name, value in self._settings():
-            check_setting(setting_at(value, control, t), name, **self.ranges[name])
+            if callable(value) or isinstance(value, ByStep):  # constants were checked when made
+                check_setting(setting_at(value, control, t), name, **self.ranges[name])
 
     def residual(self, params: Tree, gradient: Tree, control: Tree, t: int) -> Tree:  # noqa: ARG002
         """What vanishes at the inner solution; by default the gradient of the inner objective."""
