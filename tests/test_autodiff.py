@@ -6,6 +6,7 @@ from problems import cplx, real, square
 from reference import assert_same, autograd, fresh
 
 from bilevel import autodiff, tree
+from bilevel.autodiff import gradients, junctions
 from bilevel.errors import LostGradientError
 
 
@@ -107,3 +108,35 @@ def test_value_and_gradient_of_several_arguments_is_that_of_autograd():
     truth = autograd(f(*inputs), *inputs)
     assert_same(found, truth)
     assert not value.requires_grad
+
+
+@pytest.mark.parametrize("complex_", [False, True])
+def test_the_short_way_to_the_engine_finds_what_autograd_does(monkeypatch, complex_):
+    """Torch's own, private way in is taken for plain tensors; without it `autograd.grad` is."""
+    x = (cplx if complex_ else real)(0, 4).requires_grad_()
+
+    def found():
+        (slope,) = gradients.grad([square(x)], [x], None, create_graph=True)
+        assert slope.requires_grad
+        return slope.detach(), *gradients.grad([slope], [x], [torch.ones_like(slope)])
+
+    quick = found()
+    monkeypatch.setattr(junctions, "_engine", None)
+    for mine, theirs in zip(quick, found(), strict=True):
+        assert_same(mine, theirs, rtol=0)
+    assert not quick[1].requires_grad
+
+
+def test_a_subclass_of_tensors_is_differentiated_by_its_own_rules():
+    calls = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    x = real(0, 3).as_subclass(Watched).requires_grad_()
+    (slope,) = gradients.grad([(x * x).sum()], [x], None)
+    assert torch.autograd.grad in calls
+    assert_same(slope.as_subclass(torch.Tensor), 2 * x.detach().as_subclass(torch.Tensor), rtol=0)

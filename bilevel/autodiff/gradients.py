@@ -23,6 +23,7 @@ from bilevel.checks import check_scalar
 from bilevel.errors import LostGradientError
 from bilevel.tree import Tree
 
+
 def grad(
     outputs: Sequence[Tensor],
     values: Tree,

@@ -9,7 +9,7 @@ count those evaluations as further batches: its buffers are put back after each.
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bilevel.errors import UnsupportedError
 
+_PLAIN = (str, bytes, int, float, complex, type(None), ModuleType, type)
 LARGE = 1000  # containers of more entries hold data, not modules
 
 
@@ -45,7 +46,7 @@ def _walk(roots: tuple[Any, ...]) -> Iterator[Any]:
     seen, waiting = set[int](), [*roots]
     while waiting:
         one = waiting.pop()
-        if id(one) in seen or isinstance(one, str | bytes | ModuleType | type):
+        if id(one) in seen or isinstance(one, _PLAIN):
             continue
         seen.add(id(one))
         yield one
@@ -86,10 +87,11 @@ def _content(cell: Any) -> Any:
         return None
 
 
-def _names(code: CodeType) -> set[str]:
+@lru_cache(maxsize=1000)
+def _names(code: CodeType) -> frozenset[str]:
     """The global names that a function reads, and those of functions written inside it."""
     inside = (part for part in code.co_consts if isinstance(part, CodeType))
-    return set(code.co_names).union(*map(_names, inside))
+    return frozenset(code.co_names).union(*map(_names, inside))
 
 
 @contextmanager

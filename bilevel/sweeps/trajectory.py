@@ -171,6 +171,9 @@ class Trajectory:
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """Inside, blocks are taped again; generators and buffers leave it as they entered it."""
+        if self._checkpointing.keeps_graphs and self._taped_last is not None:
+            yield  # everything is taped
+            return
         with self._rewound(), buffers_kept(self._dynamics, self._costs):
             yield
 
