@@ -68,9 +68,13 @@ class Point:
     @property
     def rounding(self) -> float:
         """Norm of R that is no more than the rounding of the terms that cancel in it."""
-        # Those are of the size of J theta: for quadratics R = J theta - c with c as large.
-        vector = tree.map_leaves(lambda x: x if tree.is_variable(x) else None, self.params)
-        return 64 * self.eps * tree.norm(self.operator.apply(vector))
+        # Those are of the size of J theta: for quadratics R = J theta - c with c as large. Where
+        # theta itself is flat, as under a symmetry of scale, J of another direction tells it.
+        theta = tree.map_leaves(lambda x: x if tree.is_variable(x) else None, self.params)
+        other = _random(theta)
+        along, size = tree.norm(self.operator.apply(theta)), tree.norm(theta)
+        across = ratio(tree.norm(self.operator.apply(other)), tree.norm(other)) * size
+        return 64 * self.eps * max(along, across if math.isfinite(across) else 0.0)
 
     @cached_property
     def outer(self) -> tuple[Tree, Tree]:
@@ -162,7 +166,7 @@ def correct(here: Point, products: int) -> Correction:
         # Rounding has a part in directions that are flat. A right-hand side of nothing else needs
         # no correction, and its run judges nothing; where no more than that is left, it is solved.
         if here.size <= here.rounding:
-            return found
+            return replace(found, convexity=math.inf)
         negative = step.ritz is not None and step.ritz < 0
         if negative or step.residual * here.size > here.rounding:
             return replace(found, flaw=flaw)
@@ -191,6 +195,19 @@ def correct(here: Point, products: int) -> Correction:
             f"{found.point.size:.1e} only, so that no minimiser is near enough to judge by; {FAR}"
         ),
     )
+
+
+def _random(like: Tree) -> Tree:
+    """The same vector each time, in no direction of its own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        kind = torch.complex128 if x.is_complex() else torch.float64
+        return torch.randn(x.shape, generator=generator, dtype=kind, device="cpu").to(x)
+
+    return tree.map_leaves(draw, like)
 
 
 def solve(

@@ -243,6 +243,26 @@ def test_symmetries_are_flat_and_no_saddle(invariant, start, steps):
     assert found.certificate.trustworthy or true > 1e-6
 
 
+@pytest.mark.parametrize("unknowns", [3, 70])  # with a matrix, and by products
+@pytest.mark.parametrize("size", [1.0, 10.0])
+def test_params_that_lie_along_a_flat_direction_themselves_are_trusted(unknowns, size):
+    # J w = 0: of a residual of rounding nothing is left that J w would tell the size of.
+    first, second, goal = torch.eye(unknowns, dtype=F64)[:3]
+
+    def unit(w):
+        return w / w.norm()
+
+    problem = bl.BilevelProblem(
+        lambda w, a, b: -unit(w) @ (a * first + second),
+        lambda w, a, b: square(unit(w) - second - goal),
+    )
+    start = size * unit(real(3, unknowns) + first + second)
+    found = certified(problem, start, tensor(0.7), 1000, 0.5 * size**2, bl.Implicit())
+    # unit(w) -> (a, 1) / sqrt(1 + a^2), so F = 3 - 2 / sqrt(1 + a^2)
+    assert float(found.gradient) == pytest.approx(2 * 0.7 / (1 + 0.7**2) ** 1.5, rel=1e-8)
+    assert found.certificate.trustworthy, found.certificate.reason
+
+
 # --- leaf by leaf
 
 
