@@ -365,6 +365,14 @@ class HypergradientCheck:
         return "\n".join([*lines, self.recommendation])
 
 
+CUT = (
+    "they agree with each other, so a gradient is cut on the way. Look in the objectives and the "
+    "steps for detach(), .data, .item(), float(), NumPy, no_grad(), torch.tensor([...]) of tensors "
+    "or torch.autograd.grad without create_graph=True. What differs on purpose, as a "
+    "straight-through estimate does, cannot be checked by differences."
+)
+
+
 def check_hypergradient(
     solver: BilevelSolver,
     params: Tree,
@@ -501,9 +509,11 @@ def _recommend(rows: Sequence[MethodCheck], difference_error: float) -> str:
     allowed = max(10 * difference_error, 1e-6)
     for kind in (Unrolled, MLM):
         if kind in by and not by[kind].error <= allowed:
-            return (
-                f"{kind.__name__} differs from the differences by {by[kind].error:.1e}: the "
-                "objectives are not smooth here, not deterministic, or computed in too low a "
+            differs = f"{kind.__name__} differs from the differences by {by[kind].error:.1e}: "
+            if difference_error <= 1e-2 < by[kind].error:
+                return differs + CUT
+            return differs + (
+                "the objectives are not smooth here, not deterministic, or computed in too low a "
                 "precision. Try float64, another step=, or another point, before any method."
             )
     implicit = by.get(Implicit)

@@ -151,6 +151,22 @@ def test_an_objective_that_is_not_smooth_is_found_out():
 
 
 @pytest.mark.parametrize(
+    ("inner", "outer"),
+    [
+        (lambda w, a, b: square(w) / 2 + (w * a.item()).sum() + a * w.sum(), lambda w, a, b: w @ w),
+        (lambda w, a, b: square(w - a), lambda w, a, b: square(w - 1) * (1 + a.item() ** 2)),
+        (lambda w, a, b: square(w - a), lambda w, a, b: square(w - 1) * w.data.sum()),
+    ],
+    ids=["inner", "outer, of the control", "outer, of the params"],
+)
+def test_a_gradient_that_is_cut_is_called_so(inner, outer):
+    solver = bl.BilevelSolver(bl.BilevelProblem(inner, outer), bl.optim.SGD(0.3), 30)
+    start, control = torch.zeros(2, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    found = bl.check_hypergradient(solver, start, control)
+    assert "a gradient is cut on the way" in found.recommendation
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"n_directions": 0}, "n_directions must be a whole number >= 1, got 0"),
