@@ -17,7 +17,6 @@ ROOMS = {
     "bilevel": ["errors", "shards", "tree", "records", "checks", "settings", "drawing"],
     "bilevel.autodiff": [
         *("junctions", "series", "graphs", "gradients", "linearisation", "nested", "reversible"),
-        "by_hand",
     ],
     "bilevel.dynamics": [
         "dynamics",
@@ -41,13 +40,14 @@ ROOMS = {
         *("keeping", "running", "descent"),
     ],
     "bilevel.parallel": ["wire", "agreement", "parts", "replicas", "portions", "objectives"],
+    "bilevel.implicit_function": ["question", "systems", "equations", "function"],
     "bilevel.control.riccati": [
         *("layout", "controls", "mapping", "constraints", "settings", "stages", "linearisation"),
-        *("box", "sweep", "bounds", "newton", "solving", "sensitivity"),
+        *("box", "sweep", "bounds", "newton", "solving", "conditions", "sensitivity"),
     ],
     "bilevel.control": [
         *("lagrangian", "adjoint", "many", "tangent", "rollout", "newton_cg", "solution"),
-        *("second_order", "optimum", "solver"),
+        *("second_order", "factors", "optimum", "solver"),
     ],
     "bilevel.prox": ["operators", "sets", "groups"],
     "bilevel.optim": [
@@ -61,7 +61,6 @@ ROOMS = {
         *("certificate", "against_steps", "curvature", "matrix", "correction", "judgement"),
         *("orders", "against_minimiser"),
     ],
-    "bilevel.implicit_function": ["question", "systems", "equations", "function"],
     "bilevel.tasks": ["normalisers", "weights", "problem", "over_ranks", "adaptation", "stacked"],
     "bilevel, above its rooms": [
         *("solution", "kept_solution", "accumulated", "hessian", "history", "solver", "testing"),

@@ -2,11 +2,10 @@
 
 A *variable tree* is a detached alias of a tree whose variables require grad: what is computed from
 it is a graph of its own, connected to nothing the caller holds. Read `junctions`, `graphs`,
-`gradients`, `linearisation`, `nested`, `reversible`, `by_hand`; `series` are junctions of several
+`gradients`, `linearisation`, `nested`, `reversible`; `series` are junctions of several
 functions.
 """
 
-from bilevel.autodiff.by_hand import ByHand
 from bilevel.autodiff.gradients import (
     gradient,
     pull,
@@ -50,13 +49,13 @@ from bilevel.autodiff.nested import (
     sheltered,
     transformed,
     undirected,
+    value_and_pull_at,
     varies,
 )
 from bilevel.autodiff.reversible import Reversible, no_transforms, reversible
 from bilevel.autodiff.series import in_turn
 
 __all__ = [
-    "ByHand",
     "Cast",
     "Linearisation",
     "Mean",
@@ -83,5 +82,6 @@ __all__ += [
     "sheltered",
     "transformed",
     "undirected",
+    "value_and_pull_at",
     "varies",
 ]

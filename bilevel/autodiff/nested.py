@@ -10,7 +10,7 @@ from torch._C._functorch import unwrap_if_dead
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 
 from bilevel.autodiff.gradients import grad
-from bilevel.autodiff.graphs import recording
+from bilevel.autodiff.graphs import is_taped, recording
 
 Function = Callable[..., Sequence[Tensor]]  # of tensors
 Dims = tuple[int | None, ...]  # which tensors have a leading axis of members, 0 or None
@@ -43,18 +43,29 @@ def pull_at(
     Returns:
         One tensor an argument; zero where nothing depends on it.
     """
+    return value_and_pull_at(function, point, cotangents)[1]
+
+
+def value_and_pull_at(
+    function: Function, point: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], list[Tensor]]:
+    """The values of `function`, differentiable likewise, and what `pull_at` returns."""
     if not point:
-        return []
+        return function(), []
     if transformed():
-        pull = torch.func.vjp(lambda *xs: tuple(function(*xs)), *point)[1]
-        return list(pull(tuple(cotangents)))
+        values, pull, *_ = torch.func.vjp(lambda *xs: tuple(function(*xs)), *point)
+        return values, list(pull(tuple(cotangents)))
     attached = torch.is_grad_enabled()
     with recording():
         # Aliases: what one argument was computed from another by is no part of the derivative.
         xs = [x.view_as(x) if attached and x.requires_grad else _leaf(x) for x in point]
-        pairs = [(y, v) for y, v in zip(function(*xs), cotangents, strict=True) if y.requires_grad]
+        values = function(*xs)
+        pairs = [(y, v) for y, v in zip(values, cotangents, strict=True) if y.requires_grad]
         found = grad([y for y, _ in pairs], xs, [v for _, v in pairs], create_graph=attached)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(point, found, strict=True)]
+    values = values if attached else [y.detach() for y in values]
+    return values, [
+        torch.zeros_like(x) if g is None else g for x, g in zip(point, found, strict=True)
+    ]
 
 
 def _leaf(x: Tensor) -> Tensor:
@@ -123,7 +134,9 @@ def sheltered(function: Function, *tensors: Tensor) -> Sequence[Tensor]:
         Its values.
     """
     if not transformed():
-        return function(*tensors)
+        # Without a graph to continue none is left: what `function` makes on the way has one.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_taped(tensors)):
+            return function(*tensors)
     found: Any = _Sheltered.apply(function, *tensors)
     return found
 

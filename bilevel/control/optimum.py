@@ -1,24 +1,30 @@
 """The optimal control as a differentiable function of the parameters of its problem."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import autodiff, tree
+from bilevel.control.factors import factors_of
+from bilevel.control.riccati.conditions import Optimal, conditions
 from bilevel.control.riccati.controls import Point
-from bilevel.control.riccati.sensitivity import Sensitivity
+from bilevel.control.riccati.sensitivity import Factors, Vector
 from bilevel.control.riccati.settings import Riccati
 from bilevel.control.riccati.solving import Laid, Solved, laid_out, stages_of
-from bilevel.control.riccati.sweep import Gains, Model, backward, model_of
+from bilevel.control.second_order import shortcoming
 from bilevel.dynamics.problem import ControlProblem
-from bilevel.errors import ArgumentError, ConvergenceError
+from bilevel.errors import ArgumentError
+from bilevel.implicit_function.function import answered
+from bilevel.implicit_function.question import Form, Question
+from bilevel.outer.watching import OnFailure, report
 from bilevel.records import Record
 from bilevel.tree import Tree
 
 Solve = Callable[[Laid, Tree], tuple[Solved, Any]]  # -> what was found, and its record
+Build = Callable[[Any], ControlProblem]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,112 +46,78 @@ class Optimum(Record):
     solution: Any
 
 
-class Optimal(autodiff.ByHand):
-    """Optimal controls, states and costs as numbers, of leaves of parameters and observation."""
+@dataclass(eq=False)
+class Optima:
+    """Optima of problems that `build` makes, each with the factors of its derivatives.
 
-    def __init__(
-        self,
-        build: Callable[[Any], ControlProblem],
-        settings: Riccati,
-        given: tuple[Tree, Tree],
-        control: Tree,
-        solve: Solve,
-        seen: list[tuple[Laid, Any]] | None = None,
-    ) -> None:
-        """Of problems that `build` makes; `given` are parameters and observation."""
-        # What each evaluation saw: under vmap, each member's.
-        self.seen: list[tuple[Laid, Any]] = [] if seen is None else seen
-        self._build, self._settings, self._control = build, settings, control
-        self._solve, self._given = solve, given
-        leaves, self._structure = tree.flatten(given)
-        self._places = [i for i, x in enumerate(leaves) if tree.is_variable(x)]
-        self._leaves = leaves
-        self._arguments: tuple[Tree, Tree]
-        self._sensitivity: Sensitivity
+    Attributes:
+        build: makes a problem of parameters.
+        settings: of the solver.
+        solve: finds an optimum.
+        on_failure: what to do where derivatives are in doubt.
+        seen: of each evaluation the layout, the record and the factors.
+        complaints: what is to be said of them.
+    """
+
+    build: Build
+    settings: Riccati
+    solve: Solve
+    on_failure: OnFailure
+    seen: list[tuple[Laid, Any, Factors]] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def found(self, parameters: Tree, observation: Tree, control: Tree) -> Optimal:
+        """The optimum of one problem, or of one batch, from a control to begin with."""
+        problem = problem_of(self.build, parameters)
+        laid = laid_out(self.settings, problem, observation, control)
+        found, record = self.solve(laid, observation)
+        constraints = self.settings.constraints
+        weight = 1.0 if constraints is None else constraints.weight
+        self.complaints += filter(None, [shortcoming(found, record)])
+        point, factors, said = factors_of(found, weight, len(self.seen))
+        self.complaints += said
+        self.seen.append((laid, record, factors))
+        return point
 
     @property
-    def variables(self) -> list[Tensor]:
-        """The leaves that it is a function of."""
-        return [self._leaves[i] for i in self._places]
+    def conditions(self) -> Callable[[Optimal, Tree, Tree, Tree], Optimal]:
+        """What vanishes at the optimum, as a function of the parameters too."""
+        # Not a method: it reads nothing of the solver, where a derivative could be lost.
+        build, constraints, seen = self.build, self.settings.constraints, self.seen
 
-    def again(self) -> "Optimal":  # noqa: D102
-        return Optimal(
-            self._build, self._settings, self._given, self._control, self._solve, self.seen
-        )
+        def residual(y: Optimal, parameters: Tree, observation: Tree, _control: Tree) -> Optimal:
+            problem = problem_of(build, parameters)
+            stages = stages_of(problem, observation, seen[int(y.which)][0], constraints)
+            return conditions(stages, observation, y)
 
-    def _spread(self, values: list[Tensor]) -> tuple[Tree, Tree]:
-        leaves = list(self._leaves)
-        for i, x in zip(self._places, values, strict=True):
-            leaves[i] = x
-        return tree.unflatten(self._structure, leaves)
+        return residual
 
-    def evaluate(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:  # noqa: D102
-        self._arguments = parameters, observation = self._spread(inputs)
-        problem = problem_of(self._build, parameters)
-        laid = laid_out(self._settings, problem, observation, tree.detach(self._control))
-        found, record = self._solve(laid, observation)
-        self.seen.append((laid, record))
-        final = found.final
-        second = final.hessians(gauss_newton=False)
-        limits = laid.limits and laid.limits.around(final.where)
-        with autodiff.paused():
-            model = model_of(final, second, limits)
-            gains = backward(model, torch.zeros_like(final.cost))
-        _check_strict(model, gains)
-
-        def stages(parameters: Tree, observation: Tree) -> Any:
-            problem = problem_of(self._build, parameters)
-            return stages_of(problem, observation, laid)
-
-        self._sensitivity = Sensitivity(stages, final.where, final.costates, model, gains)
-        point = final.where.point
-        return (
-            point.own.clone(),
-            point.shared.clone(),
-            final.where.states.clone(),
-            final.cost.clone(),
-        )
-
-    def pull(self, cotangents: list[Tensor]) -> tuple[Tensor, ...]:  # noqa: D102
-        own, shared, states, cost = cotangents
-        point = Point(own, shared)
-        found = self._sensitivity.pull(self._arguments, point, states, cost)
-        leaves = tree.leaves_of(found)
-        return tuple(leaves[i] for i in self._places)
-
-    def push(self, tangents: list[Tensor]) -> tuple[Tensor, ...]:  # noqa: D102
-        nothing = tree.map_leaves(lambda _: None, self._arguments)
-        leaves = tree.leaves_of(nothing)
-        for i, x in zip(self._places, tangents, strict=True):
-            leaves[i] = x
-        directions = tree.unflatten(self._structure, leaves)
-        moves, cost = self._sensitivity.push(self._arguments, directions)
-        return moves.point.own, moves.point.shared, moves.states, cost
-
-    def twice(self) -> str:  # noqa: D102
-        return (
-            "an optimum has first derivatives here, forward or reverse; a second one, as with "
-            "create_graph=True, is not computed: differentiate it with bilevel.implicit, or take "
-            "differences of gradients."
-        )
-
-
-def _check_strict(model: Model, gains: Gains) -> None:
-    """Refuse optima that are no strict minima: their derivative would be rounding, or nothing."""
-    flat = 100 * torch.finfo(model.terminal.dtype).eps * model.scale()
-    pivots = [
-        factor.diagonal(dim1=-2, dim2=-1).square().flatten(1)
-        for factor in (gains.factors, gains.shared_factor)
-    ]
-    least = torch.cat([flat.unsqueeze(1) * 2, *pivots], 1).amin(1)
-    bad = ((gains.failed >= 0) | (least <= flat)).nonzero().flatten().tolist()
-    if bad:
-        which = f" of problem {bad[0]}" if len(flat) > 1 else ""
-        raise ConvergenceError(
-            f"the optimum{which} has no derivative: its Hessian is not positive definite, so that "
-            "it is no minimum, or not the only one near; give the control a cost of its own, or "
-            "begin elsewhere."
-        )
+    def solved(self, point: list[Tensor], rhs: list[Tensor], axes: int) -> list[Tensor]:
+        """The linear systems of derivatives: with their first axes, those of batches."""
+        which = point[-1].reshape(-1)
+        columns = [x.reshape(len(which), *x.shape[axes:]) for x in rhs]
+        found = [torch.zeros_like(x) for x in columns]
+        found[-1] = columns[-1].clone()  # the cost is its own equation: L is stationary
+        for k in which.unique().tolist():
+            i = (which == k).nonzero().squeeze(1)
+            part = [x[i].movedim(0, -1) for x in columns[:-1]]
+            # Of a cost alone, the multipliers that are known already are enough.
+            if not any(bool(x.any()) for x in part):
+                continue
+            vector, mu = Vector(*part[:4]), part[4:]
+            steps, end = torch.cat(mu[:2], 2), torch.cat(mu[2:], 1)
+            y, (steps, end) = self.seen[k][2].solved(vector, (steps, end))
+            sizes = mu[0].shape[2], mu[2].shape[1]
+            parts = [
+                *y,
+                steps[:, :, : sizes[0]],
+                steps[:, :, sizes[0] :],
+                end[:, : sizes[1]],
+                end[:, sizes[1] :],
+            ]
+            for into, x in zip(found, parts, strict=False):
+                into[i] = x.movedim(-1, 0)
+        return [x.reshape(y.shape) for x, y in zip(found, rhs, strict=True)]
 
 
 def problem_of(build: Callable[[Any], Any], parameters: Tree) -> ControlProblem:
@@ -159,16 +131,34 @@ def problem_of(build: Callable[[Any], Any], parameters: Tree) -> ControlProblem:
     return problem
 
 
-def optimum_of(optimal: Optimal) -> Optimum:
-    """Evaluate, and put the numbers into their trees again."""
-    own, shared, states, cost = optimal(optimal.variables)
-    laid, solution = optimal.seen[-1]
-    if len(optimal.seen) > 1:
-        solution = [record for _, record in optimal.seen]
-    control = laid.controls.control(Point(own, shared))
+def optimum_of(optima: Optima, parameters: Tree, observation: Tree, control: Tree) -> Optimum:
+    """Solve, and put the numbers into their trees again."""
+    arguments = parameters, observation, tree.detach(control)
+    question = Question(
+        optima.found,
+        optima.conditions,
+        objective=False,
+        linear=None,
+        has_aux=False,
+        vectorized=False,
+        tolerance=0.0,
+        on_failure=optima.on_failure,
+        given=Form((arguments, {})),
+        mapped=autodiff.transformed(),
+        kept=optima.solved,
+    )
+    y: Optimal = answered(question)
+    if optima.complaints:
+        many = len(optima.complaints) - 1
+        further = f" ({many} more of that kind)" if many else ""
+        report(optima.complaints[0] + further, optima.on_failure, level=4)
+    laid, solution, _ = optima.seen[-1]
+    if len(optima.seen) > 1:
+        solution = [record for _, record, _ in optima.seen]
+    control = laid.controls.control(Point(y.own, y.shared))
     layout, fixed = laid.stages.state, laid.stages.state.fixed
     if laid.controls.batch is not None:
-        trees = [layout.trees(x, fixed) for x in states.unbind(1)]
+        trees, cost = [layout.trees(x, fixed) for x in y.states.unbind(1)], y.cost
     else:
-        trees, cost = [layout.tree(x, fixed) for x in states[0].unbind(0)], cost[0]
+        trees, cost = [layout.tree(x, fixed) for x in y.states[0].unbind(0)], y.cost[0]
     return Optimum(control, trees, cost, solution)

@@ -184,15 +184,20 @@ def iterated(
         error = DivergenceError(solution.reason)
         error.progress = solution
         raise error
-    failed = (~converged(found)).nonzero().flatten().tolist()
-    if failed:
-        said = solution.reason
-        if isinstance(said, list):
-            first = f"the first is problem {failed[0]}: {said[failed[0]]}"
-            said = f"{len(failed)} of {len(said)} problems did not converge; {first}"
+    if said := shortcoming(found, solution):
         with carrying(lambda _: solution):
             report(said, on_failure, level=5)
     return found, solution
+
+
+def shortcoming(found: Solved, solution: ControlSolution | BatchSolution) -> str:
+    """What to say where a problem did not converge; nothing if all did."""
+    failed = (~converged(found)).nonzero().flatten().tolist()
+    said = solution.reason
+    if failed and isinstance(said, list):
+        first = f"the first is problem {failed[0]}: {said[failed[0]]}"
+        return f"{len(failed)} of {len(said)} problems did not converge; {first}"
+    return str(said) if failed else ""
 
 
 def _so_far(laid: Laid, seen: list[Iterates], ended: str) -> ControlSolution | BatchSolution:

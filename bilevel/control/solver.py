@@ -15,7 +15,7 @@ from bilevel.checks import check_arguments, check_choice, check_kind, check_whol
 from bilevel.control.adjoint import Adjoint, adjoint
 from bilevel.control.lagrangian import KKT, kkt
 from bilevel.control.newton_cg import NewtonCG, NewtonRun
-from bilevel.control.optimum import Optimal, Optimum, optimum_of
+from bilevel.control.optimum import Optima, Optimum, optimum_of
 from bilevel.control.riccati.settings import Riccati
 from bilevel.control.riccati.solving import Laid, Solved
 from bilevel.control.rollout import total_cost
@@ -216,9 +216,9 @@ class ControlSolver:
     ) -> Optimum:
         """The optimal control of `build(parameters)`, as a differentiable function.
 
-        Derivatives in `parameters` and `observation`, forward and reverse, cost one more sweep with
-        the factors of the last one; bounds that are active stay so. The graph never goes through
-        the iteration.
+        Derivatives in `parameters` and `observation`, forward and reverse and of any order, cost
+        one more sweep each with the factors of the last one; bounds and constraints that are active
+        stay so. The graph never goes through the iteration.
 
         Args:
             parameters: tree that `build(parameters) -> ControlProblem` takes; shared by a batch.
@@ -235,7 +235,7 @@ class ControlSolver:
             ArgumentError: if the solver has no `build` or another optimiser than `Riccati`.
             ConvergenceError: if the optimum is no strict minimum, or was not reached and
                 `on_failure` is "raise".
-            UnsupportedError: where it is differentiated twice, or there are constraints.
+            UnsupportedError: if more than 2000 constraints are active.
 
         Example:
             >>> import torch, bilevel as bl
@@ -260,19 +260,16 @@ class ControlSolver:
                 "optimum needs ControlSolver(build, Riccati()) with build(parameters) -> "
                 f"ControlProblem, got {type(build).__name__} and {type(settings).__name__}."
             )
-        if settings.constraints is not None:
-            raise UnsupportedError(
-                "optimum has no derivative of constraints yet; bounds= it has. Put them into the "
-                "cost of `build`, as a penalty."
-            )
         loop = Loop(steps, tolerance=tolerance)
         build, control = _beginning(build, parameters, control)
 
         def solve(laid: Laid, observation: Tree) -> tuple[Solved, Any]:
-            return iterated(settings, laid, observation, loop, self.on_failure)
+            # What is no failure is told once, where the caller stands.
+            at_once = "raise" if self.on_failure == "raise" else "ignore"
+            return iterated(settings, laid, observation, loop, at_once)
 
-        given: Any = (parameters, observation)
-        return optimum_of(Optimal(build, settings, given, control, solve))
+        optima = Optima(build, settings, solve, self.on_failure)
+        return optimum_of(optima, parameters, observation, control)
 
     def _final(
         self, descent: Descent, observation: Tree, plans: Plans, random: RandomState | None

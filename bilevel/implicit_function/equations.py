@@ -230,6 +230,8 @@ class Linear(Equation):
 
     def solved(self, leaves: Tensors) -> Tensors:  # noqa: D102
         point, rhs = self._parts([x.detach() for x in leaves])
+        if self.question.kept is not None:
+            return self.question.kept(point[: self.question.n], rhs, len(self.levels))
         values, places = self.values, self.question.solution.variables
         residual = Linearisation(
             lambda ws: list(values(*put(point, places, ws))),

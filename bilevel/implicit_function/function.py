@@ -89,6 +89,19 @@ def _refuse_legacy(vectors: Any) -> None:
         )
 
 
+def answered(question: Question) -> Any:
+    """The solution that was asked for, attached to its arguments; with aux, a pair."""
+    # Tensors of inference mode cannot be differentiated: there is nothing to lose here.
+    with torch.inference_mode(mode=False):
+        leaves = [x.clone() if x.is_inference() else x for x in question.given.tensors]
+        outputs: Any = _Solution.apply(Root(question), *leaves)
+    # Copies, so that the caller may write to them: the originals are kept for the backward.
+    solution = question.solution.tree([y.clone() for y in outputs[: question.n]])
+    if not question.has_aux:
+        return solution
+    return solution, question.aux.tree(outputs[question.n :])
+
+
 def implicit(
     solve: Callable[..., Any] | None = None,
     residual: Callable[..., Any] | None = None,
@@ -180,15 +193,7 @@ def implicit(
                 given,
                 autodiff.transformed(),
             )
-            # Tensors of inference mode cannot be differentiated: there is nothing to lose here.
-            with torch.inference_mode(mode=False):
-                leaves = [x.clone() if x.is_inference() else x for x in given.tensors]
-                outputs: Any = _Solution.apply(Root(question), *leaves)
-            # Copies, so that the caller may write to them: the originals are kept for the backward.
-            solution = question.solution.tree([y.clone() for y in outputs[: question.n]])
-            if not has_aux:
-                return solution
-            return solution, question.aux.tree(outputs[question.n :])
+            return answered(question)
 
         return update_wrapper(function, solve)
 

@@ -19,6 +19,7 @@ from bilevel.outer.watching import OnFailure, report
 from bilevel.tree import Tree
 
 REMEDY = "Pass it as an argument"
+Kept = Callable[[list[Tensor], list[Tensor], int], list[Tensor]]
 
 
 class Form:
@@ -56,6 +57,10 @@ class Question:
         on_failure: what to do beyond.
         given: the form of the arguments, a pair of those by place and those by name.
         mapped: whether it was asked under a transform of `torch.func`.
+        kept: solver of the linear systems that kept factors of each solution; it is given the
+            tensors of the solution, the right-hand side, and how many axes of batches come first
+            in both. The derivative in the solution is symmetric, and how well the equation is
+            solved has been looked at.
         solution: the form of the solution, known once there is one.
         aux: the form of what comes with it.
     """
@@ -70,6 +75,7 @@ class Question:
     on_failure: OnFailure
     given: Form
     mapped: bool
+    kept: Kept | None = None
     solution: Form = field(init=False)
     aux: Form = field(init=False)
 
@@ -188,7 +194,7 @@ class Question:
                 f"{self.name} is {size} at the solution, which is finite: look for a square root "
                 "or a division at zero in it."
             )
-        if not size:
+        if not size or self.kept is not None:
             return ""
         eps = max(torch.finfo(x.dtype).eps for x in (solution[i] for i in form.variables))
         scale = self._scale(arguments, [y.detach() for y in values], eps)

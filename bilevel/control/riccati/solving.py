@@ -136,11 +136,13 @@ def laid_out(settings: Riccati, problem: ControlProblem, observation: Tree, cont
     return Laid(controls, stages, limits, start, first)
 
 
-def stages_of(problem: ControlProblem, observation: Tree, laid: Laid) -> Stages:
+def stages_of(
+    problem: ControlProblem, observation: Tree, laid: Laid, constraints: Constraints | None
+) -> Stages:
     """The functions of another problem of the same layout."""
     n, stages = laid.stages.n, laid.stages
     example = stages.state.tree(laid.start.states.new_zeros(n), stages.state.fixed)
-    return Stages(problem, observation, laid.controls, example)
+    return Stages(problem, observation, laid.controls, example, constraints)
 
 
 def solved(laid: Laid, settings: Riccati, steps: int, tolerance: float, watch: Watch) -> Solved:

@@ -5,7 +5,7 @@ import torch
 from problems import real, square
 
 import bilevel as bl
-from bilevel.errors import ArgumentError, ConvergenceError, UnsupportedError
+from bilevel.errors import ArgumentError, ConvergenceError
 
 # The first use of forward mode in torch 2.13 scripts decompositions, and warns of that.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -179,13 +179,6 @@ def test_a_shared_control_and_a_start_have_derivatives_too():
     (slope,) = torch.autograd.grad(value(p), p)
     ends = [value(torch.tensor(0.8 + h, dtype=F64)) for h in (1e-5, -1e-5)]
     assert float(slope) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-6)
-
-
-def test_a_second_derivative_is_refused_by_name():
-    p, x = leaves()
-    (slope,) = torch.autograd.grad(measured(quadratic)(p, x), x, create_graph=True)
-    with pytest.raises(UnsupportedError, match="first derivatives"):
-        slope.sum().backward()
 
 
 def test_what_has_no_derivative_is_said():
