@@ -42,12 +42,12 @@ ROOMS = {
     "bilevel.parallel": ["wire", "agreement", "parts", "replicas", "portions", "objectives"],
     "bilevel.implicit_function": ["question", "systems", "equations", "function"],
     "bilevel.control.riccati": [
-        *("layout", "controls", "mapping", "constraints", "settings", "stages", "linearisation"),
-        *("box", "sweep", "bounds", "newton", "solving", "conditions", "sensitivity"),
+        *("layout", "controls", "mapping", "constraints", "settings", "stages", "blocks"),
+        *("linearisation", "box", "sweep", "bounds", "newton", "solving"),
     ],
     "bilevel.control": [
         *("lagrangian", "adjoint", "many", "tangent", "rollout", "newton_cg", "solution"),
-        *("second_order", "factors", "optimum", "solver"),
+        *("second_order", "conditions", "sensitivity", "factors", "optimum", "solver"),
     ],
     "bilevel.prox": ["operators", "sets", "groups"],
     "bilevel.optim": [

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff
-from bilevel.control.riccati.conditions import Multipliers, Optimal
+from bilevel.control.conditions import Multipliers, Optimal
 from bilevel.control.riccati.constraints import NAMES, Duals
 from bilevel.control.riccati.linearisation import Hessians, Linearisation
-from bilevel.control.riccati.sensitivity import Factors, Jacobian
+from bilevel.control.sensitivity import Factors, Jacobian
 from bilevel.control.riccati.solving import Solved
 from bilevel.control.riccati.sweep import Gains, Model, backward, model_of
 from bilevel.errors import ConvergenceError, UnsupportedError

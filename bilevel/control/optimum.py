@@ -9,9 +9,9 @@ from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.control.factors import factors_of
-from bilevel.control.riccati.conditions import Optimal, conditions
+from bilevel.control.conditions import Optimal, conditions
 from bilevel.control.riccati.controls import Point
-from bilevel.control.riccati.sensitivity import Factors, Vector
+from bilevel.control.sensitivity import Factors, Vector
 from bilevel.control.riccati.settings import Riccati
 from bilevel.control.riccati.solving import Laid, Solved, laid_out, stages_of
 from bilevel.control.second_order import shortcoming

@@ -38,8 +38,8 @@ class Leaves(list[Tensor]):
         [0.5, 0.001]
     """
 
-    def __init__(self, control: Tree) -> None:
-        """Copy it."""
+    def __init__(self, control: Tree, *, copy: bool = True) -> None:
+        """Copy it; without `copy` the variables are those of the control, for who only looks."""
         tree.check_leaves(control, "control")
         places, self._structure = tree.flatten(control)
         firsts: dict[Any, int] = {}  # memory -> the place where it came first
@@ -54,7 +54,8 @@ class Leaves(list[Tensor]):
             first = firsts.setdefault(_memory(leaf), i)
             if first == i:
                 self._index.append(len(self._variables))
-                self._variables.append((i, leaf.detach().clone().requires_grad_()))
+                own = leaf.detach().clone().requires_grad_() if copy else leaf
+                self._variables.append((i, own))
             elif _same(leaf, places[first]):
                 self._index.append(self._index[first])
             else:

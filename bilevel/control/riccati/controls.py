@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.control.riccati.layout import Layout
-from bilevel.dynamics.per_step import PerStep, check_control
+from bilevel.dynamics.per_step import PerStep
 from bilevel.errors import StructureError, UnsupportedError
 from bilevel.outer.leaves import Leaves
 from bilevel.tree import Tree
@@ -47,9 +47,8 @@ class Controls:
     """
 
     def __init__(self, control: Tree, horizon: int, batch: int | None) -> None:
-        """Look at a control; with a `batch`, every leaf has that leading axis."""
-        check_control(control, horizon)
-        self.leaves, self.horizon, self.batch = Leaves(control), horizon, batch
+        """Look at a control that fits the horizon; with a `batch`, leaves have that first axis."""
+        self.leaves, self.horizon, self.batch = Leaves(control, copy=False), horizon, batch
         self._given, self._n = control, 1 if batch is None else batch
         self._check_batch()
         indices = self._indices = self.leaves.spread([*range(len(self.leaves))])
@@ -63,8 +62,8 @@ class Controls:
         self._shared = [i for i in range(len(self.leaves)) if i not in own]
         self._plan = self._step_plan(rows, own)
         dtype = torch.float32
-        for x in self.leaves:
-            dtype = torch.promote_types(dtype, x.dtype.to_real())
+        for each in {x.dtype for x in self.leaves}:
+            dtype = torch.promote_types(dtype, each.to_real())
         self.dtype, self.device = dtype, self.leaves[0].device
         batched = batch is not None
         first = [self.leaves[i] for i in self._own_rows[0]] if rows else []
@@ -72,11 +71,12 @@ class Controls:
         self.common = Layout([self.leaves[i] for i in self._shared], batched=batched, dtype=dtype)
         # The common case costs least: a step's control is one real vector.
         self._plain = self.own.is_one and [kind for kind, _ in self._plan] == ["own"]
+        self._bare = self._plain and isinstance(steps[0], Tensor)
         self.m, self.q = self.own.width, self.common.width
         self._step_structure = tree.flatten(steps[0])[1] if steps else None
         self._places = {i: k for k, i in enumerate(self._shared)}
         # The leaves that are not variables, in the order of each part.
-        self.step_constants = [_constants(step) for step in steps]
+        self.step_constants = [[] if self._bare else _constants(step) for step in steps]
         ids = indices if not self._per_step else (indices.initial, indices.shared)
         self._rest_ids, self._rest = tree.flatten(ids)
         whole = control if not self._per_step else (control.initial, control.shared)
@@ -180,7 +180,7 @@ class Controls:
         return theta, common
 
     def _step(self, own: Tensor, shared: list[Tensor], constants: Any) -> Tree:
-        if self._plain and isinstance(self._given.steps[0], Tensor):
+        if self._bare:
             return own
         pieces = self.own.tree(own, [])
         leaves = [
@@ -212,6 +212,8 @@ class Controls:
         """What the terminal cost receives."""
         if not self._per_step:
             return self._whole(shared, rest)
+        if self._bare:
+            return PerStep([*own.unbind(0)], *self._whole(shared, rest))
         steps = [
             self._step(x, shared, fixed) for x, fixed in zip(own.unbind(0), constants, strict=True)
         ]

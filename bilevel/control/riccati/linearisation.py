@@ -14,11 +14,13 @@ at (u(t-1), theta_t), with p_t = -lambda_t of the multiplier sweep (7).
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from bilevel import autodiff, tree
+from bilevel.control.riccati.blocks import affine
 from bilevel.control.riccati.controls import Point
 from bilevel.control.riccati.stages import Stages
 from bilevel.errors import DivergenceError, UnsupportedError
@@ -89,7 +91,7 @@ class Linearisation:
         self.size = r.abs().sum(0) + self._final.detach().abs()
         self._sweep()
 
-    @property
+    @cached_property
     def defects(self) -> Tensor:
         """How far each u(t) is from g of the one before, ``(b, T, n)``; rounding at most."""
         following = torch.cat([chunk.following for chunk in self._chunks], 1).transpose(0, 1)
@@ -107,9 +109,19 @@ class Linearisation:
         """Whether steps evaluated at once lead where they led in the roll-out, with t a number."""
         if not self._stages.at_once or not self._chunks:
             return True
-        size = float(self.where.states.abs().amax()) if self.where.states.numel() else 0.0
-        allowed = torch.finfo(self._stages.dtype).eps ** 0.5 * (1 + size)
-        return not self.defects.numel() or not float(self.defects.abs().amax()) > allowed
+        return self.follows(torch.finfo(self._stages.dtype).eps ** -0.5)
+
+    def follows(self, roundings: float) -> bool:
+        """Whether each state is g of the one before, but for so many roundings."""
+        states = self.where.states
+        if not self.defects.numel():
+            return True
+        allowed = roundings * torch.finfo(states.dtype).eps * (1 + float(states.abs().amax()))
+        return not self._largest_defect > allowed
+
+    @cached_property
+    def _largest_defect(self) -> float:
+        return float(self.defects.abs().amax())
 
     @property
     def _lead(self) -> tuple[int, int]:
@@ -132,7 +144,7 @@ class Linearisation:
         self._end, own = autodiff.variables((end, where.point.own))
         u, w = self._end[:, : self._n], self._end[:, self._n :]
         self._final = self._stages.terminal(u, w, own, where.problems)
-        autodiff.refuse_hidden(self._final, (self._end, own), "the terminal cost")
+        self._stages.refuse_hidden(self._final, (self._end, own), "the terminal cost")
         one = torch.ones_like(self._final)
         self._end_slope, steps = autodiff.pull(self._final, one, (self._end, own), keep=True)
         if steps is not None and own.numel() and self._stages.controls.m:
@@ -142,6 +154,12 @@ class Linearisation:
             )
         if self._end_slope is None:
             self._end_slope = torch.zeros_like(self._end)
+
+    @cached_property
+    def _end_curvature(self) -> Tensor:
+        """l'' in (u(T), w), ``(b, n + q)`` twice."""
+        with autodiff.recording():
+            return autodiff.rows(self._end_slope, self._end, keep=True)
 
     def _begun(self) -> None:
         """g0 and its derivative in w."""
@@ -153,7 +171,7 @@ class Linearisation:
             return
         self._shared = autodiff.variables(where.point.shared)
         self._first = self._stages.start(self._shared, where.problems)
-        autodiff.refuse_hidden(self._first, self._shared, "dynamics.init")
+        self._stages.refuse_hidden(self._first, self._shared, "dynamics.init")
         self.start = torch.cat([autodiff.rows(self._first, self._shared, keep=True), identity], 1)
 
     def _sweep(self) -> None:
@@ -173,21 +191,12 @@ class Linearisation:
         maps[..., n:, :] = 0
         maps[..., n:, n : nx + 1].diagonal(dim1=2, dim2=3).fill_(1)
         self.maps, self._slopes = maps.transpose(0, 1), slopes.transpose(0, 1)
-        # Columns, so that a step is one call; rows of the slopes in x, 1 and the control.
-        p = self._end_slope.detach().unsqueeze(2)
-        every = slopes.new_empty(horizon + 1, b, nx + 1 + m, 1)
-        every[horizon, :, :nx] = p
-        columns, whole, of_x = (
-            slopes.unsqueeze(3).unbind(0),
-            every.unbind(0),
-            every[:, :, :nx].unbind(0),
-        )
-        transposed = maps[..., :nx, :].mT.unbind(0)
-        for t in range(horizon - 1, -1, -1):
-            torch.baddbmm(columns[t], transposed[t], of_x[t + 1], out=whole[t])
-        every = every.squeeze(3).transpose(0, 1)
-        self.costates = every[..., :nx]
-        self.gradient = Point(every[:, :-1, nx + 1 :], (self.start.mT @ of_x[0]).squeeze(2))
+        A = self.maps[:, :, :nx, :nx].mT
+        self.costates = affine(A, self._slopes[..., :nx], self._end_slope.detach())
+        pulled = maps[:, :, :nx, nx + 1 :].mT @ self.costates[:, 1:].transpose(0, 1).unsqueeze(3)
+        own = slopes[..., nx + 1 :] + pulled.squeeze(3)
+        shared = (self.start.mT @ self.costates[:, 0].unsqueeze(2)).squeeze(2)
+        self.gradient = Point(own.transpose(0, 1), shared)
         self._check_finite("derivative", self.maps, self._slopes)
 
     def _check_finite(self, name: str, *parts: Tensor) -> None:
@@ -221,7 +230,7 @@ class Linearisation:
         self._check_finite("second derivative", steps)
         with autodiff.recording():
             terminal = second.new_zeros(b, nx + 1, nx + 1)
-            terminal[:, :nx, :nx] = autodiff.rows(self._end_slope, self._end, keep=True)
+            terminal[:, :nx, :nx] = self._end_curvature
             slope = self._end_slope.detach()
             terminal[:, nx, :nx] = terminal[:, :nx, nx] = slope
             first = second.new_zeros(b, self._q, self._q)
@@ -245,8 +254,7 @@ class Linearisation:
         """How large a gradient may be by rounding alone, roughly: ``(b,)``."""
         n, nx = self._n, self._n + self._q
         end = self._end.detach()
-        with autodiff.recording():
-            curved = autodiff.rows(self._end_slope, self._end, keep=True)
+        curved = self._end_curvature
         pull = torch.linalg.vector_norm(torch.bmm(curved.abs(), end.abs().unsqueeze(2)), dim=(1, 2))
         p = torch.linalg.vector_norm(self.costates, dim=2).amax(1) + pull
         size = torch.linalg.vector_norm(self.maps[:, :, :n, nx + 1 :].flatten(1), dim=1)
@@ -268,37 +276,40 @@ class _Chunk:
     def __init__(self, stages: Stages, z: list[Tensor], problems: Tensor) -> None:
         self.problems, lead = problems, (z[0].shape[1], z[0].shape[0])
         n, q = z[0].shape[2], z[1].shape[2]
-        # Places of (u, shared, own) where a 1 stands before what is a step's own.
-        self._places = slice(0, n), slice(n, n + q), slice(n + q + 1, None)
+        # Places of (u, shared) and of a step's own, where a 1 stands between.
+        nx = n + q
+        self._places = (slice(0, nx), slice(0, nx)), (slice(nx, None), slice(nx + 1, None))
         with autodiff.recording():
-            self._z = autodiff.variables([x.transpose(0, 1).flatten(0, 1) for x in z])
-            parts = [x.unflatten(0, lead).transpose(0, 1) for x in self._z]
-            g, r = stages.steps(parts, problems)
-            self.costs = r.transpose(0, 1)
-            self._following = g.transpose(0, 1).flatten(0, 1)
-            autodiff.refuse_hidden(
-                (self._following, self.costs), self._z, "a step or its running cost"
+            joined = torch.cat(z, 2).transpose(0, 1).flatten(0, 1)
+            self._z = autodiff.variables(joined)
+            self._following, costs = stages.steps_in_turn(
+                self._z.split([n, q, joined.shape[1] - nx], 1), problems
             )
-            one = torch.ones_like(self.costs)
-            found = autodiff.pull(self.costs, one, self._z, keep=True)
-        self._slopes: list[Tensor] = tree.filled(found, self._z)
+            given = self._following, costs
+            stages.refuse_hidden(given, self._z, "a step or its running cost")
+            found = autodiff.pull(costs, torch.ones_like(costs), self._z, keep=True)
+        self._slope = torch.zeros_like(self._z) if found is None else found
+        self.costs = costs.unflatten(0, lead)
         self.following = self._following.detach().unflatten(0, lead)
 
     def write(self, maps: Tensor, slopes: Tensor) -> None:
         """First derivatives g', ``(T, b, n, d)``, and r', ``(T, b, d)``, with d = n + q + 1 + m."""
         with autodiff.recording():
-            rows = [maps[..., i] for i in self._places]
-            autodiff.write_rows(self._following, self._z, rows, keep=True)
-        for i, slope in zip(self._places, self._slopes, strict=True):
-            slopes[..., i] = slope.detach().view(slopes[..., i].shape)
+            rows = autodiff.rows(self._following, self._z, keep=True)
+        rows, slope = (x.unflatten(0, slopes.shape[:2]) for x in (rows, self._slope.detach()))
+        for one, there in self._places:
+            maps[..., there] = rows[..., one]
+            slopes[..., there] = slope[..., one]
 
     def write_hessian(self, p: Tensor | None, into: Tensor) -> None:
         """Of r, and of p . g where p is given, in z: ``(T, b, n + q + 1 + m)`` twice."""
         with autodiff.recording():
-            slopes = self._slopes
+            slope = self._slope
             if p is not None:
                 pulled = autodiff.pull(self._following, p.flatten(0, 1), self._z, keep=True)
-                slopes = [x if y is None else x + y for x, y in zip(slopes, pulled, strict=True)]
-            for i, slope in zip(self._places, slopes, strict=True):
-                rows = [into[..., i, j] for j in self._places]
-                autodiff.write_rows(slope, self._z, rows, keep=True)
+                slope = slope if pulled is None else slope + pulled
+            rows = autodiff.rows(slope, self._z, keep=True)
+        rows = rows.unflatten(0, into.shape[:2])
+        for one, there in self._places:
+            for other, beside in self._places:
+                into[..., there, beside] = rows[..., one, other]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff
+from bilevel.control.riccati.blocks import affine, block_of
 from bilevel.control.riccati.bounds import Limits
 from bilevel.control.riccati.controls import Point
 from bilevel.control.riccati.linearisation import Linearisation, Swept
@@ -103,6 +104,10 @@ class Newton:
             [],
         )
         self._least = zero.clone()
+        # Whether the dynamics may be linear, and calls cost more than what is computed in vain if
+        # they are not.
+        few = block_of(stages.problem.horizon, b * stages.n**2) > 1
+        self._straight = few and limits is None and not stages.controls.q and stages.at_once
         self.point = Linearisation(stages, start)
         self._note(self.point)
         self.now.begun = self.now.cost.clone()
@@ -197,8 +202,7 @@ class Newton:
         base = _some(point.where, rows, len(point.where.problems))
         cost, size = point.cost[rows], point.size[rows]
         rounding = 100 * torch.finfo(cost.dtype).eps * size
-        trial = self._rolled(base, gains, torch.ones_like(cost))
-        ahead, new, after = self._tried(base, trial)
+        trial, ahead, new, after = self._whole(base, gains)
         enough = new <= cost + rules.decrease * gains.slope
         # The cost cannot show so small a decrease any more; the gradient can.
         fine = gains.slope.abs() <= rounding
@@ -255,6 +259,31 @@ class Newton:
         self._note(self.point)
         low = now.cost < -UNBOUNDED * (1 + now.begun.abs())
         now.status[low & (now.status == RUNNING)] = UNBOUNDED_BELOW
+
+    def _whole(
+        self, base: Swept, gains: Gains
+    ) -> tuple[Swept, Linearisation | None, Tensor, Tensor]:
+        """The full step, with what `_tried` says of it."""
+        if self._straight and len(base.problems) == len(self.point.where.problems):
+            # Where the dynamics are linear, states are known without calling them one by one.
+            trial = self._foreseen(base, gains)
+            ahead, *found = self._tried(base, trial)
+            if ahead is not None and ahead.follows(100):
+                return trial, ahead, *found
+            self._straight = False
+        trial = self._rolled(base, gains, torch.ones_like(gains.slope))
+        return trial, *self._tried(base, trial)
+
+    def _foreseen(self, base: Swept, gains: Gains) -> Swept:
+        """The trajectory of the full step in the linearised dynamics."""
+        n, K = self._stages.n, gains.gains
+        maps = self.point.maps
+        A, B = maps[:, :, :n, :n], maps[:, :, :n, n + 1 :]
+        closed, moved = A + B @ K[..., :n], (B @ K[..., n:]).squeeze(3)
+        states = affine(closed.flip(1), moved.flip(1), torch.zeros_like(base.states[:, 0])).flip(1)
+        own = K[..., n] + (K[..., :n] @ states[:, :-1].unsqueeze(3)).squeeze(3)
+        point = Point(base.point.own + own, base.point.shared)
+        return Swept(base.problems, point, base.states + states)
 
     def _tried(self, base: Swept, trial: Swept) -> tuple[Linearisation | None, Tensor, Tensor]:
         """Linearisation, cost and residual of a trial; infinite where it leads nowhere."""

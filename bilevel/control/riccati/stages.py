@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import autodiff, tree
 from bilevel.checks import check_scalar
 from bilevel.control.riccati.constraints import Constraints, Duals, Values, penalty
 from bilevel.control.riccati.controls import Controls
@@ -81,10 +81,12 @@ class Stages:
                 "dynamics, or solve the problems one by one."
             )
         self._steps, self._problems = Mapped(), Mapped()
+        self._looked = set[str]()  # functions whose graphs were searched
         observed, self._observed = tree.flatten(observation)
         self._observation = Fixed(observed, batched=batched)
         self._rest = Fixed(controls.rest_constants, batched=batched)
         self._each = [Fixed(x, batched=batched) for x in controls.step_constants]
+        self._no_columns: list[list[Tensor]] = [[]] * (1 + len(self._each))
         self._same_constants = not any(x.columns for x in (self._rest, *self._each))
         # Whether steps differ in nothing but the number t.
         constants = any(controls.step_constants)
@@ -95,6 +97,12 @@ class Stages:
         """Whether the user's functions have been mapped so far, not called one by one."""
         return self._steps.together and self._problems.together
 
+    def refuse_hidden(self, outputs: Tree, inputs: Tree, name: str) -> None:
+        """Refuse a function that closes over what requires grad, when it is first called."""
+        if name not in self._looked:
+            self._looked.add(name)
+            autodiff.refuse_hidden(outputs, inputs, name)
+
     def one_by_one(self) -> None:
         """Call the user's steps one after another from now on."""
         self._steps.together = False
@@ -102,7 +110,7 @@ class Stages:
     def _columns(self, problems: Tensor) -> list[list[Tensor]]:
         """Constants of the control that differ from problem to problem."""
         if self._same_constants:
-            return [[]] * (1 + len(self._each))
+            return self._no_columns
         return [[x[problems] for x in fixed.columns] for fixed in (self._rest, *self._each)]
 
     def start(
@@ -142,13 +150,33 @@ class Stages:
             Shapes ``(b, T, n)`` and ``(b, T)``.
         """
         b, horizon = parts[0].shape[:2]
-        if not horizon:
-            return parts[0].new_zeros(b, 0, self.n), parts[0].new_zeros(b, 0)
+        g, r = self.steps_in_turn([x.transpose(0, 1).flatten(0, 1) for x in parts], problems)
+        return (
+            g.unflatten(0, (horizon, b)).transpose(0, 1),
+            r.unflatten(0, (horizon, b)).transpose(0, 1),
+        )
+
+    def steps_in_turn(
+        self, parts: Sequence[Tensor], problems: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`steps` of rows that come step by step, those of all problems beside each other.
+
+        Args:
+            parts: as in `steps`, shapes ``(T b, n)``, ``(T b, q)``, ``(T b, m)``.
+            problems: which they are, shape ``(b,)``.
+
+        Returns:
+            Shapes ``(T b, n)`` and ``(T b,)``.
+        """
+        if not len(parts[0]):
+            return parts[0].new_zeros(0, self.n), parts[0].new_zeros(0)
         duals: list[Tensor] = []
         if self.duals is not None:
             some = self.duals.at(problems)
-            weight = some.weight.unsqueeze(1).expand(b, horizon)
-            duals = [some.inequality, some.equality, weight]
+            b = len(problems)
+            weight = some.weight.unsqueeze(1).expand(b, len(parts[0]) // b)
+            each = some.inequality, some.equality, weight
+            duals = [x.transpose(0, 1).flatten(0, 1) for x in each]
         return self._over_steps(self._step, parts, problems, duals)
 
     def constrained(
@@ -179,7 +207,11 @@ class Stages:
         given = [end[:, : self.n], end[:, self.n :], own, self._columns(problems)]
         last = self._problems.over(at_end, given, b)
         none = end.new_zeros(b, 0, 0)
-        first = self._over_steps(at_step, where, problems, []) if horizon else (none, none)
+        if not horizon:
+            return Values(none, none, *last)
+        flat = [x.transpose(0, 1).flatten(0, 1) for x in where]
+        found = self._over_steps(at_step, flat, problems, [])
+        first = (x.unflatten(0, (horizon, b)).transpose(0, 1) for x in found)
         return Values(*first, *last)
 
     @property
@@ -196,21 +228,20 @@ class Stages:
         self, function: Any, parts: Sequence[Tensor], problems: Tensor, duals: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """A function of one step, of every step of every problem."""
-        b, horizon = parts[0].shape[:2]
+        b = len(problems)
+        horizon = len(parts[0]) // b
         columns = self._columns(problems)
         if self._steps.together and self._alike:
 
             def one(z: list[Tensor], t: Tensor, rest: list[Tensor], duals: list[Tensor]) -> Any:
                 return function(z, Time(t), rest, [], duals)
 
-            # The axis of steps comes first, as it does where they are linearised.
             times = torch.arange(1, horizon + 1, dtype=torch.float64, device=self.device)
             rest = [x.repeat(horizon, *[1] * (x.ndim - 1)) for x in columns[0]]
-            z, of_duals = ([x.transpose(0, 1).flatten(0, 1) for x in xs] for xs in (parts, duals))
-            found = self._steps.attempt(one, [z, times.repeat_interleave(b), rest, of_duals])
+            given = [[*parts], times.repeat_interleave(b), rest, duals]
+            found = self._steps.attempt(one, given)
             if found is not None:
-                first, second = (x.unflatten(0, (horizon, b)).transpose(0, 1) for x in found)
-                return first, second
+                return found
         each = []
         for t in range(1, horizon + 1):
 
@@ -218,9 +249,9 @@ class Stages:
                 return function(z, t, rest, own, duals)
 
             own = columns[t] if self._each else []
-            here = [[x[:, t - 1] for x in parts], columns[0], own, [x[:, t - 1] for x in duals]]
-            each.append(self._problems.over(at, here, b))
-        return torch.stack([g for g, _ in each], 1), torch.stack([r for _, r in each], 1)
+            here, there = ([x[(t - 1) * b : t * b] for x in xs] for xs in (parts, duals))
+            each.append(self._problems.over(at, [here, columns[0], own, there], b))
+        return torch.cat([g for g, _ in each]), torch.cat([r for _, r in each])
 
     def _received(self, z: list[Tensor], t: Any, rest: Any, constants: Any) -> tuple[Tree, Tree]:
         """u(t-1) and theta_t of one step's numbers."""

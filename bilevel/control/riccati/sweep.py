@@ -9,12 +9,14 @@ whose last column of K is the change k of the control. Dunn & Bertsekas (1989),
 doi:10.1007/BF00940581; Mayne (1966), doi:10.1080/00207176608921369.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bilevel.control.riccati.blocks import block_of, joined_steps, padded
 from bilevel.control.riccati.box import box_minimum
 from bilevel.control.riccati.linearisation import Hessians, Linearisation
 
@@ -125,44 +127,74 @@ def backward(model: Model, shift: Tensor) -> Gains:
     Returns:
         Changes and gains; only of use where nothing `failed`.
     """
-    N = model.terminal.shape[1]
-    horizon, m = model.steps.shape[1], model.steps.shape[2] - N
-    P = model.terminal
-    b = len(P)
-    added = torch.eye(m, dtype=P.dtype, device=P.device) * shift.view(-1, 1, 1)
-    shifted = bool(shift.any())
-    maps, transposed, steps = model.maps.unbind(1), model.maps.mT.unbind(1), model.steps.unbind(1)
-    # Results are written where they stay, by views made once: a call of one step costs little more
-    # than its arithmetic. Columns of `half` lie together, as the solver wants them.
-    values, half = P.new_empty(horizon + 1, b, N, N), P.new_empty(horizon, b, N, m).mT
-    factors = P.new_empty(horizon, b, m, m)
-    info = torch.empty(horizon, b, dtype=torch.int32, device=P.device)
-    value, factor, failed = values.unbind(0), factors.unbind(0), info.unbind(0)
-    halves, halves_of = half.unbind(0), half.mT.unbind(0)
-    value[horizon].copy_(P)
-    ahead, Q = P.new_empty(b, N, N + m), P.new_empty(b, N + m, N + m)
+    N, steps = model.terminal.shape[1], model.steps
+    if bool(shift.any()) and steps.numel():
+        steps = steps.clone()
+        steps[:, :, N:, N:].diagonal(dim1=2, dim2=3).add_(shift.view(-1, 1, 1))
+    b, horizon, both, _ = steps.shape
+    if model.low is not None and model.high is not None and both > N:
+        values, swept = _in_boxes(model.maps, steps, model.terminal, model.low, model.high)
+        return _gathered(model, shift, values, swept)
+    k = block_of(horizon, b * both * both) if both > N else 1
+    if k == 1:
+        values, *swept = _recursion(model.maps, steps, model.terminal)
+        return _gathered(model, shift, values, swept)
+    extra = -horizon % k
+    maps, steps = padded(model.maps, steps, extra)
+    inside = maps.reshape(-1, k, N, both), steps.reshape(-1, k, both, both)
+    F, H = (x.view(b, -1, *x.shape[1:]) for x in joined_steps(*inside))
+    ends, _, _, lost = _recursion(F, H, model.terminal)
+    values, *swept = _recursion(*inside, ends[:, 1:].reshape(-1, N, N))
+    values, half, factors, info = (
+        x[:, :k].reshape(b, -1, *x.shape[2:])[:, extra:] for x in (values, *swept)
+    )
+    # What only the joined steps show is said of the last step of their block.
+    info[:, k - 1 - extra :: k] |= lost if k > extra else lost[:, 1:]
+    return _gathered(model, shift, torch.cat([values, ends[:, -1:]], 1), (half, factors, info))
+
+
+def _recursion(maps: Tensor, steps: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P of every step, factors of Q_cc, Q_cx divided by them, and where there is none."""
+    b, horizon, N, both = maps.shape
+    values, halves, factors, info = [P], [], [], []
+    Q = P.new_empty(b, both, both)
     Qxx, Qcx, Qcc = Q[:, :N, :N], Q[:, N:, :N], Q[:, N:, N:]
-    stages = []
-    for t in range(horizon - 1, -1, -1):
-        torch.bmm(value[t + 1], maps[t], out=ahead)
-        torch.baddbmm(steps[t], transposed[t], ahead, out=Q)
-        if shifted:
-            Qcc += added
-        if not m:
-            value[t].copy_(Qxx)
-        elif model.low is not None and model.high is not None:
-            P, stage = _boxed(Qxx, Qcx, Qcc, model.low[:, t], model.high[:, t])
-            value[t].copy_(P)
-            stages.append(stage)
-        else:
-            torch.linalg.cholesky_ex(Qcc, out=(factor[t], failed[t]))
-            torch.linalg.solve_triangular(factor[t], Qcx, upper=False, out=halves[t])
-            torch.baddbmm(Qxx, halves_of[t], halves[t], alpha=-1, out=value[t])
-    if stages:
-        swept = tuple(torch.stack(part, 1) for part in zip(*stages[::-1], strict=True))
-    else:
-        swept = half.transpose(0, 1), factors.transpose(0, 1), info.transpose(0, 1)
-    return _gathered(model, shift, values.transpose(0, 1), swept)
+    every = zip(maps.unbind(1)[::-1], maps.mT.unbind(1)[::-1], steps.unbind(1)[::-1], strict=True)
+    for F, transposed, H in every:
+        torch.baddbmm(H, transposed, torch.bmm(P, F), out=Q)
+        if both == N:
+            P = Q.clone()
+            values.append(P)
+            continue
+        factor, failed = torch.linalg.cholesky_ex(Qcc)
+        half = torch.linalg.solve_triangular(factor, Qcx, upper=False)
+        P = torch.baddbmm(Qxx, half.mT, half, alpha=-1)
+        values.append(P)
+        halves.append(half)
+        factors.append(factor)
+        info.append(failed)
+    if not halves:
+        m = both - N
+        none = P.new_zeros(b, horizon, m, N), P.new_zeros(b, horizon, m, m)
+        bad = torch.zeros(b, horizon, dtype=torch.int32, device=P.device)
+        return torch.stack(values[::-1], 1), *none, bad
+    parts = (torch.stack(x[::-1], 1) for x in (values, halves, factors, info))
+    return tuple(parts)  # pyright: ignore[reportReturnType]
+
+
+def _in_boxes(
+    maps: Tensor, steps: Tensor, P: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The same with bounds on each change."""
+    N, values, stages = maps.shape[2], [P], []
+    for t in range(maps.shape[1] - 1, -1, -1):
+        Q = torch.baddbmm(steps[:, t], maps[:, t].mT, torch.bmm(P, maps[:, t]))
+        Qxx, Qcx, Qcc = Q[:, :N, :N], Q[:, N:, :N], Q[:, N:, N:]
+        P, stage = _boxed(Qxx, Qcx, Qcc, low[:, t], high[:, t])
+        values.append(P)
+        stages.append(stage)
+    swept = tuple(torch.stack(part, 1) for part in zip(*stages[::-1], strict=True))
+    return torch.stack(values[::-1], 1), swept
 
 
 def _boxed(Qxx: Tensor, Qcx: Tensor, Qcc: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Any]:
@@ -177,7 +209,7 @@ def _boxed(Qxx: Tensor, Qcx: Tensor, Qcc: Tensor, low: Tensor, high: Tensor) -> 
     return P, (gain, least.factor, least.failed.int(), least.free, slope)
 
 
-def _gathered(model: Model, shift: Tensor, values: Tensor, swept: tuple[Tensor, ...]) -> Gains:
+def _gathered(model: Model, shift: Tensor, values: Tensor, swept: Sequence[Tensor]) -> Gains:
     P = values[:, 0]
     b, N = P.shape[:2]
     horizon, m = model.steps.shape[1], model.steps.shape[2] - N

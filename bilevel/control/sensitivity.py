@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.control.riccati.conditions import Multipliers
+from bilevel.control.conditions import Multipliers
 from bilevel.control.riccati.sweep import Gains, Model
 
 DEPENDENT = 1e-10  # eigenvalue of the scaled Schur complement that counts as zero
