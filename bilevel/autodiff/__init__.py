@@ -36,6 +36,7 @@ from bilevel.autodiff.nested import (
     Function,
     alive,
     at_places,
+    followed,
     forwards_again,
     leading,
     mapped,
@@ -76,6 +77,7 @@ __all__ += ["value_and_gradient", "variables"]
 __all__ += ["Dims", "Function", "alive", "forwards_again", "leading", "mapped", "member", "placed"]
 __all__ += [
     "at_places",
+    "followed",
     "pull_in",
     "push_in",
     "put",

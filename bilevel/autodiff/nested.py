@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import unwrap_if_dead
+from torch._C._functorch import is_functorch_wrapped_tensor, unwrap_if_dead
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 
 from bilevel.autodiff.gradients import grad
@@ -20,6 +20,11 @@ def transformed() -> bool:
     """Whether a transform of `torch.func` is at work."""
     # What `torch.autograd.Function.apply` itself asks; there is no public name for it.
     return torch._C._are_functorch_transforms_active()
+
+
+def followed(x: Any) -> bool:
+    """Whether a derivative in `x` may be asked for: by autograd, or by a transform."""
+    return isinstance(x, Tensor) and (x.requires_grad or is_functorch_wrapped_tensor(x))
 
 
 def alive(x: Tensor) -> Tensor:

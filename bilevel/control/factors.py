@@ -7,9 +7,9 @@ from bilevel import autodiff
 from bilevel.control.conditions import Multipliers, Optimal
 from bilevel.control.riccati.constraints import NAMES, Duals
 from bilevel.control.riccati.linearisation import Hessians, Linearisation
-from bilevel.control.sensitivity import Factors, Jacobian
 from bilevel.control.riccati.solving import Solved
 from bilevel.control.riccati.sweep import Gains, Model, backward, model_of
+from bilevel.control.sensitivity import Factors, Jacobian
 from bilevel.errors import ConvergenceError, UnsupportedError
 
 MOST_ACTIVE = 2000  # constraints, whose matrix is dense

@@ -19,6 +19,7 @@ from bilevel.dynamics.problem import ControlProblem
 from bilevel.errors import ArgumentError, DivergenceError
 from bilevel.linear.cg import CG
 from bilevel.linear.operator import LinearSolver, Operator
+from bilevel.linear.singular import random_like
 from bilevel.linear.steihaug import Truncated, steihaug
 from bilevel.outer.descent import StandstillError
 from bilevel.outer.leaves import Leaves
@@ -27,6 +28,7 @@ from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.randomness import RandomState
 from bilevel.tree import Tree
 
+LOOKS = 20  # products that look for negative curvature where an iteration ends
 Product = Callable[[list[Tensor]], list[Tensor]]  # direction -> Hessian times direction
 
 
@@ -44,6 +46,9 @@ class NewtonCG:
     systems are solved no better than their gradients are small (Eisenstat & Walker 1996). The
     solution counts the products. For states and controls of up to some hundreds of numbers a step,
     `Riccati` finds the same in one sweep.
+
+    Where it ends, up to 20 products more look for negative curvature along directions at random: a
+    stationary point that has some, as a saddle to start from, is reported as no minimum.
 
     A linear-quadratic problem takes one iteration. J never rises, but for its rounding, and the
     iteration ends by itself where no step lowers it. Steps that draw at random draw the same
@@ -130,7 +135,8 @@ class _TrustRegion:
         if share < 0.25:
             self._radius = distance if length < 1 else distance / 2
         elif share > 0.75 and found.boundary:
-            self._radius = 2 * self._radius
+            # Where the model was right to some percent it will be right further out.
+            self._radius = (8 if abs(share - 1) < 0.1 else 2) * self._radius
 
 
 class NewtonSteps(Optimizer):
@@ -279,6 +285,27 @@ class NewtonRun:
             self._known = versions, control, found
         found = self._known[2]
         return float(found.cost), found
+
+    def negative_curvature(self) -> float:
+        """Of J where the control stands, relative to the largest curvature seen; 0 for none."""
+        if self._leaves is None or self._known is None:
+            return 0.0
+        largest = 0.0
+
+        def product(direction: list[Tensor]) -> list[Tensor]:
+            nonlocal largest
+            found = self._product(direction)
+            largest = max(largest, tree.norm(found) / tree.norm(direction))
+            return found
+
+        b: Any = random_like([x.detach() for x in self._leaves])
+        with autodiff.paused():
+            found = steihaug(
+                product, b, lambda curvature, _: 1.0 if curvature <= 0 else math.inf, 1e-6, LOOKS
+            )
+        resolution = max(torch.finfo(x.dtype).eps for x in b) ** 0.5
+        share = found.curvature / largest if largest and math.isfinite(found.curvature) else 0.0
+        return share if share < -resolution else 0.0
 
     def _product(self, direction: list[Tensor]) -> list[Tensor]:
         """The Hessian where `evaluate` was last, times a direction of the variables."""

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, tree
-from bilevel.control.factors import factors_of
 from bilevel.control.conditions import Optimal, conditions
+from bilevel.control.factors import factors_of
 from bilevel.control.riccati.controls import Point
-from bilevel.control.sensitivity import Factors, Vector
 from bilevel.control.riccati.settings import Riccati
 from bilevel.control.riccati.solving import Laid, Solved, laid_out, stages_of
 from bilevel.control.second_order import shortcoming
+from bilevel.control.sensitivity import Factors, Vector
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.errors import ArgumentError
 from bilevel.implicit_function.function import answered

@@ -11,6 +11,7 @@ from bilevel.control.lagrangian import KKT
 from bilevel.control.riccati.constraints import NAMES
 from bilevel.control.riccati.newton import (
     CONVERGED,
+    NOWHERE,
     ROUNDED,
     RUNNING,
     SADDLE,
@@ -36,9 +37,10 @@ def converged(found: Solved) -> Tensor:
     return solved if found.met is None else solved & ~found.met.infeasible
 
 
-def unbounded(found: Solved) -> Tensor:
-    """Which problems have no minimum, shape ``(B,)``."""
-    return found.iterates.status == UNBOUNDED_BELOW
+def lost(found: Solved) -> Tensor:
+    """Which problems have no minimum, or no finite cost to begin with, shape ``(B,)``."""
+    status = found.iterates.status
+    return (status == UNBOUNDED_BELOW) | (status == NOWHERE)
 
 
 def reason(found: Solved, i: int, tolerance: float) -> str:
@@ -62,6 +64,8 @@ def reason(found: Solved, i: int, tolerance: float) -> str:
         UNBOUNDED_BELOW: "the problem looks unbounded below: no shift within the limit makes the "
         f"Hessian positive definite, or the cost falls without end (to {float(now.cost[i]):.3g}); "
         "give the control a cost, or bounds.",
+        NOWHERE: f"the cost ({float(now.cost[i]):.3g}) or its gradient is not finite at the "
+        "control to begin with: look for a root, a logarithm or a division at zero, or begin elsewhere.",
         STOPPED: "the callback ended it.",
         RUNNING: f"{above} after {int(now.steps[i])} updates: give it more steps.",
     }[int(now.status[i])]
@@ -180,7 +184,7 @@ def iterated(
             # What nothing reads is refused as everywhere: a sweep of one problem tells.
             adjoint(laid.stages.problem, *laid.first)
     solution = _second_order(found, observation, loop.tolerance or found.tolerance)
-    if isinstance(solution, ControlSolution) and bool(unbounded(found).any()):
+    if isinstance(solution, ControlSolution) and bool(lost(found).any()):
         error = DivergenceError(solution.reason)
         error.progress = solution
         raise error

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from bilevel import tree
+from bilevel import autodiff, tree
 from bilevel.checks import check_arguments, check_choice, check_kind, check_whole
 from bilevel.control.adjoint import Adjoint, adjoint
 from bilevel.control.lagrangian import KKT, kkt
@@ -24,7 +24,7 @@ from bilevel.control.solution import BatchSolution, ControlSolution
 from bilevel.dynamics.per_step import CONTROL_WORDS, Look
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.dynamics.steps import first_infinite
-from bilevel.errors import ArgumentError, UnsupportedError
+from bilevel.errors import ArgumentError, LostGradientError, UnsupportedError
 from bilevel.outer.batches import Grouped
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory, check_finite
 from bilevel.outer.keeping import Keep, OnDivergence
@@ -186,11 +186,17 @@ class ControlSolver:
         with carrying(lambda error: _solution(descent, told(error))):
             descent.run(look.evaluated(evaluate), make, around=around)
             random = None if run is None else run.random
+            bent = run is not None and batches is None and _stands(descent)
+            curvature = run.negative_curvature() if run is not None and bent else 0.0
             last = look.evaluated(self._final)
             final, residuals = last(descent, observation, plans, random)
             solution = _solution(descent, "", final, residuals)
             if run is not None:
                 solution = replace(solution, products=run.products)
+            if curvature < 0:
+                solution = replace(
+                    solution, converged=False, reason=_no_minimum(solution.gradient_norm, curvature)
+                )
             if tolerance > 0 and not solution.converged:
                 report(solution.reason, self.on_failure)
         return solution
@@ -235,6 +241,7 @@ class ControlSolver:
             ArgumentError: if the solver has no `build` or another optimiser than `Riccati`.
             ConvergenceError: if the optimum is no strict minimum, or was not reached and
                 `on_failure` is "raise".
+            LostGradientError: if a derivative in bounds or constraints would be lost.
             UnsupportedError: if more than 2000 constraints are active.
 
         Example:
@@ -259,6 +266,12 @@ class ControlSolver:
             raise ArgumentError(
                 "optimum needs ControlSolver(build, Riccati()) with build(parameters) -> "
                 f"ControlProblem, got {type(build).__name__} and {type(settings).__name__}."
+            )
+        if any(map(autodiff.followed, tree.leaves_of(settings.bounds))):
+            raise LostGradientError(
+                "bounds= are settings, in which optimum has no derivative, got one that requires "
+                "grad or is being differentiated: detach it, or give it as a constraint on a state "
+                "that holds it."
             )
         loop = Loop(steps, tolerance=tolerance)
         build, control = _beginning(build, parameters, control)
@@ -371,6 +384,20 @@ def _where(problem: ControlProblem, observation: Tree, control: Tree) -> str:
     if t is None:
         return "every state is finite, so a cost or a derivative is not"
     return f"u({t}) is the first state that is not finite"
+
+
+def _stands(descent: Descent) -> bool:
+    """Whether an iteration ended at a point that should be a minimum."""
+    cost, norm, _ = descent.last or (math.nan, math.nan, None)
+    flat = descent.standstill and norm <= 1e-6 * (1 + abs(cost))
+    return flat or descent.converged or norm <= descent.loop.tolerance
+
+
+def _no_minimum(norm: float, curvature: float) -> str:
+    return (
+        f"the gradient norm is {norm:.3g}, but this stationary point is no minimum: the Hessian "
+        f"has negative curvature, {-curvature:.2g} of the largest that was seen; begin elsewhere."
+    )
 
 
 def _solution(

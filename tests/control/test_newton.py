@@ -308,3 +308,26 @@ def test_single_precision_converges_to_its_own_rounding():
     double = bl.PerStep([c.double() for c in found.control.steps])
     exact = solve(problem, start.double(), double)
     assert found.cost == pytest.approx(exact.cost, rel=1e-6)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-8])
+def test_a_saddle_to_begin_with_is_reported_as_no_minimum(tolerance):
+    control = {"x": torch.zeros(1, dtype=torch.float64)}
+    solver = bl.ControlSolver(valley(), bl.NewtonCG(), on_failure="ignore")
+    found = solver.solve(control, torch.zeros(1, dtype=torch.float64), tolerance=tolerance)
+    assert not found.converged
+    assert "no minimum: the Hessian has negative curvature" in found.reason
+    # Beside it there is a minimum, and flat directions are none that lead down.
+    near = solver.solve({"x": control["x"] + 0.1}, control["x"], tolerance=1e-9)
+    assert near.converged
+    flat = bl.ControlProblem(bl.Map(lambda u, c, t: u + c), lambda u, c: square(u - 1), 3)
+    rest = bl.PerStep([torch.zeros(2, dtype=F64) for _ in range(3)])
+    assert solve(flat, torch.zeros(2, dtype=F64), rest).converged
+
+
+def test_where_a_direction_ends_the_generator_stands_as_after_any_solve():
+    problem, _ = valley(), torch.manual_seed(3)
+    control = {"x": torch.full((1,), 0.3, dtype=torch.float64)}
+    before = torch.get_rng_state()
+    solve(problem, torch.zeros(1, dtype=torch.float64), control)
+    assert torch.equal(before, torch.get_rng_state())

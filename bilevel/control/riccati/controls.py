@@ -71,7 +71,7 @@ class Controls:
         self.common = Layout([self.leaves[i] for i in self._shared], batched=batched, dtype=dtype)
         # The common case costs least: a step's control is one real vector.
         self._plain = self.own.is_one and [kind for kind, _ in self._plan] == ["own"]
-        self._bare = self._plain and isinstance(steps[0], Tensor)
+        self._bare = self._plain and all(isinstance(step, Tensor) for step in steps[:1])
         self.m, self.q = self.own.width, self.common.width
         self._step_structure = tree.flatten(steps[0])[1] if steps else None
         self._places = {i: k for k, i in enumerate(self._shared)}

@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bilevel import autodiff, tree
+from bilevel import autodiff
 from bilevel.control.riccati.blocks import affine
 from bilevel.control.riccati.controls import Point
 from bilevel.control.riccati.stages import Stages
@@ -157,7 +157,7 @@ class Linearisation:
 
     @cached_property
     def _end_curvature(self) -> Tensor:
-        """l'' in (u(T), w), ``(b, n + q)`` twice."""
+        """L'' in (u(T), w), ``(b, n + q)`` twice."""
         with autodiff.recording():
             return autodiff.rows(self._end_slope, self._end, keep=True)
 

@@ -20,7 +20,7 @@ LEAST_SHIFT, MOST_SHIFT = 1e-10, 1e10  # of the largest second derivative
 RATIO, TRIED = 10**1.5, 8  # shifts tried at once
 UNBOUNDED = 1e12  # of the cost at the start
 
-RUNNING, CONVERGED, ROUNDED, SADDLE, STANDSTILL, UNBOUNDED_BELOW, STOPPED = range(7)
+RUNNING, CONVERGED, ROUNDED, SADDLE, STANDSTILL, UNBOUNDED_BELOW, STOPPED, NOWHERE = range(8)
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,16 @@ class Newton:
         self.point = Linearisation(stages, start)
         self._note(self.point)
         self.now.begun = self.now.cost.clone()
+        self.now.status[~torch.isfinite(self.now.cost + self.now.residual)] = NOWHERE
+        left = (self.now.status == RUNNING).nonzero().squeeze(1)
+        if 0 < len(left) < b:
+            self._linearise(left)
 
     def run(self, watch: Watch = lambda _: False) -> Iterates:
         """Until every problem is done."""
         now, rules = self.now, self._rules
+        if not bool((now.status == RUNNING).any()):
+            return now
         for k in range(rules.steps + 1):
             active = self.point.where.problems
             reached = now.residual[active] <= rules.tolerance[active]
@@ -267,9 +273,9 @@ class Newton:
         if self._straight and len(base.problems) == len(self.point.where.problems):
             # Where the dynamics are linear, states are known without calling them one by one.
             trial = self._foreseen(base, gains)
-            ahead, *found = self._tried(base, trial)
+            ahead, new, after = self._tried(base, trial)
             if ahead is not None and ahead.follows(100):
-                return trial, ahead, *found
+                return trial, ahead, new, after
             self._straight = False
         trial = self._rolled(base, gains, torch.ones_like(gains.slope))
         return trial, *self._tried(base, trial)

@@ -156,9 +156,7 @@ class Stages:
             r.unflatten(0, (horizon, b)).transpose(0, 1),
         )
 
-    def steps_in_turn(
-        self, parts: Sequence[Tensor], problems: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def steps_in_turn(self, parts: Sequence[Tensor], problems: Tensor) -> tuple[Tensor, Tensor]:
         """`steps` of rows that come step by step, those of all problems beside each other.
 
         Args:

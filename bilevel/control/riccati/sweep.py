@@ -145,11 +145,11 @@ def backward(model: Model, shift: Tensor) -> Gains:
     F, H = (x.view(b, -1, *x.shape[1:]) for x in joined_steps(*inside))
     ends, _, _, lost = _recursion(F, H, model.terminal)
     values, *swept = _recursion(*inside, ends[:, 1:].reshape(-1, N, N))
+    # What only the joined steps show is said of the last step of their block.
+    swept[2][:, -1] |= lost.flatten() * (swept[2] == 0).all(1)
     values, half, factors, info = (
         x[:, :k].reshape(b, -1, *x.shape[2:])[:, extra:] for x in (values, *swept)
     )
-    # What only the joined steps show is said of the last step of their block.
-    info[:, k - 1 - extra :: k] |= lost if k > extra else lost[:, 1:]
     return _gathered(model, shift, torch.cat([values, ends[:, -1:]], 1), (half, factors, info))
 
 

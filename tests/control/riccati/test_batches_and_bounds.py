@@ -252,3 +252,19 @@ def test_arguments_stay_as_they_are():
     quiet(swing(), bounds=(-0.05, 0.05)).solve(control, start)
     assert all(float(x) == 0.1 for x in control.steps)
     assert tree.norm(start) == 0
+
+
+def test_a_problem_without_a_finite_cost_is_named_and_leaves_the_others_alone():
+    problem = bl.ControlProblem(
+        bl.Map(lambda x, u, t: x + u), lambda x, c: x.log() ** 2, 5, lambda x, u, t: u**2 / 2
+    )
+    starts = torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64)
+    begin = bl.PerStep([torch.zeros(3, dtype=torch.float64) for _ in range(5)])
+    with pytest.warns(bl.ConvergenceWarning, match=r"problem 1: the cost \(nan\) or its gradient"):
+        found = bl.ControlSolver(problem, bl.Riccati(batched=True)).solve(begin, starts)
+    assert found.converged.tolist() == [True, False, True]
+    alone = bl.PerStep([torch.zeros((), dtype=torch.float64) for _ in range(5)])
+    solver = bl.ControlSolver(problem, bl.Riccati())
+    assert float(found.cost[2]) == solver.solve(alone, starts[2]).cost
+    with pytest.raises(DivergenceError, match="not finite at the control to begin with"):
+        solver.solve(alone, starts[1])

@@ -5,7 +5,7 @@ import torch
 from problems import real, square
 
 import bilevel as bl
-from bilevel.errors import ArgumentError, ConvergenceError
+from bilevel.errors import ArgumentError, ConvergenceError, LostGradientError
 
 # The first use of forward mode in torch 2.13 scripts decompositions, and warns of that.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -216,3 +216,16 @@ def test_the_control_to_begin_with_may_come_from_build():
         bl.ControlSolver(build, bl.Riccati()).optimum(weight, f)
     with pytest.raises(ArgumentError, match="or \\(problem, control\\), got \\(int, int\\)"):
         bl.ControlSolver(lambda weight: (1, 2), bl.Riccati()).optimum(weight, f)
+
+
+def test_bounds_in_which_a_derivative_is_asked_for_are_refused():
+    def cost(low):
+        solver = bl.ControlSolver(quadratic, bl.Riccati(bounds=(low, 1.0)))
+        return solver.optimum(POINT, START, REST).cost
+
+    low = torch.tensor(-0.1, dtype=F64)
+    for derivative in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(LostGradientError, match="bounds= are settings"):
+            derivative(cost)(low)
+    with pytest.raises(LostGradientError, match="bounds= are settings"):
+        cost(low.requires_grad_())
