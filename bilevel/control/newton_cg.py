@@ -135,8 +135,7 @@ class _TrustRegion:
         if share < 0.25:
             self._radius = distance if length < 1 else distance / 2
         elif share > 0.75 and found.boundary:
-            # Where the model was right to some percent it will be right further out.
-            self._radius = (8 if abs(share - 1) < 0.1 else 2) * self._radius
+            self._radius = 2 * self._radius
 
 
 class NewtonSteps(Optimizer):

@@ -65,7 +65,8 @@ def reason(found: Solved, i: int, tolerance: float) -> str:
         f"Hessian positive definite, or the cost falls without end (to {float(now.cost[i]):.3g}); "
         "give the control a cost, or bounds.",
         NOWHERE: f"the cost ({float(now.cost[i]):.3g}) or its gradient is not finite at the "
-        "control to begin with: look for a root, a logarithm or a division at zero, or begin elsewhere.",
+        "control to begin with: look for a root, a logarithm or a division at zero, or begin "
+        "elsewhere.",
         STOPPED: "the callback ended it.",
         RUNNING: f"{above} after {int(now.steps[i])} updates: give it more steps.",
     }[int(now.status[i])]

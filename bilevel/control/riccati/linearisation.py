@@ -75,12 +75,18 @@ class Linearisation:
         gradient: of J.
     """
 
-    def __init__(self, stages: Stages, where: Swept) -> None:
-        """One evaluation of every step, and the multiplier sweep (7)."""
+    def __init__(self, stages: Stages, where: Swept, *, rolled: bool = True) -> None:
+        """One evaluation of every step, and the multiplier sweep (7).
+
+        Args:
+            stages: the problem.
+            where: the point.
+            rolled: whether its states were made by the steps, so that these must lead there again.
+        """
         self._stages, self.where = stages, where
         self._n, self._q, self._m = stages.n, stages.controls.q, stages.controls.m
         self._chunks = self._evaluated()
-        if not self._faithful():
+        if rolled and not self._faithful():
             stages.one_by_one()
             self._chunks = self._evaluated()
         with autodiff.recording():

@@ -273,7 +273,7 @@ class Newton:
         if self._straight and len(base.problems) == len(self.point.where.problems):
             # Where the dynamics are linear, states are known without calling them one by one.
             trial = self._foreseen(base, gains)
-            ahead, new, after = self._tried(base, trial)
+            ahead, new, after = self._tried(base, trial, rolled=False)
             if ahead is not None and ahead.follows(100):
                 return trial, ahead, new, after
             self._straight = False
@@ -291,7 +291,9 @@ class Newton:
         point = Point(base.point.own + own, base.point.shared)
         return Swept(base.problems, point, base.states + states)
 
-    def _tried(self, base: Swept, trial: Swept) -> tuple[Linearisation | None, Tensor, Tensor]:
+    def _tried(
+        self, base: Swept, trial: Swept, *, rolled: bool = True
+    ) -> tuple[Linearisation | None, Tensor, Tensor]:
         """Linearisation, cost and residual of a trial; infinite where it leads nowhere."""
         finite = torch.isfinite(trial.states).flatten(1).all(1)
         nowhere = trial.states.new_full((len(finite),), torch.inf)
@@ -304,7 +306,7 @@ class Newton:
             )
             trial = Swept(trial.problems, point, torch.where(keep, trial.states, base.states))
         try:
-            ahead = Linearisation(self._stages, trial)
+            ahead = Linearisation(self._stages, trial, rolled=rolled)
         except DivergenceError:
             cost = torch.where(finite, self._costs(trial), torch.inf)
             return None, cost, nowhere

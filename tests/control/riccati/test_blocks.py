@@ -64,8 +64,17 @@ def test_states_that_are_foreseen_are_those_of_the_dynamics(bend):
     step = bl.Map(lambda x, u, t: A @ x + B * u + bend * x * x.roll(1))
     problem = bl.ControlProblem(step, lambda x, c: x @ x, T, lambda x, u, t: x @ x + u * u)
     start = 0.3 * real(3, N)
-    found = bl.ControlSolver(problem, bl.Riccati()).solve(zeros(T), start)
+    calls = []
+    counted = bl.ControlProblem(
+        bl.Map(lambda x, u, t: (calls.append(t), problem.dynamics.step(x, u, t))[1]),
+        problem.terminal,
+        T,
+        problem.running,
+    )
+    found = bl.ControlSolver(counted, bl.Riccati()).solve(zeros(T), start)
     assert found.converged
+    # Steps are called all at once, but for the roll-outs: the first, and those of a bent dynamics.
+    assert len(calls) <= T * (1 + bend * len(found.costs)) + 3 * (2 + len(found.costs))
     assert found.steps == 1 or bend
     states = bl.rollout(problem.dynamics, start, found.control, T)
     torch.testing.assert_close(found.adjoint.final_state, states, rtol=1e-12, atol=1e-14)
