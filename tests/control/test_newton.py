@@ -186,10 +186,11 @@ def test_the_cost_never_rises_but_for_its_rounding():
 
 
 def test_an_exact_minimum_ends_the_iteration_before_it_begins():
-    found = solve(valley(), torch.zeros(1, dtype=F64), {"x": torch.zeros(1, dtype=F64)})
+    bowl = bl.ControlProblem(bl.Map(lambda u, c, t: u + c["x"]), lambda u, c: square(u), 1)
+    found = solve(bowl, torch.zeros(1, dtype=F64), {"x": torch.zeros(1, dtype=F64)})
     assert (found.steps, found.gradient_norm, found.converged) == (0, 0.0, True)
     at_rest = {"x": torch.zeros(1, dtype=F64)}
-    assert solve(valley(), torch.zeros(1, dtype=F64), at_rest, tolerance=0.0).steps == 0
+    assert solve(bowl, torch.zeros(1, dtype=F64), at_rest, tolerance=0.0).steps == 0
 
 
 def test_a_standstill_is_told_from_a_lack_of_steps():
@@ -272,11 +273,12 @@ def test_the_gradient_of_the_accepted_trial_serves_the_next_iteration():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(newton, "hvp", product)
-        solve(problem, known.observation, known.control)
+        found = solve(problem, known.observation, known.control)
     # The start, one trial, the final record and the residuals: the iteration that finds the
     # gradient within the tolerance evaluates nothing.
     assert len(counted) - sum(products) == 5 * 4
-    assert len(products) == 1  # the gradient is an eigenvector
+    assert found.products == [1]  # the gradient is an eigenvector
+    assert len(products) == 1 + 2  # two more tell a minimum: there are two curvatures
 
 
 def test_parts_of_a_control_that_are_no_variables_are_carried():
