@@ -6,7 +6,7 @@ from problems import real, square, zeros
 
 import bilevel as bl
 from bilevel.control import Constraints, factors
-from bilevel.errors import ConvergenceError, UnsupportedError
+from bilevel.errors import ConvergenceError, LostGradientError, UnsupportedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 F64 = torch.float64
@@ -148,6 +148,33 @@ def at_walk(start=1.0, on_failure="warn", **settings):
     solver = bl.ControlSolver(walk, bl.Riccati(**settings), on_failure=on_failure)
     p = torch.ones((), dtype=F64, requires_grad=True)
     return p, solver.optimum(p, torch.tensor([start], dtype=F64), rest)
+
+
+def test_a_limit_that_the_state_carries_has_a_derivative():
+    def carrying(p):
+        return bl.ControlProblem(
+            bl.Map(lambda s, u, t: (s[0] + u, s[1])),
+            lambda s, c: p * s[0] ** 2 / 2,
+            5,
+            lambda s, u, t: u**2 / 2,
+        )
+
+    limit = Constraints(inequality=lambda s, u, t: -u - s[1])
+    solver = bl.ControlSolver(carrying, bl.Riccati(constraints=limit))
+
+    def cost(bound):
+        start = torch.tensor(4.0, dtype=F64), bound
+        return solver.optimum(torch.ones((), dtype=F64), start, zeros(5)).cost
+
+    bound = torch.tensor(0.5, dtype=F64)  # J = (4 - 5 b)^2 / 2 + 5 b^2 / 2
+    assert float(torch.func.grad(cost)(bound)) == pytest.approx(-5, rel=1e-9)
+    assert float(torch.func.hessian(cost)(bound)) == pytest.approx(30, rel=1e-9)
+    hidden = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    lost = Constraints(inequality=lambda s, u, t: -u - hidden)
+    with pytest.raises(LostGradientError, match="requires grad but is not among its arguments"):
+        bl.ControlSolver(carrying, bl.Riccati(constraints=lost)).optimum(
+            torch.ones((), dtype=F64), (bound, bound), zeros(5)
+        )
 
 
 def test_what_is_weakly_active_is_named():
