@@ -148,6 +148,8 @@ class Kept:
         self._keep, self._folder, self._records = keep, folder, records
         self._interrupts, self._conditions = interrupts, conditions
         self._written: int | None = None
+        self._seen = 0  # the last update that it was told of
+        self._chosen: Checkpoint | None = None  # from which the run goes on
         # Good states where nothing is written, the newest last; None where nobody goes back.
         self._good: list[tuple[int, Any, dict[str, Tensor]]] | None = None
         self.state: Any = None
@@ -200,7 +202,9 @@ class Kept:
             return
         waits = self._interrupts.came is not None
         every = 50 if self._keep is None else self._keep.every
-        if waits or update % every == 0:
+        # A multiple of `every` was reached or, by what counts in larger steps, passed.
+        turn, self._seen = update // every > self._seen // every, update
+        if waits or turn:
             self.save(update, state)
         if waits:
             self._interrupts.deliver()
@@ -212,14 +216,48 @@ class Kept:
 
     def save(self, update: int, state: Callable[[], Mapping[str, Any]]) -> None:
         """Keeps a state now."""
-        plain, tensors = self._encoded(update, state())
+        now = state()
+        plain, tensors = self._encoded(update, now)
         if self._folder is not None:
             content = {"conditions": self._conditions, "state": plain}
-            self._folder.write(update, content, tensors)
+            self._folder.write(update, content, tensors, now.get("files", ()))
             self._written = update
         elif self._good is not None:
             older = [one for one in self._good if one[0] < update]
             self._good = [*older[-2:], (update, plain, tensors)]
+
+    def put(self, value: Any) -> str:
+        """Writes what several checkpoints have in common; what a state has under "files" names it.
+
+        Args:
+            value: as a state may hold it.
+
+        Returns:
+            Its name.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        assert self._folder is not None  # a run that is kept
+        encoder = Encoder(self._records)
+        return self._folder.put(encoder.plain(value, "part"), encoder.tensors)
+
+    def get(self, name: str) -> Any:
+        """What `put` was given, of the checkpoint that the run goes on from.
+
+        Args:
+            name: that `put` returned.
+
+        Returns:
+            The value.
+
+        Raises:
+            StorageError: if it cannot be read, or is not what was written.
+        """
+        assert self._folder is not None
+        assert self._chosen is not None
+        plain, tensors = self._folder.get(name, self._chosen)
+        return decoded(plain, tensors, self._records)
 
     def _encoded(self, update: int, state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         also = None if self._keep is None else self._keep.also
@@ -264,7 +302,8 @@ class Kept:
                 f"({type(error).__name__} {str(error)[:200]}); start anew in another folder."
             ) from error
         folder.drop_after(chosen.update)
-        self._written = chosen.update
+        self._written = self._seen = chosen.update
+        self._chosen = chosen
         self.load_also(self.state)
 
 
