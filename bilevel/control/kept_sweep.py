@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import optree
@@ -43,7 +44,7 @@ class Reversal:
     """
 
     multiplier: Tree
-    cost: Tensor | None = None
+    cost: Any = None
     running: Tensor | float = 0.0
     states: list[Tree] = field(default_factory=list)
     multipliers: list[Tree] = field(default_factory=list)
@@ -65,8 +66,10 @@ class KeptSweep:
         self._functions = problem.dynamics, problem.terminal, problem.running
         self._own = Generators(*self._functions) if kept else None
         self._files: dict[int, str] = {}  # of snapshots that are written, by their blocks
-        # Where generators stood when the end had been evaluated, and inside of the replay.
+        # Where generators stood and what buffers were when the end had been evaluated, which is how
+        # the replay leaves them; and where generators stood inside of it.
         self._ended: Any = None
+        self._buffers: list[Tensor] | None = None
         self._replayed: Any = None
         self._trajectory: Trajectory
         self._gradient: GradientSum
@@ -119,7 +122,9 @@ class KeptSweep:
         with torch.no_grad():
             for buffer, value in zip(buffers_of(*self._functions), state["buffers"], strict=True):
                 buffer.copy_(value)
+        self._buffers = None if self._reversal is None else state["buffers"]
         self._stand(state["generators"])
+        self._kept.forget()
         return self._reversal
 
     def _stand(self, generators: Mapping[str, Any]) -> None:
@@ -134,6 +139,7 @@ class KeptSweep:
         """The end was evaluated, and the blocks come next."""
         if self._kept is not None:
             self._reversal, self._ended = reversal, Standing.now().state_dict()
+            self._buffers = [x.clone() for x in buffers_of(*self._functions)]
 
     def replay(self) -> None:
         """Inside of the replay: generators stand where they stood there."""
@@ -153,7 +159,7 @@ class KeptSweep:
     def _state(self) -> Mapping[str, Any]:
         where, carried = self._trajectory.halt(), self._reversal
         self._check_finite(where)
-        files = self._written(where.kept)
+        self._write(where.kept)
         leaves = {n: _leaves(getattr(where, n)) for n in ("state", "following", "final")}
         assert self._own is not None
         return {
@@ -171,10 +177,10 @@ class KeptSweep:
                 "ended": self._ended,
                 "own": self._own.state_dict(),
             },
-            "buffers": buffers_of(*self._functions),
+            "buffers": self._buffers or buffers_of(*self._functions),
             "plan": (self._plan.snapshots, self._plan.block),
-            "snapshots": files,
-            "files": sorted(set(files)),
+            "snapshots": [(name, len([*run])) for name, run in groupby(self._files.values())],
+            "files": sorted({*self._files.values()}),
         }
 
     def _check_finite(self, where: Halt) -> None:
@@ -192,24 +198,25 @@ class KeptSweep:
                     "step size."
                 )
 
-    def _written(self, blocks: list[int]) -> list[str]:
+    def _write(self, blocks: list[int]) -> None:
         """The files of snapshots, each written once, and not held together."""
         assert self._kept is not None
-        self._files = {b: name for b, name in self._files.items() if b in set(blocks)}
+        self._files = {b: self._files[b] for b in blocks if b in self._files}
         waiting: dict[int, Any] = {}
-        new = [b for b in blocks if b not in self._files]
+        size, new = 0, [b for b in blocks if b not in self._files]  # which are the last ones
         for block in new:
             state, random = self._trajectory.snapshot(block)
             waiting[block] = [_leaves(state), [*random]]
-            if block == new[-1] or bytes_of(waiting) >= PART:
+            size += bytes_of((state, random))
+            if block == new[-1] or size >= PART:
                 name = self._kept.put(waiting)
                 self._files.update(dict.fromkeys(waiting, name))
-                waiting = {}
-        return [self._files[b] for b in blocks]
+                waiting, size = {}, 0
 
-    def _snapshots(self, blocks: list[int], files: list[str]) -> Iterator[Any]:
+    def _snapshots(self, blocks: list[int], files: list[tuple[str, int]]) -> Iterator[Any]:
         assert self._kept is not None
-        self._files = dict(zip(blocks, files, strict=True))
+        each = (name for name, times in files for _ in range(times))
+        self._files = dict(zip(blocks, each, strict=True))
         name, found = "", {}
         for block in blocks:
             if self._files[block] != name:
@@ -261,8 +268,7 @@ def kept_sweep(
     plan = {n: v for n, v in described(plan).items() if n != "storage"}
     conditions = {
         "problem": problem,
-        "observation": _told(given[0], "observation"),
-        "control": _told(given[1], "control"),
+        "given": {**fingerprints(given[0], "observation"), **fingerprints(given[1], "control")},
         "checkpointing": plan,
         "autocast": [str(cast) for cast in autodiff.autocasts()],
         **settings,
@@ -271,13 +277,13 @@ def kept_sweep(
         yield KeptSweep(kept, keep, problem, given)
 
 
-def _told(values: Tree, name: str) -> dict[str, str]:
+def fingerprints(values: Tree, name: str) -> dict[str, str]:
     """What the leaves are, and a checksum of their numbers: another point is another sweep."""
     found = {}
     for place, leaf in zip(tree.leaf_names(values, name), tree.leaves_of(values), strict=True):
-        text = repr(leaf)
+        text = str(described(leaf))
         if isinstance(leaf, Tensor):
             plain = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous()
             text = f"{tree.kind(leaf)} {hashlib.sha256(entries(plain)).hexdigest()[:16]}"
-        found[place.removeprefix(name) or "itself"] = text
+        found[place] = text
     return found

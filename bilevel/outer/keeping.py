@@ -226,6 +226,10 @@ class Kept:
             older = [one for one in self._good if one[0] < update]
             self._good = [*older[-2:], (update, plain, tensors)]
 
+    def forget(self) -> None:
+        """Let go of `state`, which the run has taken over."""
+        self.state = None
+
     def put(self, value: Any) -> str:
         """Writes what several checkpoints have in common; what a state has under "files" names it.
 
