@@ -16,7 +16,7 @@ from bilevel.certificates.against_minimiser import AgainstMinimiser
 from bilevel.certificates.against_steps import AgainstSteps
 from bilevel.certificates.certificate import Certifier
 from bilevel.checks import check_arguments, check_choice, check_kind, check_range, check_whole
-from bilevel.control.kept_sweep import fingerprints
+from bilevel.control.kept_sweep import check_within, fingerprints, inside
 from bilevel.control.tangent import HessianProduct
 from bilevel.dynamics.per_step import BILEVEL_WORDS, Look, PerStep
 from bilevel.dynamics.steps import walk
@@ -409,9 +409,12 @@ class BilevelSolver:
                 early has the attribute `progress`, the record so far.
         """
         check_factory(optimizer)
+        if self.replicas is not None or not isinstance(self.method, MLM):
+            check_within(keep, f"{type(self.method).__name__} or replicas")
         pairs = None if batches is None else paired(batches)
         watched = scheduler, project, tolerance, decided(self.replicas, callback), progress
         tasks = self._tasks(params, linear_batch, accumulate, evaluate, batches is not None)
+        tasks = replace(tasks, keep=keep)
         pairs = Grouped(pairs, accumulate) if accumulate > 1 and pairs is not None else pairs
         loop = Loop(steps, pairs, *watched, keep, resume, on_divergence)
         warm_start = self._starts_warm(warm_start, inner_tolerance, warm, accumulate)
@@ -424,7 +427,7 @@ class BilevelSolver:
             warm = history.warm if warm_start else None
             look.waits = accumulate > 1
             try:
-                found = tasks.found(alpha, batch, warm, inner_tolerance)
+                found = tasks.found(alpha, batch, warm, inner_tolerance, step)
             except DivergenceError as error:
                 raise DivergenceError(f"iteration {step}: {error}") from error
             look.settled()
@@ -700,9 +703,10 @@ class _Tasks:
     linear_batch: Any
     accumulate: int
     together: bool = False
+    keep: Keep | None = None
 
     def found(
-        self, control: Tree, batch: Any, warm: Warm | None, tolerance: float | None
+        self, control: Tree, batch: Any, warm: Warm | None, tolerance: float | None, step: int
     ) -> Hypergradient:
         """The hypergradient of an update."""
         pairs = [batch or (None, None)] if self.accumulate == 1 else batch
@@ -712,4 +716,13 @@ class _Tasks:
         instances = (
             solver._instance(self.params, control, inner, outer, *given) for inner, outer in pairs
         )
-        return mean_of([solver._find(instance) for instance in instances])
+        kept = (self._kept(instance, (step, i)) for i, instance in enumerate(instances))
+        return mean_of([solver._find(instance) for instance in kept])
+
+    def _kept(self, instance: Instance, place: tuple[int, int]) -> Instance:
+        """With a sweep that is kept, where that was asked for."""
+        if self.keep is None or self.keep.within is None:
+            return instance
+        batches = {"inner": instance.inner_batch, "outer": instance.outer_batch}
+        given = {"observation": instance.observation, "control": instance.control, **batches}
+        return replace(instance, **inside(self.keep, place, **given))

@@ -17,13 +17,13 @@ from bilevel.dynamics.closures import buffers_kept, buffers_of
 from bilevel.dynamics.per_step import GradientSum
 from bilevel.dynamics.problem import ControlProblem
 from bilevel.dynamics.steps import begun
-from bilevel.errors import ArgumentError, DivergenceError
+from bilevel.errors import ArgumentError, DivergenceError, UnsupportedError
 from bilevel.outer.encoding import described
 from bilevel.outer.generators import Generators, Standing
 from bilevel.outer.keeping import Keep, Kept, opened
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.disk import entries
-from bilevel.sweeps.memory import bytes_of, planned
+from bilevel.sweeps.memory import Plans, bytes_of, planned
 from bilevel.sweeps.randomness import preserved
 from bilevel.sweeps.trajectory import Halt, Trajectory
 from bilevel.tree import Tree
@@ -275,6 +275,50 @@ def kept_sweep(
     }
     with opened(keep, resume, {"sweep": conditions}, RECORDS) as kept:
         yield KeptSweep(kept, keep, problem, given)
+
+
+class Sweeps:
+    """How a solver sweeps: by which plans, and what keeps a sweep inside of an update."""
+
+    def __init__(self, checkpointing: Checkpointing | Budget | None, keep: Keep | None) -> None:
+        within = None if keep is None else keep.within
+        self._plans, self._keep = Plans(checkpointing, within), keep
+
+    def of(
+        self, problem: ControlProblem, observation: Tree, control: Tree, place: tuple[int, ...]
+    ) -> dict[str, Any]:
+        """Arguments of `adjoint`; `place` as in `inside`."""
+        plan = self._plans.of(problem, observation, control)
+        values = {"observation": observation, "control": control}
+        return {"checkpointing": plan, **inside(self._keep, place, **values)}
+
+
+def inside(keep: Keep | None, place: tuple[int, ...], **values: Tree) -> dict[str, Any]:
+    """Where the sweep of an update is kept: arguments of `adjoint`.
+
+    Args:
+        keep: of the run.
+        place: of the sweep in it: the update, and which batch of it; batches need not be trees.
+        values: that it begins from.
+
+    Returns:
+        Its own folder, which may hold a part of it.
+    """
+    if keep is None or keep.within is None:
+        return {"keep": None, "resume": False}
+    told: dict[str, Any] = {"place": place}
+    for name, value in values.items():
+        told |= fingerprints(value, name)
+    return {"keep": keep.inside(told), "resume": True}
+
+
+def check_within(keep: Keep | None, who: str) -> None:
+    """Refuse to keep inside of updates that make no sweep of multipliers on one process."""
+    if keep is not None and keep.within is not None:
+        raise UnsupportedError(
+            f"Keep(within={keep.within}) keeps a sweep of multipliers on one process, which {who} "
+            "does not make: leave within= out."
+        )
 
 
 def fingerprints(values: Tree, name: str) -> dict[str, str]:

@@ -184,7 +184,7 @@ class MLM(HypergradientMethod):
         keep = instance.keep
         if keep is None:
             return None
-        told = {**keep.conditions, "method": self}
+        told = {**keep.conditions, "method": self}  # of which the sweep knows nothing
         return replace(keep, also=_Beside(keep.also, instance.draws), conditions=told)
 
     def _found(self, instance: Instance, found: Adjoint, truncation: Truncation | None) -> Found:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ _KEY = "bilevel checkpoint"
 _PARTS = "parts"
 _SMALL, _MOST_HOLES = 2**27, 100  # bytes; times as large as on the disk
 _TEMPORARY = ".writing-"
+INSIDE = ".inside"  # a folder for what is kept between two checkpoints, each in one of its own
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Folder:
         for old in self.checkpoints()[self.last :]:
             old.path.unlink(missing_ok=True)
         self._drop_parts()
+        shutil.rmtree(self.path / INSIDE, ignore_errors=True)
         return path
 
     def put(self, content: Any, tensors: dict[str, Tensor]) -> str:

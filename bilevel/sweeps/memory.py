@@ -304,13 +304,16 @@ class Plans:
     structure, shape, dtype and device are of one kind.
     """
 
-    def __init__(self, checkpointing: Checkpointing | Budget | None) -> None:
-        self._given = checkpointing
+    def __init__(
+        self, checkpointing: Checkpointing | Budget | None, longest: int | None = None
+    ) -> None:
+        self._given, self._longest = checkpointing, longest
         self._found: dict[Any, Checkpointing] = {}
 
     def of(self, problem: ControlProblem, observation: Tree, control: Tree) -> Checkpointing:
         """The checkpointing of a problem."""
         kind = problem.horizon, _kind((observation, control))
         if kind not in self._found:
-            self._found[kind] = planned(self._given, problem, observation, control)
+            given = problem, observation, control
+            self._found[kind] = planned(self._given, *given, longest=self._longest)
         return self._found[kind]
