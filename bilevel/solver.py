@@ -409,12 +409,10 @@ class BilevelSolver:
                 early has the attribute `progress`, the record so far.
         """
         check_factory(optimizer)
-        if self.replicas is not None or not isinstance(self.method, MLM):
-            check_within(keep, f"{type(self.method).__name__} or replicas")
         pairs = None if batches is None else paired(batches)
         watched = scheduler, project, tolerance, decided(self.replicas, callback), progress
         tasks = self._tasks(params, linear_batch, accumulate, evaluate, batches is not None)
-        tasks = replace(tasks, keep=keep)
+        tasks = self._within(tasks, keep)
         pairs = Grouped(pairs, accumulate) if accumulate > 1 and pairs is not None else pairs
         loop = Loop(steps, pairs, *watched, keep, resume, on_divergence)
         warm_start = self._starts_warm(warm_start, inner_tolerance, warm, accumulate)
@@ -549,6 +547,12 @@ class BilevelSolver:
         }
         conditions = {**keep.conditions, "batches": batches, "micro_batches": self.micro_batches}
         return replace(instance, keep=replace(keep, conditions=conditions), resume=resume)
+
+    def _within(self, tasks: "_Tasks", keep: Keep | None) -> "_Tasks":
+        """With sweeps that are kept inside of updates, where that was asked for."""
+        if self.replicas is not None or not isinstance(self.method, MLM):
+            check_within(keep, f"{type(self.method).__name__} or replicas")
+        return replace(tasks, keep=keep)
 
     def _find(self, instance: Instance) -> Hypergradient:
         instance = self._counted(instance)

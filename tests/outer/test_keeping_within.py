@@ -96,6 +96,7 @@ def regressions(keep, resume, seed, **settings):
     found = solver.solve(
         *start, steps=4, batches=(loader, loader), keep=keep, resume=resume, **settings
     )
+    assert found.warm is not None
     return found.control, found.values, found.params, found.warm.state, found.warm.linear
 
 
