@@ -411,8 +411,7 @@ class BilevelSolver:
         check_factory(optimizer)
         pairs = None if batches is None else paired(batches)
         watched = scheduler, project, tolerance, decided(self.replicas, callback), progress
-        tasks = self._tasks(params, linear_batch, accumulate, evaluate, batches is not None)
-        tasks = self._within(tasks, keep)
+        tasks = self._tasks(params, linear_batch, accumulate, evaluate, batches is not None, keep)
         pairs = Grouped(pairs, accumulate) if accumulate > 1 and pairs is not None else pairs
         loop = Loop(steps, pairs, *watched, keep, resume, on_divergence)
         warm_start = self._starts_warm(warm_start, inner_tolerance, warm, accumulate)
@@ -506,8 +505,11 @@ class BilevelSolver:
         accumulate: int,
         evaluate: Evaluation | None,
         batched: bool,
+        keep: Keep | None,
     ) -> "_Tasks":
         """How the tasks of an update are evaluated."""
+        if self.replicas is not None or not isinstance(self.method, MLM):
+            check_within(keep, f"{type(self.method).__name__} or replicas")
         check_whole(accumulate, "accumulate", 1)
         check_kind(evaluate, Evaluation | None, "evaluate", "Vmapped() or Looped()")
         if accumulate > 1 and not batched:
@@ -516,7 +518,7 @@ class BilevelSolver:
                 "outer_batch), ...], or leave it at 1."
             )
         if accumulate == 1 or not isinstance(evaluate, Vmapped):
-            return _Tasks(self, params, linear_batch, accumulate)
+            return _Tasks(self, params, linear_batch, accumulate, keep=keep)
         if self._among is not None:
             raise ArgumentError(
                 "tasks that Vmapped() stacks are no samples of a batch, which replicas and "
@@ -525,7 +527,7 @@ class BilevelSolver:
         problem = side_by_side(self.problem, self.optimizer, accumulate, evaluate)
         batch = None if linear_batch is None else stacked([linear_batch] * accumulate)
         params = copies(tree.detach(params), accumulate)
-        return _Tasks(replace(self, problem=problem), params, batch, accumulate, together=True)
+        return _Tasks(replace(self, problem=problem), params, batch, accumulate, True, keep)
 
     def _kept(self, instance: Instance, keep: Keep | None, resume: bool | int) -> Instance:
         """With a sweep that is kept on its way."""
@@ -547,12 +549,6 @@ class BilevelSolver:
         }
         conditions = {**keep.conditions, "batches": batches, "micro_batches": self.micro_batches}
         return replace(instance, keep=replace(keep, conditions=conditions), resume=resume)
-
-    def _within(self, tasks: "_Tasks", keep: Keep | None) -> "_Tasks":
-        """With sweeps that are kept inside of updates, where that was asked for."""
-        if self.replicas is not None or not isinstance(self.method, MLM):
-            check_within(keep, f"{type(self.method).__name__} or replicas")
-        return replace(tasks, keep=keep)
 
     def _find(self, instance: Instance) -> Hypergradient:
         instance = self._counted(instance)
