@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from applications.errors import needing
+from applications.errors import InputError, needing
 from applications.options import with_options
 from applications.records import Report
 from bilevel.errors import BilevelError
@@ -74,6 +74,7 @@ def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
     @wraps(command)
     def run(**arguments: object) -> None:
         try:
+            _check_whole(arguments)
             with needing(extra):
                 command(**arguments)
         except (BilevelError, OSError, MemoryError) as error:
@@ -85,6 +86,14 @@ def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return run
+
+
+def _check_whole(arguments: Mapping[str, object]) -> None:
+    """Refuse whole numbers that no generator and no tensor takes."""
+    for name, value in arguments.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} must lie between -2^63 and 2^63 - 1, got {value}.")
 
 
 def say(line: str) -> None:
