@@ -18,7 +18,10 @@ from applications.records import Report
 from bilevel.errors import BilevelError
 
 Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")]
+# Beyond that a library for threads may end the process.
+Threads = Annotated[
+    int, typer.Option(min=0, max=1024, help="CPU threads; 0 leaves the choice to torch.")
+]
 
 
 def shown(text: str) -> str:
