@@ -81,14 +81,29 @@ def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
             with needing(extra):
                 command(**arguments)
         except (BilevelError, OSError, MemoryError) as error:
-            said = str(error) or type(error).__name__
-            sys.stderr.write(f"error: {shown(' '.join(said.split()))}\n")
-            raise typer.Exit(2) from None
+            raise _refused(str(error) or type(error).__name__) from None
+        except RuntimeError as error:
+            if not _is_full(error):
+                raise
+            raise _refused(f"there is not enough memory ({error}); take smaller sizes.") from None
         except KeyboardInterrupt:
             sys.stderr.write("interrupted: the files that were written are complete.\n")
             raise typer.Exit(130) from None
 
     return run
+
+
+def _refused(said: str) -> typer.Exit:
+    """One line about an error that a user can mend, and how the program ends."""
+    sys.stderr.write(f"error: {shown(' '.join(said.split()))}\n")
+    return typer.Exit(2)
+
+
+def _is_full(error: RuntimeError) -> bool:
+    """Whether torch found no memory, or was asked for more than any machine has."""
+    texts = "can't allocate memory", "not enough memory", "Storage size calculation overflowed"
+    full = any(text in str(error) for text in texts)
+    return full or isinstance(error, torch.OutOfMemoryError)
 
 
 def _check_whole(arguments: Mapping[str, object]) -> None:

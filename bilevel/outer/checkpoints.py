@@ -262,7 +262,7 @@ class Folder:
             if one.update < checkpoint.update and _whole(one):
                 return (
                     f"The one before is whole, {one.path.name}: pass resume={one.update} to go on "
-                    "from there."
+                    f"from there, or remove {checkpoint.path.name}."
                 )
         return "There is no whole one before it: start anew in another folder."
 
