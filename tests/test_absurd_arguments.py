@@ -1,5 +1,7 @@
 """Arguments that no command can take: one line that says so, before anything large is made."""
 
+import os
+
 import pytest
 import torch
 import typer
@@ -49,11 +51,25 @@ def test_every_command_refuses_numbers_that_nothing_takes(app, arguments, tmp_pa
 
 
 def test_sizes_that_no_machine_holds_are_refused(tmp_path):
-    out = "--out", tmp_path / "out"
+    out, budget = ("--out", tmp_path / "out"), ("--evaluations", 4)
     said = refused("train", "--task", TASK, "--preset", "paper", "--coils", 10**9, *out)
     assert "n_coils must be at most 1024, got 1000000000" in said
+    said = refused("train", "--task", TASK, "--learning-rate", 1e300, *out)
+    assert "learning_rate must be at most 1e+30, got 1e+300" in said
+    said = refused("meta-train", "--task", TASK, *budget, "--outer-rate", 1e300, *out)
+    assert "outer_rate must be at most 1e+30, got 1e+300" in said
+    said = refused("train", "--task", TASK, "--budget", "9" * 400, *out)
+    assert "a budget is a number of bytes" in said
     with pytest.raises(InputError, match="spokes must lie in 1 to 10000, got 1000000000"):
         Radial(10**9)
+
+
+def test_tensorboard_is_given_no_name_that_it_cannot_write(tmp_path):
+    pytest.importorskip("tensorboard")
+    given = "--task", TASK, "--steps", 1, "--out", tmp_path / "out"
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    said = refused("train", *given, "--tensorboard", odd)
+    assert "caf\\udce9: TensorBoard needs a folder whose name is text in UTF-8" in said
 
 
 def test_torch_without_memory_is_one_line():

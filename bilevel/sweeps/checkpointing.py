@@ -199,7 +199,7 @@ class Budget:
         """The size as a number."""
         if is_whole(self.size, -math.inf):
             return int(self.size)
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(self.size))
+        found = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", str(self.size))
         if found is None or found[2] not in _UNITS:
             raise ArgumentError(
                 "a budget is a number of bytes, or text with one of the units "
