@@ -94,6 +94,10 @@ def noisy(u, c, t):
 C = {"a": 0.5 * real(1, 4), "b": real(2, 4)}
 STEPS = bl.PerStep([0.5 * real(t, 4) for t in range(T)], initial=real(7, 4), shared=real(8, 4))
 CASES = {
+    "expanded": (
+        problem(lambda u, c, t: (u * c).mean(0) + 0.1 * u, begin=lambda f, c: f.expand(5, 4)),
+        *(real(3, 4), real(4, 5, 4)),
+    ),
     "plain": (problem(lambda u, c, t: torch.tanh(c["a"] * u + c["b"])), real(3, 4), C),
     "drawn": (
         problem(dropout, lambda u, c: noisy(u, c, 0) + square(u), noisy),
