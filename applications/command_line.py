@@ -12,13 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from applications.errors import needing
+from applications.errors import InputError, needing
 from applications.options import with_options
 from applications.records import Report
 from bilevel.errors import BilevelError
 
 Seed = Annotated[int, typer.Option(help="Of everything that is random.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves the choice to torch.")]
+# Beyond that a library for threads may end the process.
+Threads = Annotated[
+    int, typer.Option(min=0, max=1024, help="CPU threads; 0 leaves the choice to torch.")
+]
 
 
 def shown(text: str) -> str:
@@ -74,17 +77,41 @@ def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
     @wraps(command)
     def run(**arguments: object) -> None:
         try:
+            _check_whole(arguments)
             with needing(extra):
                 command(**arguments)
         except (BilevelError, OSError, MemoryError) as error:
-            said = str(error) or type(error).__name__
-            sys.stderr.write(f"error: {shown(' '.join(said.split()))}\n")
-            raise typer.Exit(2) from None
+            raise _refused(str(error) or type(error).__name__) from None
+        except RuntimeError as error:
+            if not _is_full(error):
+                raise
+            raise _refused(f"there is not enough memory ({error}); take smaller sizes.") from None
         except KeyboardInterrupt:
             sys.stderr.write("interrupted: the files that were written are complete.\n")
             raise typer.Exit(130) from None
 
     return run
+
+
+def _refused(said: str) -> typer.Exit:
+    """One line about an error that a user can mend, and how the program ends."""
+    sys.stderr.write(f"error: {shown(' '.join(said.split()))}\n")
+    return typer.Exit(2)
+
+
+def _is_full(error: RuntimeError) -> bool:
+    """Whether torch found no memory, or was asked for more than any machine has."""
+    texts = "can't allocate memory", "not enough memory", "Storage size calculation overflowed"
+    full = any(text in str(error) for text in texts)
+    return full or isinstance(error, torch.OutOfMemoryError)
+
+
+def _check_whole(arguments: Mapping[str, object]) -> None:
+    """Refuse whole numbers that no generator and no tensor takes."""
+    for name, value in arguments.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} must lie between -2^63 and 2^63 - 1, got {value}.")
 
 
 def say(line: str) -> None:

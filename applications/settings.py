@@ -4,6 +4,7 @@ A field made by `setting` says how it is given on the command line, from which
 `applications.options` makes the options, so that defaults and help texts stand in one place.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
@@ -131,12 +132,16 @@ def check_counts(settings: object, *names: str) -> None:
             raise InputError(f"{name} must be at least 1, got {getattr(settings, name)}.")
 
 
-def check_positive(settings: object, *names: str) -> None:
+MOST_RATE = 1e30  # of learning: beyond it steps have no number in float32
+
+
+def check_positive(settings: object, *names: str, most: float = math.inf) -> None:
     """Refuse fields that are not positive.
 
     Args:
         settings: a record.
         names: of its fields.
+        most: that they may be.
 
     Raises:
         InputError: naming the field.
@@ -144,3 +149,5 @@ def check_positive(settings: object, *names: str) -> None:
     for name in names:
         if not getattr(settings, name) > 0:
             raise InputError(f"{name} must be > 0, got {getattr(settings, name)}.")
+        if getattr(settings, name) > most:
+            raise InputError(f"{name} must be at most {most:g}, got {getattr(settings, name)}.")

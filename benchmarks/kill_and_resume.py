@@ -57,7 +57,9 @@ def _data() -> tuple[Tensor, Tensor]:
     return x, torch.tanh(x @ torch.randn(12, dtype=F64, generator=generator))
 
 
-def bilevel_run(solver_of: Callable[[bl.BilevelProblem], bl.BilevelSolver], make: Any) -> Run:
+def bilevel_run(
+    solver_of: Callable[[bl.BilevelProblem], bl.BilevelSolver], make: Any, within: int | None = None
+) -> Run:
     """A decay a weight, learned on shuffled batches, by an outer objective that draws at random."""
     x, y = _data()
 
@@ -83,7 +85,7 @@ def bilevel_run(solver_of: Callable[[bl.BilevelProblem], bl.BilevelSolver], make
             steps=60,
             batches=loaders,
             scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 80),
-            keep=bl.Keep(folder / "state", every=7),
+            keep=bl.Keep(folder / "state", every=7, within=within),
             resume=True,
         )
         _write(folder, found.control, found.params, found.warm.state, found.values)
@@ -115,6 +117,31 @@ def control_run(make: Any, *, batched: bool) -> Run:
             solver = bl.ControlSolver(problem, make)
             found = solver.solve(control, start, steps=12, **kept)
         _write(folder, found.control, found.costs)
+
+    return run
+
+
+def sweep_run(checkpointing: Any) -> Run:
+    """One long noisy sweep, forward and back."""
+    generator = torch.Generator().manual_seed(0)
+    control = {"A": 0.5 * torch.randn(16, 16, dtype=F64, generator=generator)}
+
+    def step(u: Tensor, c: Any, t: int) -> Tensor:
+        return torch.tanh(u @ c["A"] + 1 / t) + 0.1 * torch.randn_like(u)
+
+    def run(folder: Path) -> None:
+        torch.manual_seed(0)
+        found = bl.adjoint(
+            bl.ControlProblem(
+                bl.Map(step), lambda u, c: (u**2).sum(), 1000, lambda u, c, t: (u**2).mean()
+            ),
+            torch.ones(16, dtype=F64),
+            control,
+            checkpointing=checkpointing,
+            keep=bl.Keep(folder / "state", every=100),
+            resume=True,
+        )
+        _write(folder, found.cost, found.gradient, found.final_state, torch.rand(3))
 
     return run
 
@@ -156,6 +183,14 @@ def cases(folder: Path) -> dict[str, Run]:
         "ControlSolver, Adam, accumulate": control_run(adam, batched=True),
         "ControlSolver, NewtonCG": control_run(
             bl.NewtonCG(bl.linear.CG(max_steps=4)), batched=False
+        ),
+        "sweep, states kept": sweep_run(None),
+        "sweep, a budget": sweep_run(bl.Budget("400 KiB")),
+        "sweep, blocks on disk": sweep_run(
+            bl.Checkpointing(snapshots=3, block=20, storage=bl.OnDisk(folder))
+        ),
+        "BilevelSolver, MLM, kept within updates": bilevel_run(
+            lambda p: solver(p, bl.optim.Adam(0.05), 10, bl.MLM(), None), adam, within=5
         ),
         "bilevel-mri train": command(
             mri, "train", *TASKS, *begin, "--steps", 16, "--validate-every", 3, out="w"

@@ -87,7 +87,7 @@ def bilevel(method: bl.methods.HypergradientMethod, updates: int) -> Watch:
 
     watch = Watch(updates)
     solver = bl.BilevelSolver(
-        bl.BilevelProblem(inner, outer), bl.optim.Adam(0.01), 10, method, on_failure="ignore"
+        bl.BilevelProblem(inner, outer), bl.optim.Adam(0.01), 3, method, on_failure="ignore"
     )
     with tempfile.TemporaryDirectory() as folder:
         solver.solve(

@@ -16,6 +16,7 @@ from bilevel.certificates.against_minimiser import AgainstMinimiser
 from bilevel.certificates.against_steps import AgainstSteps
 from bilevel.certificates.certificate import Certifier
 from bilevel.checks import check_arguments, check_choice, check_kind, check_range, check_whole
+from bilevel.control.kept_sweep import check_within, fingerprints, inside
 from bilevel.control.tangent import HessianProduct
 from bilevel.dynamics.per_step import BILEVEL_WORDS, Look, PerStep
 from bilevel.dynamics.steps import walk
@@ -131,6 +132,8 @@ class BilevelSolver:
         linear_batch: Any = None,
         warm: Warm | None = None,
         inner_tolerance: float | None = None,
+        keep: Keep | None = None,
+        resume: bool | int = False,
     ) -> Hypergradient:
         """Value and gradient of the outer objective at the inner solution.
 
@@ -149,6 +152,10 @@ class BilevelSolver:
                 `MLM`, `Unrolled` and `OneStep` differentiate the steps made: theirs goes on until
                 the residual is also a hundredth of what it was at first, and from a start within
                 the tolerance to the last step, since none or few do not carry the gradient.
+            keep: keeps the sweep of `MLM` in a folder, its `every` counting inner steps; see
+                `bilevel.adjoint`.
+            resume: go on from there, or begin where the folder is empty. A sweep that had come to
+                its end is not made again, its certificate is.
 
         Returns:
             The hypergradient, the inner solution and the certificate.
@@ -160,10 +167,16 @@ class BilevelSolver:
                 read the params, or a function closes over a tensor that requires grad.
             DivergenceError: if something is not finite; it names the inner step where that began.
             ConvergenceError: if it is not trustworthy and `on_failure` is "raise".
+            ArgumentError: if the sweep cannot go on as it was kept, where what differs is listed,
+                or the method has none to keep.
+            UnsupportedError: if one is to be kept by several processes.
+            StorageError: if a checkpoint cannot be written or read.
         """
         instance = self._instance(
             params, control, inner_batch, outer_batch, linear_batch, warm, inner_tolerance
         )
+        if keep is not None or resume is not False:
+            instance = self._kept(instance, keep, resume)
         with Look(BILEVEL_WORDS, control).on():
             found = self._find(instance)
         if found.complaint is not None:
@@ -398,7 +411,7 @@ class BilevelSolver:
         check_factory(optimizer)
         pairs = None if batches is None else paired(batches)
         watched = scheduler, project, tolerance, decided(self.replicas, callback), progress
-        tasks = self._tasks(params, linear_batch, accumulate, evaluate, batches is not None)
+        tasks = self._tasks(params, linear_batch, accumulate, evaluate, batches is not None, keep)
         pairs = Grouped(pairs, accumulate) if accumulate > 1 and pairs is not None else pairs
         loop = Loop(steps, pairs, *watched, keep, resume, on_divergence)
         warm_start = self._starts_warm(warm_start, inner_tolerance, warm, accumulate)
@@ -411,7 +424,7 @@ class BilevelSolver:
             warm = history.warm if warm_start else None
             look.waits = accumulate > 1
             try:
-                found = tasks.found(alpha, batch, warm, inner_tolerance)
+                found = tasks.found(alpha, batch, warm, inner_tolerance, step)
             except DivergenceError as error:
                 raise DivergenceError(f"iteration {step}: {error}") from error
             look.settled()
@@ -492,8 +505,11 @@ class BilevelSolver:
         accumulate: int,
         evaluate: Evaluation | None,
         batched: bool,
+        keep: Keep | None,
     ) -> "_Tasks":
         """How the tasks of an update are evaluated."""
+        if self.replicas is not None or not isinstance(self.method, MLM):
+            check_within(keep, f"{type(self.method).__name__} or replicas")
         check_whole(accumulate, "accumulate", 1)
         check_kind(evaluate, Evaluation | None, "evaluate", "Vmapped() or Looped()")
         if accumulate > 1 and not batched:
@@ -502,7 +518,7 @@ class BilevelSolver:
                 "outer_batch), ...], or leave it at 1."
             )
         if accumulate == 1 or not isinstance(evaluate, Vmapped):
-            return _Tasks(self, params, linear_batch, accumulate)
+            return _Tasks(self, params, linear_batch, accumulate, keep=keep)
         if self._among is not None:
             raise ArgumentError(
                 "tasks that Vmapped() stacks are no samples of a batch, which replicas and "
@@ -511,7 +527,28 @@ class BilevelSolver:
         problem = side_by_side(self.problem, self.optimizer, accumulate, evaluate)
         batch = None if linear_batch is None else stacked([linear_batch] * accumulate)
         params = copies(tree.detach(params), accumulate)
-        return _Tasks(replace(self, problem=problem), params, batch, accumulate, together=True)
+        return _Tasks(replace(self, problem=problem), params, batch, accumulate, True, keep)
+
+    def _kept(self, instance: Instance, keep: Keep | None, resume: bool | int) -> Instance:
+        """With a sweep that is kept on its way."""
+        check_kind(keep, Keep, "keep", "a Keep(folder)")
+        assert keep is not None
+        if not isinstance(self.method, MLM):
+            raise ArgumentError(
+                f"keep= keeps the sweep of multipliers, which {type(self.method).__name__} does "
+                "not make: take method=MLM(), or keep a whole solve by solve(keep=...)."
+            )
+        if self.replicas is not None:
+            raise UnsupportedError(
+                "a sweep is kept by one process: leave replicas= out, or keep= in hypergradient; "
+                "solve(keep=...) is kept by all of them, between its updates."
+            )
+        batches = {
+            **fingerprints(instance.inner_batch, "inner_batch"),
+            **fingerprints(instance.outer_batch, "outer_batch"),
+        }
+        conditions = {**keep.conditions, "batches": batches, "micro_batches": self.micro_batches}
+        return replace(instance, keep=replace(keep, conditions=conditions), resume=resume)
 
     def _find(self, instance: Instance) -> Hypergradient:
         instance = self._counted(instance)
@@ -666,9 +703,10 @@ class _Tasks:
     linear_batch: Any
     accumulate: int
     together: bool = False
+    keep: Keep | None = None
 
     def found(
-        self, control: Tree, batch: Any, warm: Warm | None, tolerance: float | None
+        self, control: Tree, batch: Any, warm: Warm | None, tolerance: float | None, step: int
     ) -> Hypergradient:
         """The hypergradient of an update."""
         pairs = [batch or (None, None)] if self.accumulate == 1 else batch
@@ -678,4 +716,13 @@ class _Tasks:
         instances = (
             solver._instance(self.params, control, inner, outer, *given) for inner, outer in pairs
         )
-        return mean_of([solver._find(instance) for instance in instances])
+        kept = (self._kept(instance, (step, i)) for i, instance in enumerate(instances))
+        return mean_of([solver._find(instance) for instance in kept])
+
+    def _kept(self, instance: Instance, place: tuple[int, int]) -> Instance:
+        """With a sweep that is kept, where that was asked for."""
+        if self.keep is None or self.keep.within is None:
+            return instance
+        batches = {"inner": instance.inner_batch, "outer": instance.outer_batch}
+        given = {"observation": instance.observation, "control": instance.control, **batches}
+        return replace(instance, **inside(self.keep, place, **given))

@@ -1,6 +1,7 @@
 """What the tests of several processes run on each rank; `found` goes back to the test."""
 
 import os
+import tempfile
 import time
 from dataclasses import replace
 
@@ -338,6 +339,9 @@ def refused(rank, replicas):
             NET, bl.Given(lambda w, c, b: w), method=bl.Implicit(), replicas=replicas
         ),
         "hvp": lambda: solver.hvp(PARAMS, CONTROL, CONTROL, TRAIN, JUDGED),
+        "kept sweep": lambda: solver.hypergradient(
+            PARAMS, CONTROL, TRAIN, JUDGED, keep=bl.Keep(tempfile.mkdtemp())
+        ),
         "no group": lambda: bl.Replicas("gloo"),
     }
     return {name: told(case) for name, case in cases.items()}

@@ -46,8 +46,8 @@ ROOMS = {
         *("linearisation", "box", "sweep", "bounds", "newton", "solving"),
     ],
     "bilevel.control": [
-        *("lagrangian", "adjoint", "many", "tangent", "rollout", "newton_cg", "solution"),
-        *("second_order", "conditions", "sensitivity", "factors", "optimum", "solver"),
+        *("lagrangian", "kept_sweep", "adjoint", "many", "tangent", "rollout", "newton_cg"),
+        *("solution", "second_order", "conditions", "sensitivity", "factors", "optimum", "solver"),
     ],
     "bilevel.prox": ["operators", "sets", "groups"],
     "bilevel.optim": [

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -20,11 +21,13 @@ from applications import inputs
 from applications.errors import InputError
 from applications.inputs import checked_size, content, following_links, reading, unpacked
 from applications.mri.data import VolumeFile, open_scan
-from applications.mri.data.writing import hdf5_file
+from applications.mri.data.writing import hdf5_file, set_attributes
 from applications.mri.formats import hdf5
 from applications.mri.formats.hdf5 import opened
+from applications.mri.network.architecture import paper
+from applications.mri.network.reconstruction import Network
 from applications.mri.network.tensor_files import read_metadata, read_tensors, write_tensors
-from applications.mri.network.weights import load_weights
+from applications.mri.network.weights import Trained, load_weights, save_weights
 from applications.mri.simulation.phantoms import SimulationSettings
 from applications.mri.tasks.task_list import parse_task, read_task_list
 from applications.trials import survives
@@ -234,6 +237,28 @@ def test_names_in_another_encoding_are_read(folder):
     assert "caf\\udce9 [b].h5: a complete HDF5 file was needed" in message
 
 
+def test_weights_and_images_have_names_in_another_encoding(folder):
+    scan = valid.fastmri(folder, np.random.default_rng(0))
+    n_coils = open_scan(scan)[0].n_coils
+    shape = replace(paper(n_coils), n_phases=1, filters=2, features=2, feature_kernel=3)
+    network = Network(shape, 0)
+    weights = folder / os.fsdecode(b"caf\xe9.safetensors")
+    save_weights(weights, Trained(network, network.controls(), {}))
+    load_weights(weights)
+    scan = scan.rename(folder / os.fsdecode(b"caf\xe9.h5"))
+    out = folder / os.fsdecode(b"caf\xe9.image.h5")
+    succeed("reconstruct", "--scan", scan, "--weights", weights, "--out", out, "--no-check")
+    with h5py.File(os.fsencode(out)) as file:
+        assert file.attrs["source"] == r"caf\udce9.h5"
+        assert file.attrs["weights"] == r"caf\udce9.safetensors"
+
+
+def test_texts_that_hdf5_does_not_take_are_written_as_escapes(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        set_attributes(file, {"a": "b\0c \udcff", "n": 3})
+        assert dict(file.attrs) == {"a": r"b\x00c \udcff", "n": 3}
+
+
 def test_aliases_count_as_often_as_they_stand_for_something(tmp_path):
     path = tmp_path / "tasks.yaml"
     path.write_text("defaults: &d {coils: 4}\ntasks: [{<<: *d, name: a, anatomy: x}]\n")
@@ -282,7 +307,7 @@ import resource, signal, sys
 from pathlib import Path
 import numpy as np
 from applications.errors import InputError
-from applications.mri.data.writing import hdf5_file
+from applications.mri.data.writing import hdf5_file, set_attributes
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 for name in ("closing", "writing"):

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from bilevel import autodiff, tree
+from bilevel.control.kept_sweep import KeptSweep, Reversal, kept_sweep
 from bilevel.dynamics.per_step import GradientSum, PerStep
 from bilevel.dynamics.problem import ControlProblem, precise
+from bilevel.outer.keeping import Keep
 from bilevel.sweeps.block import Block, Costs, no_costs
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
-from bilevel.sweeps.memory import planned
 from bilevel.sweeps.trajectory import Trajectory
 from bilevel.tree import Tree
 
@@ -74,6 +75,8 @@ def adjoint(
     keep_states: bool = False,
     keep_multipliers: bool = False,
     stop: Callable[[Swept], bool] | None = None,
+    keep: Keep | None = None,
+    resume: bool | int = False,
 ) -> Adjoint:
     """Cost and gradient by the forward sweep (6), the multiplier sweep (7) and equation (8).
 
@@ -88,6 +91,12 @@ def adjoint(
         keep_multipliers: return lambda_0, ..., lambda_T.
         stop: asked after each block of the multiplier sweep; True leaves out the earlier steps and
             g0, so that the gradient is a part of the whole, and the observation gradient is None.
+        keep: keeps the sweep in a folder while it goes on, forward and back, between its blocks;
+            its `every` counts steps, those that are evaluated again too. A budget is planned with
+            blocks of at most so many steps.
+        resume: go on from the newest checkpoint of `keep`, or from that after a given number of
+            steps; begin where its folder is empty. A sweep that had come to its end is not made
+            again.
 
     Returns:
         The cost, the gradients, and what was asked for.
@@ -96,7 +105,10 @@ def adjoint(
         StructureError: if control, state or cost have the wrong structure, shape or dtype.
         LostGradientError: if nothing reads a part of the control, or a function closes over a
             tensor that requires grad.
-        ArgumentError: if a step writes in place, or is not deterministic.
+        ArgumentError: if a step writes in place, or is not deterministic; or the sweep cannot go on
+            as it was kept, where what differs is listed.
+        StorageError: if a checkpoint cannot be written or read.
+        DivergenceError: if what would be kept is not finite.
 
     Example:
         >>> import bilevel as bl
@@ -109,24 +121,31 @@ def adjoint(
         (tensor(24.5000), tensor(21.), tensor(-7.))
     """
     autodiff.refuse_inside("adjoint", observation, control)
-    chosen = planned(checkpointing, problem, observation, control)
-    trajectory = Trajectory(
-        problem.dynamics, observation, control, problem.horizon, chosen, costs_of(problem)
-    )
-    trajectory.forward(tape_last=True)  # (6a), (6b)
-    with closing(trajectory):
-        gradient, ended = GradientSum(trajectory.control), list[Tree]()
-        cost = _end(problem, trajectory, control, gradient, ended)
-        swept = multiplier_sweep(
-            trajectory,
-            ended.pop(),  # which no name here holds, so that it ends where it is pulled back
-            gradient,
-            keep_states=keep_states,
-            keep_multipliers=keep_multipliers,
-            stop=stop,
+    settings = {"states": keep_states, "multipliers": keep_multipliers, "stop": stop}
+    given = observation, control
+    with kept_sweep(keep, resume, problem, given, checkpointing, settings) as kept:
+        trajectory = Trajectory(
+            *(problem.dynamics, observation, control, problem.horizon),
+            *(kept.planned(checkpointing), costs_of(problem), kept.watched),
         )
+        with closing(trajectory):
+            gradient = GradientSum(trajectory.control)
+            reversal = kept.begin(trajectory, gradient)
+            if reversal is None:
+                trajectory.forward(tape_last=True)  # (6a), (6b)
+                reversal = _end(problem, trajectory, control, gradient)
+                kept.reverse(reversal)
+            swept = multiplier_sweep(
+                trajectory,
+                reversal,
+                gradient,
+                keep_states=keep_states,
+                keep_multipliers=keep_multipliers,
+                stop=stop,
+                kept=kept,
+            )
     return Adjoint(
-        cost=cost + swept.running,
+        cost=reversal.cost + swept.running,
         # Of a control per step, the steps that were left out have no part in it.
         gradient=gradient.total(zeros=swept.stopped and isinstance(control, PerStep)),
         observation_gradient=swept.observation_gradient,
@@ -138,20 +157,15 @@ def adjoint(
 
 
 def _end(
-    problem: ControlProblem,
-    trajectory: Trajectory,
-    control: Tree,
-    gradient: GradientSum,
-    ended: list[Tree],
-) -> Tensor:
-    """The terminal cost; its part of (8) is gathered, and lambda_T of (7a) put into `ended`."""
+    problem: ControlProblem, trajectory: Trajectory, control: Tree, gradient: GradientSum
+) -> Reversal:
+    """The terminal cost, and lambda_T of (7a); its part of (8) is gathered."""
     # In its place: what it draws comes after what the steps drew, and is not drawn again.
     cost, (state_gradient, control_gradient) = autodiff.value_and_gradient(
         problem.final_cost, trajectory.final, control, name="the terminal cost"
     )
     gradient.add(trajectory.control, control_gradient)
-    ended.append(tree.negative(state_gradient))
-    return cost
+    return Reversal(tree.negative(state_gradient), cost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,55 +189,70 @@ class MultiplierSweep:
 
 def multiplier_sweep(
     trajectory: Trajectory,
-    multiplier: Tree,
+    reversal: Reversal,
     gradient: GradientSum,
     *,
     keep_states: bool = False,
     keep_multipliers: bool = False,
     stop: Callable[[Swept], bool] | None = None,
+    kept: KeptSweep | None = None,
 ) -> MultiplierSweep:
     """Equations (7b), (7c) and (8), from the last block of the trajectory to g0.
 
     Args:
         trajectory: swept forward.
-        multiplier: lambda_T; None in it stands for zero.
+        reversal: begins with lambda_T, and goes along.
         gradient: gathers (8) over the steps and g0.
         keep_states: return the states.
         keep_multipliers: return the multipliers.
         stop: as in `adjoint`.
+        kept: is told of blocks, where the sweep is kept.
 
     Returns:
         Running cost, observation gradient, and what was asked for.
     """
-    # Gathered last step first, turned round at the end.
-    running: Tensor | float = 0.0
-    states = [trajectory.final]
-    multipliers = [tree.filled(multiplier, trajectory.final)] if keep_multipliers else []
-    observation_gradient, stopped = None, False
+    carried = reversal  # states and multipliers last step first, turned round at the end
+    if keep_states and not carried.states:
+        carried.states = [trajectory.final]
+    if keep_multipliers and not carried.multipliers:
+        carried.multipliers = [tree.filled(carried.multiplier, trajectory.final)]
     with autodiff.recording(), trajectory.replaying():
-        for _ in range(trajectory.n_blocks):
+        if kept is not None:
+            kept.replay()
+        steps = trajectory.last
+        while True:
+            # A sweep that goes on asks again: it might have been told to stop.
+            stopped = (
+                stop is not None
+                and bool(steps)
+                and stop(Swept(steps, carried.multiplier, gradient.sums()))
+            )
+            if stopped or not steps.start:
+                break
             # The block is an argument and nothing else, so that its graph ends with the call.
             found = _reverse(
                 trajectory.tape_previous(),
-                multiplier,
+                carried.multiplier,
                 gradient,
                 keep_states=keep_states,
                 keep_multipliers=keep_multipliers,
             )
-            multiplier = found.multiplier
-            running = sum(map(precise, found.costs), running)
-            states += found.states
-            multipliers += found.multipliers
-            stopped = stop is not None and stop(Swept(found.steps, multiplier, gradient.sums()))
-            if stopped:
-                break
+            carried.multiplier, steps = found.multiplier, found.steps
+            carried.running = sum(map(precise, found.costs), carried.running)
+            carried.states += found.states
+            carried.multipliers += found.multipliers
+            if kept is not None:
+                kept.after()
+        if kept is not None:
+            kept.end()
+        observation_gradient = None
         if not stopped:
-            observation_gradient = _reverse_initial(trajectory, multiplier, gradient)
+            observation_gradient = _reverse_initial(trajectory, carried.multiplier, gradient)
     return MultiplierSweep(
-        running,
+        carried.running,
         observation_gradient,
-        states[::-1] if keep_states else None,
-        multipliers[::-1] if keep_multipliers else None,
+        carried.states[::-1] if keep_states else None,
+        carried.multipliers[::-1] if keep_multipliers else None,
         stopped,
     )
 

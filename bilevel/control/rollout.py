@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel import autodiff, tree
 from bilevel.checks import check_scalar
 from bilevel.control.adjoint import multiplier_sweep
+from bilevel.control.kept_sweep import Reversal
 from bilevel.control.tangent import paired, tangent_of, tangent_plan, tangent_sweep, unpaired
 from bilevel.dynamics.compiled import plain
 from bilevel.dynamics.dynamics import Dynamics
@@ -127,7 +128,8 @@ class _Rollout(autodiff.Reversible):
             gradient = GradientSum(again.control)
             cotangent = tree.unflatten(self._state, cotangents)
             with closing(again):
-                found = multiplier_sweep(again, tree.negative(cotangent), gradient)  # (7a)
+                ended = Reversal(tree.negative(cotangent))  # (7a)
+                found = multiplier_sweep(again, ended, gradient)
         return tree.leaves_of((found.observation_gradient, gradient.sums()))
 
     def again(

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from bilevel import autodiff, tree
 from bilevel.checks import check_arguments, check_choice, check_kind, check_whole
 from bilevel.control.adjoint import Adjoint, adjoint
+from bilevel.control.kept_sweep import Sweeps, check_within
 from bilevel.control.lagrangian import KKT, kkt
 from bilevel.control.newton_cg import NewtonCG, NewtonRun
 from bilevel.control.optimum import Optima, Optimum, optimum_of
@@ -32,7 +33,6 @@ from bilevel.outer.running import Around
 from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
 from bilevel.parallel import Portion, Replicas, Shares, check_mean, decided, own, together
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
-from bilevel.sweeps.memory import Plans
 from bilevel.sweeps.randomness import RandomState, devices_of
 from bilevel.tree import Tree
 
@@ -163,6 +163,8 @@ class ControlSolver:
                 "ControlProblem takes an observation instead."
             )
         self._check_accumulation(accumulate)
+        if isinstance(self.optimizer, Riccati) or self.replicas is not None:
+            check_within(keep, f"{type(self.optimizer).__name__} or replicas")
         if accumulate > 1 and batches is not None:
             batches = Grouped(batches, accumulate)
         if self.replicas is not None and batches is not None:
@@ -173,13 +175,13 @@ class ControlSolver:
             given = self.optimizer, self.problem, control, observation, loop
             return by_riccati(*given, self.on_failure)
         descent = Descent(control, loop)
-        plans, look = Plans(self.checkpointing), Look(CONTROL_WORDS, control)
-        evaluate = partial(self._evaluate, plans, observation, accumulate)
+        sweeps, look = Sweeps(self.checkpointing, keep), Look(CONTROL_WORDS, control)
+        evaluate = partial(self._evaluate, sweeps, observation, accumulate)
         make: Any = self.optimizer
         run = None
         if isinstance(make, NewtonCG):
             random = RandomState.capture(devices_of((observation, control)))
-            given, swept = partial(self._given, observation), partial(self._adjoint, plans)
+            given, swept = partial(self._given, observation), partial(self._adjoint, sweeps)
             run = NewtonRun(make, given, swept, self.checkpointing, random, look, self.replicas)
             evaluate, make = run.evaluate, run.optimizer
         around = self._around(look, run, observation, accumulate)
@@ -189,7 +191,7 @@ class ControlSolver:
             bent = run is not None and batches is None and _stands(descent)
             curvature = run.negative_curvature() if run is not None and bent else 0.0
             last = look.evaluated(self._final)
-            final, residuals = last(descent, observation, plans, random)
+            final, residuals = last(descent, observation, sweeps, random)
             solution = _solution(descent, "", final, residuals)
             if run is not None:
                 solution = replace(solution, products=run.products)
@@ -285,7 +287,7 @@ class ControlSolver:
         return optimum_of(optima, parameters, observation, control)
 
     def _final(
-        self, descent: Descent, observation: Tree, plans: Plans, random: RandomState | None
+        self, descent: Descent, observation: Tree, sweeps: Sweeps, random: RandomState | None
     ) -> tuple[Adjoint | None, KKT | None]:
         """Of one problem, everything is evaluated at the last control."""
         if not isinstance(self.problem, ControlProblem):
@@ -293,7 +295,7 @@ class ControlSolver:
         problem, control, steps = self.problem, descent.control, len(descent.costs)
         random = random or RandomState.capture(devices_of((observation, control)))
         random.restore()
-        final = self._adjoint(plans, problem, observation, control, steps, keep=True)
+        final = self._adjoint(sweeps, problem, observation, control, steps, keep=True)
         random.restore()  # so that steps which draw at random draw what they drew
         states, multipliers = final.states or [], final.multipliers or []
         if self.replicas is not None:  # states and multipliers are those of this process
@@ -321,7 +323,7 @@ class ControlSolver:
 
     def _evaluate(
         self,
-        plans: Plans,
+        sweeps: Sweeps,
         observation: Tree,
         accumulate: int,
         control: Tree,
@@ -331,7 +333,10 @@ class ControlSolver:
         if self.replicas is not None:
             self._compare(self.replicas, control, batch)
         batches = [batch] if accumulate == 1 else batch
-        each = (self._adjoint(plans, *self._given(observation, b), control, step) for b in batches)
+        each = (
+            self._adjoint(sweeps, *self._given(observation, b), control, step, i)
+            for i, b in enumerate(batches)
+        )
         if accumulate == 1:
             found = next(each)
         else:
@@ -354,20 +359,21 @@ class ControlSolver:
 
     def _adjoint(
         self,
-        plans: Plans,
+        sweeps: Sweeps,
         problem: ControlProblem,
         observation: Tree,
         control: Tree,
         step: int,
+        of_update: int = 0,
         keep: bool = False,
     ) -> Adjoint:
         found = adjoint(
             problem,
             observation,
             control,
-            checkpointing=plans.of(problem, observation, control),
             keep_states=keep,
             keep_multipliers=keep,
+            **sweeps.of(problem, observation, control, (step, of_update, keep)),
         )
         if self.replicas is not None:
             cost, gradient = self.replicas.mean_of((found.cost, found.gradient))

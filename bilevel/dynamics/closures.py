@@ -94,6 +94,12 @@ def _names(code: CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*map(_names, inside))
 
 
+def buffers_of(*roots: Any) -> list[Tensor]:
+    """The buffers of the modules that the roots reach."""
+    parts = (part for module in modules_of(*roots) for part in module.modules())
+    return [value for part in parts for value in part._buffers.values() if value is not None]
+
+
 @contextmanager
 def buffers_kept(*roots: Any) -> Iterator[None]:
     """The buffers of the modules that the roots reach leave the block as they entered it."""

@@ -236,6 +236,10 @@ class GradientSum:
         """What was gathered, None where nothing was."""
         return tree.unflatten(self._structure, self._sums)
 
+    def load(self, sums: list[Tensor | None]) -> None:
+        """Go on from the leaves of `sums`, as another gradient of such a control gathered them."""
+        self._sums = [*sums]
+
     def total(self, *, zeros: bool = False) -> Tree:
         """The gradient of the whole problem; with `zeros`, zero where nothing was gathered."""
         if zeros:

@@ -20,6 +20,7 @@ from bilevel.inner.iteration import InnerIteration
 from bilevel.inner.problem import BilevelProblem, Objective
 from bilevel.linear.operator import LinearResult
 from bilevel.optim.rules import InnerOptimizer
+from bilevel.outer.keeping import Keep
 from bilevel.settings import Stepwise, at_step
 from bilevel.sweeps.randomness import RandomState, devices_of, preserved
 from bilevel.tree import Tree
@@ -49,6 +50,14 @@ class Draws:
     """
 
     state: RandomState | None = None
+
+    def state_dict(self) -> Any:
+        """Where they stood."""
+        return None if self.state is None else self.state.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        """What was kept of a sweep whose end had been evaluated."""
+        self.state = None if state is None else RandomState.of(state)
 
     @contextmanager
     def noted(self, values: Tree) -> Iterator[None]:
@@ -88,6 +97,8 @@ class Instance:
         inner_tolerance: stop the inner iteration where the norm of its residual is at most this.
         draws: of the outer objective.
         known: the end of the inner iteration, where it has been made.
+        keep: keeps the sweep of a method that has one; its `conditions` tell the batches.
+        resume: whether it goes on from there.
 
     Raises:
         StructureError: if the warm start does not fit the params.
@@ -105,6 +116,8 @@ class Instance:
     inner_tolerance: float | None = None
     draws: Draws = field(default_factory=Draws)
     known: Warm | None = None
+    keep: Keep | None = None
+    resume: bool | int = False
 
     def __post_init__(self) -> None:
         if self._begun is not None:

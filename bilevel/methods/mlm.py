@@ -14,7 +14,7 @@ Multipliers alone give no bound: their observed ratios understate rho.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 from bilevel import tree
 from bilevel.checks import check_range, check_whole
@@ -22,7 +22,8 @@ from bilevel.control.adjoint import Adjoint, Swept, adjoint
 from bilevel.control.many import adjoints
 from bilevel.dynamics.per_step import GradientSum
 from bilevel.errors import ArgumentError
-from bilevel.methods.base import Found, HypergradientMethod, Instance, Truncation
+from bilevel.methods.base import Draws, Found, HypergradientMethod, Instance, Truncation
+from bilevel.outer.keeping import Keep, Stateful
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 
 
@@ -174,12 +175,39 @@ class MLM(HypergradientMethod):
             instance.control,
             checkpointing=self.checkpointing,
             stop=rule,
+            keep=self._keep(instance),
+            resume=instance.resume,
         )
+
+    def _keep(self, instance: Instance) -> Keep | None:
+        """What keeps the sweep; beside it, what a certificate has to know of it."""
+        keep = instance.keep
+        if keep is None:
+            return None
+        told = {**keep.conditions, "method": self}  # of which the sweep knows nothing
+        return replace(keep, also=_Beside(keep.also, instance.draws), conditions=told)
 
     def _found(self, instance: Instance, found: Adjoint, truncation: Truncation | None) -> Found:
         instance.check_finite(found.final_state)
         warm = instance.reached(found.final_state, instance.horizon)
         return Found(found.cost, found.gradient, warm, truncation=truncation)
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What the user keeps beside a sweep, and the draws of the outer objective."""
+
+    also: Stateful | None
+    draws: Draws
+
+    def state_dict(self) -> Any:
+        also = None if self.also is None else self.also.state_dict()
+        return {"also": also, "draws": self.draws.state_dict()}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.draws.load_state_dict(state["draws"])
+        if self.also is not None:
+            self.also.load_state_dict(state["also"])
 
 
 @dataclass

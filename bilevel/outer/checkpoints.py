@@ -1,12 +1,16 @@
-"""A folder of checkpoints: whole files, each with its checksum in its name, and one writer."""
+"""A folder of checkpoints: whole files, each with its checksum in its name, and one writer.
+
+What many checkpoints have in common is written once, as a *part* that they name.
+"""
 
 import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +21,13 @@ from torch import Tensor
 from bilevel.errors import ArgumentError, StorageError, UnsupportedError
 
 FORMAT = 1  # of the files; a higher one is of a newer version
-_NAME = re.compile(r"update-(\d{9})-([0-9a-f]{32})\.safetensors")
+_NAME = re.compile(r"update-(\d{9,})-([0-9a-f]{32})\.safetensors")
+_PART = re.compile(r"part-([0-9a-f]{32})\.safetensors")
 _KEY = "bilevel checkpoint"
+_PARTS = "parts"
 _SMALL, _MOST_HOLES = 2**27, 100  # bytes; times as large as on the disk
 _TEMPORARY = ".writing-"
+INSIDE = ".inside"  # a folder for what is kept between two checkpoints, each in one of its own
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Folder:
         try:
             for stale in self.path.glob(f"{_TEMPORARY}*"):
                 stale.unlink(missing_ok=True)
+            self._drop_parts()
             self._check()
             yield
         finally:
@@ -100,13 +108,20 @@ class Folder:
         found = [Checkpoint(p, int(m[1]), m[2]) for p, m in named if m is not None]
         return sorted(found, key=lambda one: (one.update, one.path.name), reverse=True)
 
-    def write(self, update: int, content: Mapping[str, Any], tensors: dict[str, Tensor]) -> Path:
+    def write(
+        self,
+        update: int,
+        content: Mapping[str, Any],
+        tensors: dict[str, Tensor],
+        parts: Sequence[str] = (),
+    ) -> Path:
         """Writes a checkpoint that either is complete or does not appear, and drops old ones.
 
         Args:
             update: after which.
             content: plain values.
             tensors: on the CPU.
+            parts: files that `put` wrote and the checkpoint needs; others are dropped.
 
         Returns:
             The file.
@@ -114,12 +129,41 @@ class Folder:
         Raises:
             StorageError: if it cannot be written; those before it stay.
         """
+        path = self._written(f"update-{update:09d}", content, tensors, parts)
+        for old in self.checkpoints():
+            if old.update == update and old.path != path:
+                old.path.unlink(missing_ok=True)
+        for old in self.checkpoints()[self.last :]:
+            old.path.unlink(missing_ok=True)
+        self._drop_parts()
+        shutil.rmtree(self.path / INSIDE, ignore_errors=True)
+        return path
+
+    def put(self, content: Any, tensors: dict[str, Tensor]) -> str:
+        """Writes a part, for checkpoints that will name it; until then it is nobody's.
+
+        Args:
+            content: plain values.
+            tensors: on the CPU.
+
+        Returns:
+            The name of its file.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        return self._written("part", content, tensors).name
+
+    def _written(
+        self, stem: str, content: Any, tensors: dict[str, Tensor], parts: Sequence[str] = ()
+    ) -> Path:
+        """Written aside, synchronised, and renamed."""
         from safetensors.torch import save
 
         text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-        data = save(tensors, {_KEY: text, "format": str(FORMAT)})
-        digest = hashlib.sha256(data).hexdigest()[:32]
-        path = self.path / f"update-{update:09d}-{digest}.safetensors"
+        about = {_KEY: text, "format": str(FORMAT)}
+        data = save(tensors, {**about, _PARTS: json.dumps(sorted({*parts}))} if parts else about)
+        path = self.path / f"{stem}-{_digest(data)}.safetensors"
         temporary = None
         try:
             handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self.path)
@@ -138,12 +182,16 @@ class Folder:
         finally:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
-        for old in self.checkpoints():
-            if old.update == update and old.path != path:
-                old.path.unlink(missing_ok=True)
-        for old in self.checkpoints()[self.last :]:
-            old.path.unlink(missing_ok=True)
         return path
+
+    def _drop_parts(self) -> None:
+        """Removes what no checkpoint names any more."""
+        there = [p for p in self.path.iterdir() if _PART.fullmatch(p.name)]
+        if there:
+            named = {name for one in self.checkpoints() for name in _parts_of(one)}
+            for path in there:
+                if path.name not in named:
+                    path.unlink(missing_ok=True)
 
     def read(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `write` was given.
@@ -158,9 +206,29 @@ class Folder:
             StorageError: if the file is not the one that was written, or is of a newer version; the
                 message offers the one before.
         """
+        return self._read(checkpoint.path, checkpoint.digest, checkpoint)
+
+    def get(self, name: str, checkpoint: Checkpoint) -> tuple[Any, dict[str, Tensor]]:
+        """What `put` was given.
+
+        Args:
+            name: that it returned.
+            checkpoint: which names it.
+
+        Returns:
+            Plain values, and tensors.
+
+        Raises:
+            StorageError: as `read` does.
+        """
+        found = _PART.fullmatch(name)
+        return self._read(self.path / name, found[1] if found else "", checkpoint)
+
+    def _read(
+        self, path: Path, digest: str, checkpoint: Checkpoint
+    ) -> tuple[Any, dict[str, Tensor]]:
         from safetensors.torch import load
 
-        path = checkpoint.path
         try:
             data = _content(path)
         except OSError as error:
@@ -175,7 +243,7 @@ class Folder:
                 f"{path}: the checkpoint is of a newer version, format {version}, and this one "
                 f"reads up to {FORMAT}: update bilevel, or start anew in another folder."
             )
-        if not _is(data, checkpoint) or _KEY not in metadata:
+        if _digest(data) != digest or _KEY not in metadata:
             raise StorageError(
                 f"{path}: the checkpoint is truncated or altered, its content has not the checksum "
                 f"in its name. {self._before(checkpoint)}"
@@ -194,7 +262,7 @@ class Folder:
             if one.update < checkpoint.update and _whole(one):
                 return (
                     f"The one before is whole, {one.path.name}: pass resume={one.update} to go on "
-                    "from there."
+                    f"from there, or remove {checkpoint.path.name}."
                 )
         return "There is no whole one before it: start anew in another folder."
 
@@ -206,25 +274,46 @@ class Folder:
 
 
 def _whole(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint and its parts are what was written."""
+    parts = ((name, _PART.fullmatch(name)) for name in _parts_of(checkpoint))
+    files = {name: found[1] if found else "" for name, found in parts}
+    files[checkpoint.path.name] = checkpoint.digest
+    folder = checkpoint.path.parent
     try:
-        return _is(_content(checkpoint.path), checkpoint)
+        return all(_digest(_content(folder / n)) == digest for n, digest in files.items())
     except OSError:
         return False
 
 
+def _parts_of(checkpoint: Checkpoint) -> list[str]:
+    """The parts that it names, by its header alone; none where that cannot be read."""
+    try:
+        _check_file(checkpoint.path)
+        with checkpoint.path.open("rb") as file:
+            start = file.read(8)
+            size = min(int.from_bytes(start, "little"), checkpoint.path.stat().st_size)
+            return [str(name) for name in json.loads(_metadata(start + file.read(size))[_PARTS])]
+    except (OSError, KeyError, ValueError, TypeError):
+        return []
+
+
 def _content(path: Path) -> bytes:
-    """All of a file; a pipe or a device, which may have no end, is none."""
+    """All of a file."""
+    _check_file(path)
+    return path.read_bytes()
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a pipe or a device, which may have no end, and what is all holes."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError("it is no regular file")
     if found.st_size > max(_SMALL, _MOST_HOLES * 512 * found.st_blocks):
         raise OSError(f"of its {found.st_size} bytes all but {512 * found.st_blocks} are holes")
-    return path.read_bytes()
 
 
-def _is(data: bytes, checkpoint: Checkpoint) -> bool:
-    """Whether this is what was written."""
-    return hashlib.sha256(data).hexdigest()[:32] == checkpoint.digest
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _metadata(data: bytes) -> dict[str, str]:

@@ -99,6 +99,9 @@ class Encoder:
         about: dict[str, Any] = {"tensor": name}
         if plain.device.type != "cpu":
             about["device"] = str(plain.device)
+        if 0 in plain.stride() and plain.numel():  # an expanded one, kept without its copies
+            about["expand"] = list(plain.shape)
+            plain = plain[tuple(slice(None) if step else slice(1) for step in plain.stride())]
         if not plain.is_contiguous() and _is_dense(plain):
             about["stride"] = list(plain.stride())  # kernels, and so last bits, may depend on it
         if plain.is_complex():
@@ -169,7 +172,8 @@ def _placed(kept: Tensor, about: Mapping[str, Any]) -> Tensor:
     if "stride" in about:
         strided = torch.empty_strided(found.shape, about["stride"], dtype=found.dtype)
         found = strided.copy_(found)
-    return found.to(about.get("device", "cpu"))
+    found = found.to(about.get("device", "cpu"))
+    return found.expand(about["expand"]) if "expand" in about else found
 
 
 class Trees:

@@ -52,8 +52,7 @@ class Standing:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
         return {
-            "cpu": self.ours.cpu,
-            "cuda": {str(device): x for device, x in self.ours.cuda.items()},
+            **self.ours.state_dict(),
             "python": _words(self.python),
             "numpy": None if self.numpy is None else _packed(self.numpy),
         }
@@ -61,9 +60,8 @@ class Standing:
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Standing":
         """What `state_dict` gave."""
-        cuda = {torch.device(name): x.cpu() for name, x in state["cuda"].items()}
         numpy = None if state["numpy"] is None else _unpacked(state["numpy"])
-        return cls(RandomState(state["cpu"], cuda), _tuple(state["python"]), numpy)
+        return cls(RandomState.of(state), _tuple(state["python"]), numpy)
 
 
 def _words(state: Any) -> Any:

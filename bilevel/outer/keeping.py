@@ -1,5 +1,6 @@
 """Runs that outlive faults: what is kept while they go on, and what they go on from."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from bilevel.checks import check_kind, check_range, check_whole, is_whole
 from bilevel.errors import ArgumentError, BilevelError, DivergenceError, StorageError
-from bilevel.outer.checkpoints import Checkpoint, Folder
+from bilevel.outer.checkpoints import INSIDE, Checkpoint, Folder
 from bilevel.outer.encoding import Encoder, Records, decoded, described, first_not_finite
+from bilevel.outer.generators import Standing
 from bilevel.outer.signals import Interrupts
+from bilevel.sweeps.disk import entries
 
 logger = logging.getLogger("bilevel")
 # What must be finite: variables, moments, inner states, linear solutions. A best value so far may
@@ -50,11 +53,13 @@ class Keep:
 
     Attributes:
         folder: for the checkpoints alone; made if need be. One run at a time can hold it.
-        every: updates between two checkpoints.
+        every: updates between two checkpoints; of a sweep, in `adjoint` and `hypergradient`, steps.
         last: how many checkpoints stay, the older ones are removed.
         also: what has a `state_dict` and a `load_state_dict` and belongs to the run, such as what
             a callback gathers.
         conditions: further plain values that must be the same when the run goes on.
+        within: steps between two checkpoints inside of the sweep of an update, where one alone
+            takes long; None keeps between updates only.
 
     Raises:
         ArgumentError: if a setting is out of range.
@@ -80,14 +85,37 @@ class Keep:
     last: int = 3
     also: Stateful | None = None
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    within: int | None = None
 
     def __post_init__(self) -> None:
         check_kind(self.folder, str | Path, "folder", "the path of a folder")
         check_whole(self.every, "every", 1)
         check_whole(self.last, "last", 1)
+        check_whole(self.within, "within", 1, optional=True)
         stateful = "an object with state_dict and load_state_dict"
         check_kind(self.also, Stateful | None, "also", stateful)
         check_kind(self.conditions, Mapping, "conditions", "a dict of plain values")
+
+    def inside(self, values: Mapping[str, Any]) -> "Keep | None":
+        """Keeps a sweep inside of an update; None if `within` is.
+
+        Args:
+            values: what it begins from, as plain values. With those, and generators that stand
+                where they stand now, it is the same sweep, which goes on where it was cut. The next
+                checkpoint of the run is the end of those before it.
+
+        Returns:
+            A folder for this sweep alone, in that of the run.
+        """
+        if self.within is None:
+            return None
+        encoder = Encoder({})
+        told = json.dumps([values, encoder.plain(Standing.now().state_dict(), "generators")])
+        digest = hashlib.sha256(told.encode())
+        for x in encoder.tensors.values():
+            digest.update(entries(x))
+        folder = Path(self.folder) / INSIDE / digest.hexdigest()[:32]
+        return Keep(folder, self.within, 1)
 
 
 @dataclass(frozen=True)
@@ -148,6 +176,8 @@ class Kept:
         self._keep, self._folder, self._records = keep, folder, records
         self._interrupts, self._conditions = interrupts, conditions
         self._written: int | None = None
+        self._seen = 0  # the last update that it was told of
+        self._chosen: Checkpoint | None = None  # from which the run goes on
         # Good states where nothing is written, the newest last; None where nobody goes back.
         self._good: list[tuple[int, Any, dict[str, Tensor]]] | None = None
         self.state: Any = None
@@ -158,6 +188,11 @@ class Kept:
             self._good = []
         if self.state is None:
             self.save(0, state)
+
+    @property
+    def within(self) -> bool:
+        """Whether sweeps of updates are kept too: also those of the first, from what it begins."""
+        return self._keep is not None and self._keep.within is not None
 
     @property
     def active(self) -> bool:
@@ -200,7 +235,9 @@ class Kept:
             return
         waits = self._interrupts.came is not None
         every = 50 if self._keep is None else self._keep.every
-        if waits or update % every == 0:
+        # A multiple of `every` was reached or, by what counts in larger steps, passed.
+        turn, self._seen = update // every > self._seen // every, update
+        if waits or turn:
             self.save(update, state)
         if waits:
             self._interrupts.deliver()
@@ -212,14 +249,52 @@ class Kept:
 
     def save(self, update: int, state: Callable[[], Mapping[str, Any]]) -> None:
         """Keeps a state now."""
-        plain, tensors = self._encoded(update, state())
+        now = state()
+        plain, tensors = self._encoded(update, now)
         if self._folder is not None:
             content = {"conditions": self._conditions, "state": plain}
-            self._folder.write(update, content, tensors)
+            self._folder.write(update, content, tensors, now.get("files", ()))
             self._written = update
         elif self._good is not None:
             older = [one for one in self._good if one[0] < update]
             self._good = [*older[-2:], (update, plain, tensors)]
+
+    def forget(self) -> None:
+        """Let go of `state`, which the run has taken over."""
+        self.state = None
+
+    def put(self, value: Any) -> str:
+        """Writes what several checkpoints have in common; what a state has under "files" names it.
+
+        Args:
+            value: as a state may hold it.
+
+        Returns:
+            Its name.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        assert self._folder is not None  # a run that is kept
+        encoder = Encoder(self._records)
+        return self._folder.put(encoder.plain(value, "part"), encoder.tensors)
+
+    def get(self, name: str) -> Any:
+        """What `put` was given, of the checkpoint that the run goes on from.
+
+        Args:
+            name: that `put` returned.
+
+        Returns:
+            The value.
+
+        Raises:
+            StorageError: if it cannot be read, or is not what was written.
+        """
+        assert self._folder is not None
+        assert self._chosen is not None
+        plain, tensors = self._folder.get(name, self._chosen)
+        return decoded(plain, tensors, self._records)
 
     def _encoded(self, update: int, state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         also = None if self._keep is None else self._keep.also
@@ -264,7 +339,8 @@ class Kept:
                 f"({type(error).__name__} {str(error)[:200]}); start anew in another folder."
             ) from error
         folder.drop_after(chosen.update)
-        self._written = chosen.update
+        self._written = self._seen = chosen.update
+        self._chosen = chosen
         self.load_also(self.state)
 
 

@@ -120,7 +120,7 @@ class Running:
                 self._feed.load_state_dict(kept.state["batches"])
             self._generators.load_state_dict(kept.state["generators"]["own"])
             Standing.of(kept.state["generators"]["default"]).restore()
-        if self._restore is not None:
+        if self._restore is not None or kept.within:
             kept.remember(self.state)
         if kept.active and self._feed is not None:
             self._feed.watch()

@@ -93,6 +93,7 @@ def plan(
     storage: Storage = IN_MEMORY,
     *,
     working_bytes: int | None = None,
+    longest: int | None = None,
 ) -> Checkpointing:
     """The checkpointing with the fewest evaluations whose live bytes stay within a budget.
 
@@ -106,6 +107,8 @@ def plan(
         graph_bytes: of the graph of one step.
         storage: where snapshots are kept.
         working_bytes: needed whatever is kept; None takes three states and one step's graph.
+        longest: steps in a block at most, none of which keeps its graph for later; None sets no
+            bound.
 
     Returns:
         The checkpointing, with its predictions `forward_steps` and `peak_bytes`.
@@ -131,14 +134,15 @@ def plan(
             f"least {least} bytes. Raise the budget to that, or make the state smaller."
         )
     whole = working + state_bytes + horizon * graph_bytes
-    if whole <= budget_bytes:
+    if whole <= budget_bytes and longest is None:
         return Checkpointing(block=None, forward_steps=horizon, peak_bytes=whole)
     # Of all (snapshots, block) within the budget, the fewest forward steps, then the least memory.
     # For a block size the best number of snapshots is the largest that fits: only blocks are tried,
     # the longest first.
     best = (math.inf, math.inf, 1, 1)
     largest = (budget_bytes - working - resident(1) * state_bytes) // max(graph_bytes, 1)
-    for block in range(min(largest, horizon) if graph_bytes else horizon, 0, -1):
+    largest = min(largest if graph_bytes else horizon, horizon, longest or horizon)
+    for block in range(largest, 0, -1):
         # Several blocks advance every step but those of the last: from here on nothing is better.
         if 2 * horizon - block > best[0]:
             break
@@ -195,7 +199,7 @@ class Budget:
         """The size as a number."""
         if is_whole(self.size, -math.inf):
             return int(self.size)
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(self.size))
+        found = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", str(self.size))
         if found is None or found[2] not in _UNITS:
             raise ArgumentError(
                 "a budget is a number of bytes, or text with one of the units "

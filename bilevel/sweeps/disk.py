@@ -117,7 +117,7 @@ class _Shape:
     def read(self, file: Any) -> Tensor:
         """The tensor whose bytes come next in `file`."""
         found = torch.empty(self.shape, dtype=self.dtype, device="cpu")
-        if file.readinto(_memory(found)) != found.nbytes:
+        if file.readinto(entries(found)) != found.nbytes:
             raise OSError("the file is too short")
         return found.to(self.device)
 
@@ -127,10 +127,10 @@ def write(path: Path, tensors: list[Tensor]) -> None:
     with path.open("wb") as file:
         for tensor in tensors:
             plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-            file.write(_memory(plain))
+            file.write(entries(plain))
 
 
-def _memory(tensor: Tensor) -> Any:
+def entries(tensor: Tensor) -> Any:
     """The bytes of a contiguous tensor of the host, as they lie there."""
     # ctypes needs neither NumPy nor a copy, and takes every dtype.
     return (

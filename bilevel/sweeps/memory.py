@@ -281,8 +281,9 @@ def planned(
     observation: Tree,
     control: Tree,
     sweep: Rehearsed | None = None,
+    longest: int | None = None,
 ) -> Checkpointing:
-    """The checkpointing that was asked for, or the one that a budget allows."""
+    """The checkpointing that was asked for, or the one that a budget allows in such blocks."""
     if checkpointing is None:
         return Checkpointing()
     if isinstance(checkpointing, Checkpointing):
@@ -292,7 +293,7 @@ def planned(
     size, storage = checkpointing.bytes, checkpointing.storage
     sizes = problem.horizon, size, found.state_bytes, found.graph_bytes
     bounded = storage.bounded(devices_of((observation, control)))
-    chosen = plan(*sizes, bounded, working_bytes=found.working_bytes)
+    chosen = plan(*sizes, bounded, working_bytes=found.working_bytes, longest=longest)
     return chosen if chosen.keeps_graphs else replace(chosen, storage=storage)
 
 
@@ -303,13 +304,16 @@ class Plans:
     structure, shape, dtype and device are of one kind.
     """
 
-    def __init__(self, checkpointing: Checkpointing | Budget | None) -> None:
-        self._given = checkpointing
+    def __init__(
+        self, checkpointing: Checkpointing | Budget | None, longest: int | None = None
+    ) -> None:
+        self._given, self._longest = checkpointing, longest
         self._found: dict[Any, Checkpointing] = {}
 
     def of(self, problem: ControlProblem, observation: Tree, control: Tree) -> Checkpointing:
         """The checkpointing of a problem."""
         kind = problem.horizon, _kind((observation, control))
         if kind not in self._found:
-            self._found[kind] = planned(self._given, problem, observation, control)
+            given = problem, observation, control
+            self._found[kind] = planned(self._given, *given, longest=self._longest)
         return self._found[kind]

@@ -3,9 +3,10 @@
 Torch's default generators are rewound where the forward sweep drew from them, and there alone.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,16 @@ class RandomState:
         """What `tensors` were taken from, on the same devices."""
         cpu, *gpus = tensors
         return RandomState(cpu, dict(zip(self.cuda, gpus, strict=True)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states by their devices, as a file keeps them."""
+        return {"cpu": self.cpu, "cuda": {str(device): x for device, x in self.cuda.items()}}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "RandomState":
+        """What `state_dict` gave."""
+        cuda = {torch.device(name): x.cpu() for name, x in state["cuda"].items()}
+        return cls(state["cpu"], cuda)
 
     def restore(self) -> None:
         """Set the generators to this state."""

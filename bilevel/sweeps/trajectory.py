@@ -6,8 +6,11 @@ trees, so that its graph can be pulled back; the graph of one block lives at a t
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import dropwhile, takewhile
+from dataclasses import dataclass
+from itertools import dropwhile, islice, takewhile
 from typing import Any, Self
+
+from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.dynamics.closures import buffers_kept
@@ -22,6 +25,37 @@ from bilevel.sweeps.randomness import RandomState, devices_of, preserved
 from bilevel.sweeps.schedule import Action, Do
 from bilevel.sweeps.storage import MemorySnapshots, Snapshots
 from bilevel.tree import Tree
+
+
+@dataclass(frozen=True, eq=False)
+class Halt:
+    """Where a sweep halts, between two steps that are not taped or two blocks that are.
+
+    Attributes:
+        actions: of the schedule that are behind it.
+        t: of `state`.
+        state: u(t), None after a block.
+        following: the state that the block to be taped next must lead to; None before all.
+        final: u(T); None before the end of the forward sweep.
+        kept: blocks whose snapshots there are, the last one last.
+        forward_steps: as in `Trajectory`.
+        draws: as in `Trajectory`.
+        draw_costs: whether costs are evaluated for what they draw.
+        random_start: of the generators, before g0.
+        random: of them at the last snapshot; empty if they stood as before g0.
+    """
+
+    actions: int
+    t: int
+    state: Tree
+    following: Tree
+    final: Tree
+    kept: list[int]
+    forward_steps: int
+    draws: bool
+    draw_costs: bool
+    random_start: tuple[Tensor, ...]
+    random: tuple[Tensor, ...]
 
 
 class Trajectory:
@@ -41,6 +75,7 @@ class Trajectory:
         draws: whether the forward sweep drew from them, so that it must be replayed with the same
             draws; another thread that draws meanwhile is taken for it.
         random_start: state of the generators before g0.
+        last: steps of the block that was taped last; none at first.
     """
 
     def __init__(
@@ -51,8 +86,13 @@ class Trajectory:
         horizon: int,
         checkpointing: Checkpointing,
         costs: Costs = no_costs,
+        watched: Callable[[], None] | None = None,
     ) -> None:
-        """Stand before u(0); `costs` are evaluated before each step, where they may draw."""
+        """Stand before u(0).
+
+        `costs` are evaluated before each step, where they may draw. `watched` is called after each
+        step that is not taped, when `halt` tells where it stands.
+        """
         check_control(control, horizon)
         tree.check_leaves(observation, "observation")
         self.observation: Tree = autodiff.variables(observation)
@@ -61,9 +101,10 @@ class Trajectory:
         self.final: Tree = None
         self.forward_steps = 0
         self.draws, self.horizon = False, horizon
+        self.last = range(horizon, horizon)
         self.random_start: RandomState
         self._dynamics, self._checkpointing = dynamics, checkpointing
-        self._costs = costs
+        self._costs, self._watched = costs, watched
         # Costs of steps that are not taped count for what they draw alone.
         self._draw_costs = costs is not no_costs
         self._schedule = checkpointing.schedule(horizon)
@@ -76,11 +117,12 @@ class Trajectory:
         # What was taped on the way forward, to be handed out instead of being taped again.
         self._taped_initial: Tree = None
         self._taped_last: Block | None = None
-        # Where it stands: the state at the start of block `_at`, None while a block is reversed;
-        # and the state that the block to be taped next must lead to.
+        # Where it stands: u(_t), None while a block is reversed; the state that the block to be
+        # taped next must lead to; and how many actions are behind it.
         self._state: Tree = None
-        self._at = 0
+        self._t = 0
         self._following: Tree = None
+        self._done = 0
         self._actions = dropwhile(_advances, self._schedule.actions())
 
     @property
@@ -112,10 +154,12 @@ class Trajectory:
             ArgumentError: if the dynamics writes to its arguments.
         """
         written = watch((self._untaped, self.observation, self.control))
-        self.random_start = self._random = RandomState.capture(self.devices)
+        begins = self._snapshots is None
         try:
             with autodiff.recording():
-                self._begin()
+                if begins:
+                    self.random_start = self._random = RandomState.capture(self.devices)
+                    self._begin()
                 self._advance_to_last()
                 self._finish(tape_last=tape_last)
             self.draws = not self.random_start.stands()
@@ -146,7 +190,8 @@ class Trajectory:
 
     def _advance_to_last(self) -> None:
         if not self._checkpointing.keeps_graphs:  # else the last block is all of them
-            for action in takewhile(_advances, self._schedule.actions()):
+            left = islice(self._schedule.actions(), self._done, None)
+            for action in takewhile(_advances, left):
                 self._follow(action)
 
     def _finish(self, *, tape_last: bool) -> None:
@@ -202,6 +247,8 @@ class Trajectory:
         while action.do is not Do.TAPE:
             self._follow(action)
             action = next(self._actions)
+        self._done += 1
+        self.last = self._schedule.steps(action.block)
         block, self._taped_last = self._taped_last, None
         if block is None:
             if self._state is None:  # as a sweep that was kept for later leaves it
@@ -290,15 +337,24 @@ class Trajectory:
                 self._snapshots.put(i, (self._state, self._random.tensors() if drawn else ()))
                 self._kept.append(i)
             case Do.ADVANCE:
-                steps = range(self._schedule.steps(self._at).start, self._schedule.steps(i).start)
-                state, self._state = self._state, None  # not held while the steps go on
-                self._state, self._at = self.advance(steps, state), i
+                stop = self._schedule.steps(i).start
+                while self._t < stop:
+                    steps = range(self._t, stop if self._watched is None else self._t + 1)
+                    state, self._state = self._state, None  # not held while the steps go on
+                    self._state, self._t = self.advance(steps, state), steps.stop
+                    if self._watched is not None:
+                        del state
+                        self._watched()
             case Do.LOAD:
-                (self._state, random), self._at = self._snapshots.get(i), i
+                (self._state, random), self._t = (
+                    self._snapshots.get(i),
+                    self._schedule.steps(i).start,
+                )
                 self._rewind(self._random.like(random) if random else self.random_start)
             case Do.DROP:
                 self._snapshots.drop(i)
                 self._kept.remove(i)
+        self._done += 1
 
     def _rewind(self, state: RandomState) -> None:
         if self.draws:
@@ -312,6 +368,54 @@ class Trajectory:
             self._follow(Action(Do.ADVANCE, block))
         elif block:  # kept beyond the schedule
             self._follow(Action(Do.DROP, block))
+
+    def halt(self) -> Halt:
+        """Where it stands; of its snapshots, which they are."""
+        drawn = self._random is not self.random_start
+        return Halt(
+            self._done,
+            self._t,
+            self._state,
+            self._following,
+            self.final,
+            [*self._kept],
+            self.forward_steps,
+            self.draws,
+            self._draw_costs,
+            self.random_start.tensors(),
+            self._random.tensors() if drawn else (),
+        )
+
+    def snapshot(self, block: int) -> Any:
+        """What is kept of the start of a block: the state, and where generators stood."""
+        assert self._snapshots is not None  # `halt` names it
+        return self._snapshots.get(block)
+
+    def stand(self, where: Halt, snapshots: Iterator[Any]) -> None:
+        """Stand where another sweep of the same trajectory stood, which it was not moved from.
+
+        Args:
+            where: it told.
+            snapshots: those that it names, in that order; each is put away as it comes.
+        """
+        self.devices |= devices_of((where.state, where.following, where.final))
+        now = RandomState.capture(self.devices)
+        self.random_start = self._random = now.like(where.random_start)
+        if where.random:
+            self._random = now.like(where.random)
+        self._snapshots = self._checkpointing.storage.open()
+        for block in where.kept:
+            self._snapshots.put(block, next(snapshots))
+            self._kept.append(block)
+        self._done, self._t, self._state = where.actions, where.t, where.state
+        self.final, self._following = where.final, where.following
+        self.forward_steps, self.draws = where.forward_steps, where.draws
+        self._draw_costs = where.draw_costs
+        if self.final is not None:
+            behind = islice(self._schedule.actions(), self._done)
+            taped = [action.block for action in behind if action.do is Do.TAPE]
+            self.last = self._schedule.steps(taped[-1]) if taped else self.last
+            self._actions = islice(self._schedule.actions(), self._done, None)
 
     def park(self) -> Tree:
         """Hand over what is worth keeping with a graph; `resumed` takes it again."""

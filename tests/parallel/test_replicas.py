@@ -104,6 +104,7 @@ MESSAGES = {
     "residual": "UnsupportedError: replicas= .* this problem is by its residual=: leave them out",
     "Given": "UnsupportedError: Given solves the inner problem by itself, .* take an inner",
     "hvp": "UnsupportedError: hvp evaluates whole batches on one process: leave replicas=",
+    "kept sweep": "UnsupportedError: a sweep is kept by one process: leave replicas= out",
     "no group": "ArgumentError: group must be a process group",
 }
 

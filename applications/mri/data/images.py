@@ -11,7 +11,7 @@ from torch import Tensor
 
 from applications.errors import InputError
 from applications.files import whole_file
-from applications.mri.data.writing import hdf5_file
+from applications.mri.data.writing import hdf5_file, set_attributes
 from applications.mri.formats import Geometry
 from applications.mri.formats.hdf5 import opened
 from applications.mri.formats.nifti import SUFFIXES as NIFTI, header_of, is_nifti, is_written
@@ -92,7 +92,7 @@ def image_writer(
             write = write_next
         else:
             written = stack.enter_context(hdf5_file(path))
-            stack.callback(lambda: written.attrs.update(record))
+            stack.callback(lambda: set_attributes(written, record))
             images = written.create_dataset(_NAME, (*volumes, n_slices, rows, columns), "f4")
 
             def write_at(place: tuple[int, ...], image: Tensor) -> None:

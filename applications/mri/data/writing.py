@@ -6,11 +6,12 @@ over the columns or over rows and columns; ``ismrmrd_header``, XML; attributes `
 ``max``, ``norm``, ``patient_id``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -132,6 +133,20 @@ def hdf5_file(path: Path) -> Iterator[h5py.File]:
             raise patient.error
 
 
+def set_attributes(file: h5py.File, values: Mapping[str, Any]) -> None:
+    r"""Puts values beside the data, texts as HDF5 takes them.
+
+    Args:
+        file: open for writing.
+        values: by name; of texts, NUL and what is no character in UTF-8, as in names of files that
+            have another encoding, is written as an escape such as ``\udcff``.
+    """
+    for name, value in values.items():
+        if isinstance(value, str):
+            value = value.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
+        file.attrs[name] = value
+
+
 def write_volume(path: Path | str, volume: Volume) -> None:
     """Writes a file that either is complete or does not appear: it is renamed into place when done.
 
@@ -152,8 +167,8 @@ def write_volume(path: Path | str, volume: Volume) -> None:
             shown = volume.kspace if volume.reference is None else volume.reference
             header = minimal_header(volume.kspace.shape[2:], shown.shape[-2:])
         file.create_dataset("ismrmrd_header", data=header, dtype=h5py.string_dtype())
-        file.attrs["acquisition"] = volume.acquisition
-        file.attrs["patient_id"] = volume.patient_id
+        about = {"acquisition": volume.acquisition, "patient_id": volume.patient_id}
+        set_attributes(file, about)
         if volume.mask is not None:
             file["mask"] = volume.mask.cpu().numpy()
         if volume.reference is not None:

@@ -7,7 +7,7 @@ import bilevel as bl
 from applications.errors import InputError
 from applications.mri.network.reconstruction import Loss
 from applications.mri.training.precision import check_device
-from applications.settings import Method, Written, check_counts, check_positive, setting
+from applications.settings import MOST_RATE, Method, Written, check_counts, check_positive, setting
 
 
 class Ablation(StrEnum):
@@ -108,9 +108,8 @@ class MetaSettings:
             raise InputError("a training needs a budget, seconds or evaluations, got neither.")
         check_device(self.device)
         given = [x for x in ("seconds", "evaluations") if getattr(self, x) is not None]
-        check_positive(
-            self, *given, "learning_rate", "outer_rate", "outer_clip", "penalty", "penalty_rate"
-        )
+        check_positive(self, *given, "outer_clip", "penalty")
+        check_positive(self, "learning_rate", "outer_rate", "penalty_rate", most=MOST_RATE)
         check_counts(self, "inner_steps", "batch")
         if not 0 < self.learn_share <= 1:
             raise InputError(f"learn_share must be > 0 and <= 1, got {self.learn_share}.")

@@ -7,6 +7,7 @@ from applications.errors import InputError
 from applications.settings import check_counts
 
 ANY = 0  # coils
+_MOST_COILS = 1024
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Architecture:
                 )
             return
         check_counts(self, "n_coils", "n_phases", "filters", "features", "kernel", "feature_kernel")
+        if self.n_coils > _MOST_COILS:
+            raise InputError(f"n_coils must be at most {_MOST_COILS}, got {self.n_coils}.")
         for name in ("kernel", "feature_kernel"):
             if getattr(self, name) % 2 == 0:
                 raise InputError(f"{name} must be odd, got {getattr(self, name)}.")

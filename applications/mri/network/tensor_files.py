@@ -1,8 +1,11 @@
 """Files of tensors: safetensors, the same bytes for the same content, their headers read first."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import safe_open
@@ -52,7 +55,7 @@ def read_metadata(path: Path, what: str, remedy: str) -> dict[str, str]:
         InputError: if the file is missing or damaged.
     """
     _check_header(path, what, remedy)
-    with reading(path, what, remedy), safe_open(path, framework="pt") as file:
+    with reading(path, what, remedy), _opened(path) as file:
         return file.metadata() or {}
 
 
@@ -71,7 +74,7 @@ def read_tensors(path: Path, what: str, remedy: str) -> dict[str, Tensor]:
         InputError: if the file is missing or damaged.
     """
     _check_header(path, what, remedy)
-    with reading(path, what, remedy), safe_open(path, framework="pt") as file:
+    with reading(path, what, remedy), _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -96,6 +99,22 @@ def read_json(path: Path, key: str, text: str, remedy: str) -> Any:
         raise InputError(
             f"{path}: metadata {key!r} must be JSON, it is not ({said(error)}); {remedy}."
         ) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, by a name that the package takes: one in UTF-8."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        with TemporaryDirectory(prefix="bilevel-") as folder:
+            link = Path(folder) / "file"
+            link.symlink_to(path.absolute())
+            with safe_open(link, framework="pt") as file:
+                yield file
+        return
+    with safe_open(path, framework="pt") as file:
+        yield file
 
 
 def _check_header(path: Path, what: str, remedy: str) -> None:

@@ -45,6 +45,9 @@ class PoissonDisc(Sampling):
         return kept
 
 
+_MOST_SPOKES = 10_000  # far more than fill any image
+
+
 @dataclass(frozen=True)
 class Radial(Sampling):
     """Straight spokes through the centre, rounded to the grid, from a random first angle.
@@ -52,7 +55,7 @@ class Radial(Sampling):
     A spoke reaches the edge of the ellipse inscribed in the matrix; the corners stay empty.
 
     Attributes:
-        spokes: number of diameters, >= 1.
+        spokes: number of diameters, 1 to 10000.
         golden: step by the golden angle, pi / 1.618 (any number of spokes is then nearly uniform,
             and masks of fewer spokes are contained in those of more), instead of pi / spokes.
 
@@ -63,8 +66,8 @@ class Radial(Sampling):
     golden: bool = True
 
     def __post_init__(self) -> None:
-        if self.spokes < 1:
-            raise InputError(f"spokes must be >= 1, got {self.spokes}.")
+        if not 1 <= self.spokes <= _MOST_SPOKES:
+            raise InputError(f"spokes must lie in 1 to {_MOST_SPOKES}, got {self.spokes}.")
 
     def mask(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:  # noqa: D102
         rows, columns = check_shape(shape)

@@ -78,6 +78,12 @@ def tensorboard(folder: Path) -> Iterator[AfterStep]:
             f"TensorBoard was needed to write to {folder}, and cannot be imported ({error}): "
             'pip install "bilevel[tensorboard]", or leave --tensorboard out.'
         ) from error
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{folder}: TensorBoard needs a folder whose name is text in UTF-8; choose another."
+        ) from None
     with SummaryWriter(str(make_folder(folder))) as writer:
 
         def told(state: TrainingState) -> None:

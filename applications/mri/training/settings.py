@@ -10,7 +10,14 @@ from applications.mri.training.precision import Precision, check_device
 from applications.mri.training.schedules import SCHEDULES, Cosine, Schedule
 from applications.mri.training.self_supervised import SelfSupervision
 from applications.mri.training.validation import Validation
-from applications.settings import Written, check_counts, check_positive, chosen_by_name, setting
+from applications.settings import (
+    MOST_RATE,
+    Written,
+    check_counts,
+    check_positive,
+    chosen_by_name,
+    setting,
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class TrainingSettings:
             raise InputError(f"steps must be at least 1, or None, got {self.steps}.")
         if self.seconds is not None and not self.seconds > 0:
             raise InputError(f"seconds must be > 0, or None, got {self.seconds}.")
-        check_positive(self, "learning_rate")
+        check_positive(self, "learning_rate", most=MOST_RATE)
         check_counts(self, "accumulate")
         if self.crop < 0 or self.warmup < 0 or not 0 <= self.whole <= 1:
             raise InputError(
