@@ -107,7 +107,7 @@ class BilevelSolver:
 
     def __post_init__(self) -> None:
         check_kind(self.problem, BilevelProblem, "problem", "a BilevelProblem")
-        rule = "an inner optimiser such as bilevel.optim.SGD(0.1), whose steps have derivatives"
+        rule = "an inner optimiser such as bilevel.optim.SGD(0.1) or like(torch.optim.SGD, lr=0.1)"
         check_kind(self.optimizer, InnerOptimizer, "optimizer", rule)
         check_whole(self.inner_steps, "inner_steps")
         method = "a method such as MLM() or Implicit()"

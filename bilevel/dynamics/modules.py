@@ -37,11 +37,18 @@ class ModuleFunction:
     shapes: Mapping[str, torch.Size] = field(default_factory=dict)
 
     def __call__(self, params: Params, *inputs: Any, **options: Any) -> Any:
-        """What the module gives with these parameters, of its inputs by place and by name.
+        """Call the module with these parameters.
+
+        Args:
+            params: as `functional` gave them; a frozen parameter or a buffer may be among them.
+            *inputs: of the module, by place.
+            **options: of the module, by name.
+
+        Returns:
+            What the module gives.
 
         Raises:
-            StructureError: if they are not those of the module, by name and shape. A frozen
-                parameter or a buffer may be among them.
+            StructureError: if the parameters are not those of the module, by name and shape.
         """
         self._check(params)
         return _call(self.model, params, *inputs, **options)
@@ -65,7 +72,7 @@ class ModuleFunction:
         return f"ModuleFunction({type(self.model).__name__}{''.join(f'; {one}' for one in listed)})"
 
     def _check(self, params: Any) -> None:
-        """Refuse what is no tree of its parameters: control and params swapped, a list, a module."""
+        """Refuse what is no tree of its parameters: a control in their place, a list, a module."""
         if not isinstance(params, Mapping):
             raise StructureError(
                 "a module as a function is called as call(params, *inputs), with params by name as "

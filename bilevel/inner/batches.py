@@ -115,7 +115,7 @@ def _length(dataset: Any) -> int:
             kinds = ", ".join(sorted({tree.kind(x) for x in leaves})) or "nothing"
             raise ArgumentError(
                 "dataset as a tuple or dict must hold tensors with a first axis of samples, got "
-                f"{kinds}; torch.as_tensor makes tensors of arrays, and for samples of any kind pass "
+                f"{kinds}; torch.as_tensor makes tensors of arrays; for samples of any kind pass "
                 "a Dataset."
             )
         sizes = {len(x) for x in leaves}

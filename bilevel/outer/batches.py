@@ -212,7 +212,7 @@ def paired(batches: Any) -> Feed:
         if _is_one_batch(part):
             raise ArgumentError(
                 f"the {name} part of the pair is a {type(part).__name__} of tensors, one batch "
-                "(inputs, targets) that would be taken for a loader of two: for the same batches at "
+                "(inputs, targets) which would be read as a loader of two: for the same batches at "
                 "all updates write batches=[(inner_batch, outer_batch)]."
             )
     return Pairs(*batches)

@@ -186,8 +186,8 @@ def check_slice(kspace: Tensor) -> None:
     """
     if not isinstance(kspace, Tensor):
         raise InputError(
-            f"kspace must be a tensor, got {type(kspace).__name__}; torch.as_tensor makes one of an "
-            "array."
+            f"kspace must be a tensor, got {type(kspace).__name__}; torch.as_tensor makes one of "
+            "an array."
         )
     if kspace.ndim != 3 or not kspace.is_complex():
         raise InputError(
