@@ -62,8 +62,14 @@ def check_range(
 def check_kind(value: Any, kind: Any, name: str, wanted: str) -> None:
     """Refuse what is not of a kind; a class in the place of its instance is named as such."""
     if not isinstance(value, kind):
-        came = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        came = f"the class {_named(value)}" if isinstance(value, type) else _named(type(value))
         raise ArgumentError(f"{name} must be {wanted}, got {came}.")
+
+
+def _named(kind: type) -> str:
+    """The name of a class, with its home where one of ours may be called the same."""
+    home = kind.__module__
+    return f"torch.optim.{kind.__name__}" if home.startswith("torch.optim") else kind.__name__
 
 
 def check_arguments(function: Callable[..., Any], name: str, *arguments: str) -> None:

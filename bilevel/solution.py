@@ -32,6 +32,19 @@ class Hypergradient(Record):
         truncation: what the method left out; None if nothing.
         flaw: why it is not that of the problem, whatever it is judged against; empty if nothing
             speaks against it.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,  # w(a) = a
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.5), inner_steps=40)
+        >>> found = solver.hypergradient(torch.tensor(0.0), torch.tensor(3.0))
+        >>> found.value, found.gradient, found.params  # (a - 1)^2, 2 (a - 1) and a
+        (tensor(4.), tensor(4.), tensor(3.))
+        >>> found.certificate.trustworthy
+        True
     """
 
     value: Tensor
@@ -73,6 +86,18 @@ class Solution(Record):
         converged: whether the norm of the hypergradient came down to the tolerance, and its
             certificate trusted it, or nobody judged it.
         reason: why it ended, in words; of a converged one, which of the two.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,  # w(a) = a
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.5), inner_steps=40)
+        >>> descent = lambda leaves: torch.optim.SGD(leaves, 0.25)
+        >>> found = solver.solve(torch.tensor(0.0), torch.tensor(3.0), descent, steps=3)
+        >>> found.control, found.values  # a - 1 is halved by each update
+        (tensor(1.2500), [4.0, 1.0, 0.25])
     """
 
     control: Tree

@@ -29,7 +29,7 @@ from bilevel.errors import (
 )
 from bilevel.hessian import hessian_product
 from bilevel.history import History
-from bilevel.inner.batches import refuse_loader
+from bilevel.inner.batches import refuse_loader, refuse_many
 from bilevel.inner.problem import BilevelProblem, Objective
 from bilevel.kept_solution import RECORDS
 from bilevel.methods.base import Found, HypergradientMethod, Instance, Warm
@@ -108,7 +108,7 @@ class BilevelSolver:
 
     def __post_init__(self) -> None:
         check_kind(self.problem, BilevelProblem, "problem", "a BilevelProblem")
-        rule = "an inner optimiser such as bilevel.optim.SGD(0.1)"
+        rule = "an inner optimiser such as bilevel.optim.SGD(0.1) or like(torch.optim.SGD, lr=0.1)"
         check_kind(self.optimizer, InnerOptimizer, "optimizer", rule)
         check_whole(self.inner_steps, "inner_steps")
         method = "a method such as MLM() or Implicit()"
@@ -641,6 +641,7 @@ class BilevelSolver:
                 )
         for name, batch in (("inner_batch", inner_batch), ("linear_batch", linear_batch)):
             refuse_loader(batch, name)
+        refuse_many(outer_batch, "outer_batch")
         if inner_tolerance is not None:
             check_range(inner_tolerance, "inner_tolerance", above=0)
         if self.problem.outer_each is not None and not self.method.sees_steps:

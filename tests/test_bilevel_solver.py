@@ -340,3 +340,18 @@ def test_inner_steps_alone_go_on_where_they_ended(rule):
         case.params, case.control, batches
     )
     assert torch.equal(rule.params(whole.state), found.params)
+
+
+@pytest.mark.parametrize(
+    ("make", "came"),
+    [
+        (lambda: torch.optim.SGD([torch.zeros(1)], 0.1), "got torch.optim.SGD"),
+        (lambda: torch.optim.Adam, "got the class torch.optim.Adam"),
+        (lambda: bl.optim.SGD, "got the class SGD"),
+    ],
+    ids=["an optimiser", "its class", "the class of a rule"],
+)
+def test_an_optimiser_of_torch_is_no_inner_rule_and_named_as_such(make, came):
+    problem = bl.BilevelProblem(lambda w, a, batch: w, lambda w, a, batch: w)
+    with pytest.raises(ArgumentError, match=rf"like\(torch.optim.SGD, lr=0.1\), {came}\."):
+        bl.BilevelSolver(problem, make())

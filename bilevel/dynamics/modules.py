@@ -1,17 +1,18 @@
 """`torch.nn.Module`s as dynamics and as plain functions of their parameters."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bilevel import tree
+from bilevel.checks import check_kind
 from bilevel.dynamics.closures import refuse_wrapped
 from bilevel.dynamics.dynamics import Dynamics
 from bilevel.dynamics.per_step import PerStep, check_control
-from bilevel.errors import ArgumentError
+from bilevel.errors import ArgumentError, StructureError
 from bilevel.tree import Tree
 
 Params = dict[str, Tensor]
@@ -27,24 +28,68 @@ class ModuleFunction:
         cloned: names of the buffers, which every call gets as copies, so that it leaves the
             module's own as they are: a BatchNorm layer normalises by them or by the batch, as its
             mode says, and never updates them.
+        shapes: of the parameters that a call needs, by name.
     """
 
     model: nn.Module
     constants: tuple[str, ...] = ()
     cloned: tuple[str, ...] = ()
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
 
     def __call__(self, params: Params, *inputs: Any, **options: Any) -> Any:
-        """What the module gives with these parameters, of its inputs by place and by name."""
+        """Call the module with these parameters.
+
+        Args:
+            params: as `functional` gave them; a frozen parameter or a buffer may be among them.
+            *inputs: of the module, by place.
+            **options: of the module, by name.
+
+        Returns:
+            What the module gives.
+
+        Raises:
+            StructureError: if the parameters are not those of the module, by name and shape.
+        """
+        self._check(params)
         return _call(self.model, params, *inputs, **options)
 
     def __repr__(self) -> str:
-        """The module, and what is constant."""
+        """The module, what is constant, and what draws."""
+        dropping = [
+            f"{name or 'itself'} ({type(part).__name__})"
+            for name, part in self.model.named_modules()
+            if part.training and _drops(part)
+        ]
         listed = [
             f"{name} {', '.join(names)}"
-            for name, names in (("constant:", self.constants), ("buffers, cloned:", self.cloned))
+            for name, names in (
+                ("constant:", self.constants),
+                ("buffers, cloned:", self.cloned),
+                ("in training mode, drawing:", dropping),
+            )
             if names
         ]
         return f"ModuleFunction({type(self.model).__name__}{''.join(f'; {one}' for one in listed)})"
+
+    def _check(self, params: Any) -> None:
+        """Refuse what is no tree of its parameters: a control in their place, a list, a module."""
+        if not isinstance(params, Mapping):
+            raise StructureError(
+                "a module as a function is called as call(params, *inputs), with params by name as "
+                f"functional(model) gave them, got {tree.kind(params)}."
+            )
+        missing = [name for name in self.shapes if name not in params]
+        if missing:
+            raise StructureError(
+                f"params must have a tensor for {missing[0]!r}, got {', '.join(params) or 'none'}: "
+                "freeze with requires_grad_(False), before functional(model), what is constant."
+            )
+        for name, shape in self.shapes.items():
+            if params[name].shape != shape:
+                raise StructureError(
+                    f"params[{name!r}] must have the shape {tuple(shape)} of the module's "
+                    f"parameter, got {tuple(params[name].shape)}: are params and control swapped?"
+                )
 
 
 def functional(model: nn.Module) -> tuple[Params, ModuleFunction]:
@@ -61,6 +106,7 @@ def functional(model: nn.Module) -> tuple[Params, ModuleFunction]:
         `call(params, *inputs, **options)`.
 
     Raises:
+        ArgumentError: if it is no module.
         UnsupportedError: if it, or a part of it, is wrapped to train over several processes.
 
     Example:
@@ -70,11 +116,22 @@ def functional(model: nn.Module) -> tuple[Params, ModuleFunction]:
         >>> functional(nn.BatchNorm1d(3, affine=False))[1]
         ModuleFunction(BatchNorm1d; buffers, cloned: running_mean, running_var, num_batches_tracked)
     """
+    check_kind(model, nn.Module, "model", "a torch.nn.Module")
     refuse_wrapped(model)
-    constants = tuple(n for n, p in model.named_parameters() if not p.requires_grad)
-    return _trainable(model), ModuleFunction(
-        model, constants, tuple(n for n, _ in model.named_buffers())
+    params = _trainable(model)
+    return params, ModuleFunction(
+        model,
+        tuple(n for n, p in model.named_parameters() if not p.requires_grad),
+        tuple(n for n, _ in model.named_buffers()),
+        {name: value.shape for name, value in params.items()},
     )
+
+
+def _drops(part: nn.Module) -> bool:
+    """Whether it is a dropout, or has one inside, as attention and recurrent layers have."""
+    dropout = isinstance(part, nn.modules.dropout._DropoutNd)
+    rate = getattr(part, "p" if dropout else "dropout", 0.0)
+    return isinstance(rate, float | int) and rate > 0
 
 
 def _call(model: nn.Module, params: Params, *inputs: Any, **options: Any) -> Any:

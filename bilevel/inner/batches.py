@@ -115,7 +115,8 @@ def _length(dataset: Any) -> int:
             kinds = ", ".join(sorted({tree.kind(x) for x in leaves})) or "nothing"
             raise ArgumentError(
                 "dataset as a tuple or dict must hold tensors with a first axis of samples, got "
-                f"{kinds}; for samples of any kind pass a Dataset."
+                f"{kinds}; torch.as_tensor makes tensors of arrays; for samples of any kind pass "
+                "a Dataset."
             )
         sizes = {len(x) for x in leaves}
         if len(sizes) > 1:
@@ -163,6 +164,25 @@ def refuse_loader(batch: Any, name: str) -> None:
             f"{name} is a DataLoader, which shuffles anew whenever it is read, so that a sweep "
             "backwards would find other batches than the one forwards; pass "
             "Minibatches(loader.dataset, loader.batch_size, seed, collate=loader.collate_fn)."
+        )
+
+
+def refuse_many(batch: Any, name: str) -> None:
+    """Refuse many batches in the place of one.
+
+    Args:
+        batch: what was given.
+        name: of the argument.
+
+    Raises:
+        ArgumentError: if it gives batches.
+    """
+    data = sys.modules.get("torch.utils.data")
+    if isinstance(batch, Stepwise) or (data is not None and isinstance(batch, data.DataLoader)):
+        raise ArgumentError(
+            f"{name} is one batch, which judges the params at the end, got {type(batch).__name__}: "
+            "pass minibatches.whole or next(iter(loader)); a solve that is to judge each update by "
+            "the next one takes batches=[(inner_batch, batch) for batch in loader]."
         )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 from bilevel import tree
-from bilevel.checks import check_range, check_whole
+from bilevel.checks import check_kind, check_range, check_whole
 from bilevel.control.adjoint import Adjoint, Swept, adjoint
 from bilevel.control.many import adjoints
 from bilevel.dynamics.per_step import GradientSum
@@ -100,6 +100,8 @@ class MLM(HypergradientMethod):
     bounds: Bounds | None = None
 
     def __post_init__(self) -> None:
+        kept = "Checkpointing(...), Budget(...) or None"
+        check_kind(self.checkpointing, Checkpointing | Budget | None, "checkpointing", kept)
         check_whole(self.last, "last", 1, optional=True)
         if self.tolerance is None:
             return

@@ -209,7 +209,20 @@ def paired(batches: Any) -> Feed:
                 f"{type(part).__name__} for the {name} one; a single pair of batches for all "
                 "updates is batches=[(inner_batch, outer_batch)]."
             )
+        if _is_one_batch(part):
+            raise ArgumentError(
+                f"the {name} part of the pair is a {type(part).__name__} of tensors, one batch "
+                "(inputs, targets) which would be read as a loader of two: for the same batches at "
+                "all updates write batches=[(inner_batch, outer_batch)]."
+            )
     return Pairs(*batches)
+
+
+def _is_one_batch(part: Any) -> bool:
+    """Whether it looks like (inputs, targets), not like a list of batches."""
+    if not isinstance(part, tuple | list) or not all(isinstance(x, Tensor) for x in part):
+        return False
+    return isinstance(part, tuple) or len({(x.dtype, x.ndim) for x in part}) > 1
 
 
 class _Checked:

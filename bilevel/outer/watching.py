@@ -28,6 +28,19 @@ class Progress(Record):
         control: the present control, detached; it shares memory with the iteration.
         optimizer: as made by the solver, for its state and learning rates.
         found: the `Adjoint` or `Hypergradient` before the update.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x + u), lambda x, control: (x - 1) ** 2, horizon=1
+        ... )
+        >>> def enough(progress):
+        ...     return progress.cost < 0.1
+        >>> zero = torch.tensor(0.0)
+        >>> solver = bl.ControlSolver(problem, lambda leaves: torch.optim.SGD(leaves, 0.25))
+        >>> found = solver.solve(zero, zero, steps=100, callback=enough)
+        >>> found.costs
+        [1.0, 0.25, 0.0625]
     """
 
     step: int

@@ -61,15 +61,16 @@ print(f"multipliers of the end {[round(x, 3) for x in plan.constraints.end_equal
 force = torch.stack(plan.control.steps)[:, 0]
 active = force.abs() == FORCE
 times = DT * torch.arange(N_PLAN + 1)
-figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+figure, axes = plt.subplots(3, 1, figsize=(6, 7), sharex=True, layout="constrained")
 axes[0].plot(times, planned[:, :2], label=["position [m]", "angle [rad]"])
 axes[1].step(times[:-1], force, where="post", color="C2", label="force [N]")
 axes[1].plot(times[:-1][active], force[active], ".", color="C3", label="at a bound")
-axes[2].plot(times, torch.stack(plan.adjoint.multipliers))
+names = ["of position", "of angle", "of speed", "of rate of turning"]
+axes[2].plot(times, torch.stack(plan.adjoint.multipliers), label=names)
 for ax, title in zip(axes, ("state", "control", "multipliers"), strict=True):
-    ax.set(xlabel="time [s]", title=title)
-axes[0].legend()
-axes[1].legend()
+    ax.set(ylabel=title)
+    ax.legend()
+axes[2].set_xlabel("time [s]")
 # sphinx_gallery_alt = "A cart moves its upright pole, its force between two bounds at first."
 plt.show()
 

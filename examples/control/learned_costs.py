@@ -74,17 +74,17 @@ print(f"loss from {losses[0]:.2e} to {losses[-1]:.2e}")
 
 # %%
 # The loss, and one demonstration with what the first and the last weights make of it.
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+figure, axes = plt.subplots(2, 1, figsize=(6, 6), layout="constrained")
 axes[0].semilogy(losses)
-axes[0].set(xlabel="update", title="loss")
+axes[0].set(xlabel="update", ylabel="loss")
 first = solver.optimum(torch.zeros(2, dtype=torch.float64), starts, begin)
 for forces, style, name in (
-    (shown, "k.", "expert"),
+    (shown, "C5o", "expert"),
     (torch.stack(first.control.steps), "C1--", "weights at first"),
     (torch.stack(found.steps), "C0", "weights learned"),
 ):
     axes[1].plot(forces[:, 0, 0], style, label=name)
-axes[1].set(xlabel="step", title="force of one demonstration")
+axes[1].set(xlabel="step", ylabel="force of one demonstration")
 axes[1].legend()
 # sphinx_gallery_alt = "The loss falls by decades; the learned forces lie on those of the expert."
 plt.show()

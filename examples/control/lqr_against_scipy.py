@@ -50,13 +50,14 @@ print(f"multipliers from -P x by {multiplier_error:.1e}")
 
 # %%
 # States, controls and multipliers over the steps.
-figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+figure, axes = plt.subplots(3, 1, figsize=(6, 7), sharex=True, layout="constrained")
 axes[0].plot(states, label=["position", "velocity"])
 axes[1].step(range(N_STEPS), controls[:, 0], where="post", color="C2", label="force")
 axes[2].plot(multipliers, label=["of position", "of velocity"])
 for ax, title in zip(axes, ("states", "control", "multipliers"), strict=True):
-    ax.set(xlabel="step", title=title)
+    ax.set(ylabel=title)
     ax.legend()
+axes[2].set_xlabel("step")
 # sphinx_gallery_alt = "Position, velocity, force and multipliers of a regulator over fifty steps."
 plt.show()
 

@@ -59,15 +59,17 @@ print(f"largest shift of a Hessian on the way {max(solution.shifts):.1e}, at the
 # %%
 # States, torques with the bounds that are active, and multipliers.
 times = DT * torch.arange(N_STEPS + 1)
-figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+figure, axes = plt.subplots(3, 1, figsize=(6, 7), sharex=True, layout="constrained")
 axes[0].plot(times, states, label=["angle [rad]", "speed [rad/s]"])
-axes[0].axhline(torch.pi, color="grey", linewidth=0.5)
+for upright in (-torch.pi, torch.pi):
+    axes[0].axhline(upright, color="grey", linewidth=0.5)
 axes[1].step(times[:-1], torques, where="post", color="C2", label="torque")
 axes[1].plot(times[:-1][active], torques[active], ".", color="C3", label="at a bound")
 axes[2].plot(times, torch.stack(solution.adjoint.multipliers), label=["of angle", "of speed"])
 for ax, title in zip(axes, ("states", "control", "multipliers"), strict=True):
-    ax.set(xlabel="time [s]", title=title)
+    ax.set(ylabel=title)
     ax.legend()
+axes[2].set_xlabel("time [s]")
 # sphinx_gallery_alt = "A pendulum swings up, its torque between two bounds."
 plt.show()
 

@@ -128,21 +128,21 @@ print(
 )
 
 # %%
-# Left: points are true errors, lines what the certificate says. Right: the learned weights.
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8))
+# Above: points are true errors, lines what the certificate says. Below: the learned weights.
+figure, (above, below) = plt.subplots(2, 1, figsize=(6, 7))
 for order, colour in zip((1, 2, 3), ("C0", "C1", "C2"), strict=True):
-    left.loglog(strengths, estimates[order], colour, label=f"order {order}, estimate")
-    left.loglog(strengths, errors[order], "o", color=colour)
-left.set(xlabel="strength", ylabel="relative error")
-left.legend()
-right.hist(
+    above.loglog(strengths, estimates[order], colour, label=f"order {order}, estimate")
+    above.loglog(strengths, errors[order], "o", color=colour)
+above.set(xlabel="strength", ylabel="relative error")
+above.legend()
+below.hist(
     [learned[~wrong].numpy(), learned[wrong].numpy()],
     bins=20,
     label=["label as it is", "label wrong"],
     stacked=True,
 )
-right.set(xlabel="learned weight of a sample", ylabel="samples")
-right.legend()
+below.set(xlabel="learned weight of a sample", ylabel="samples")
+below.legend()
 # sphinx_gallery_alt = "Estimates lie on the errors of three orders; wrong labels weigh little"
 plt.show()
 

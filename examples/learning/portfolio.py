@@ -118,11 +118,11 @@ paths = torch.stack(
         for belief in beliefs
     ]
 )
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-left.plot(beliefs.sigmoid(), paths)
-left.set(xlabel="belief in the estimated means", ylabel="share")
-right.plot([-value for value in found.values])
-right.set(xlabel="update", ylabel="utility on the months that follow")
+figure, (above, below) = plt.subplots(2, 1, figsize=(6, 7))
+above.plot(beliefs.sigmoid(), paths)
+above.set(xlabel="belief in the estimated means", ylabel="share")
+below.plot([-value for value in found.values])
+below.set(xlabel="update", ylabel="utility on the months that follow")
 # sphinx_gallery_alt = "Shares against a belief, most of them zero; the utility rises"
 plt.show()
 

@@ -351,3 +351,39 @@ def test_a_solution_goes_back_into_the_model():
     )
     control.load_into(model)
     torch.testing.assert_close(model(x), call(control.control, x))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (lambda params: list(params.values()), "params by name .* got list"),
+        (lambda params: nn.Linear(3, 2), "params by name .* got Linear"),
+        (lambda params: torch.zeros(2, 3), r"params by name .* got float32\[2, 3\] on cpu"),
+        (lambda params: {"weight": params["weight"]}, "must have a tensor for 'bias', got weight"),
+        (
+            lambda params: {name: torch.tensor(0.0) for name in params},
+            r"params\['weight'\] must have the shape \(2, 3\) .* params and control swapped",
+        ),
+    ],
+    ids=["list", "module", "tensor", "some", "a control"],
+)
+def test_a_function_of_a_module_takes_its_params_and_nothing_else(params, message):
+    given, call = bl.functional(nn.Linear(3, 2))
+    with pytest.raises(StructureError, match=message):
+        call(params(given), torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("model", "came"), [(nn.Linear, "the class Linear"), (lambda x: x, "function")]
+)
+def test_what_is_no_module_is_refused(model, came):
+    with pytest.raises(ArgumentError, match=f"model must be a torch.nn.Module, got {came}"):
+        bl.functional(model)
+
+
+def test_a_function_of_a_module_says_what_draws():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Dropout(0.0))
+    _, call = bl.functional(model)
+    assert repr(call) == "ModuleFunction(Sequential; in training mode, drawing: 1 (Dropout))"
+    model.eval()
+    assert repr(call) == "ModuleFunction(Sequential)"

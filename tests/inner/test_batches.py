@@ -168,6 +168,7 @@ BAD = {
     "stream": (lambda: bl.Minibatches(Stream(), 4), "map-style Dataset, with __getitem__"),
     "list": (lambda: bl.Minibatches([X, Y], 4), "a list may hold tensors or samples"),
     "numbers": (lambda: bl.Minibatches((X, 3), 4), "must hold tensors with a first axis"),
+    "arrays": (lambda: bl.Minibatches((X.numpy(), Y), 4), "torch.as_tensor makes tensors of"),
     "scalar": (lambda: bl.Minibatches(torch.tensor(1.0), 1), "must hold tensors with a first axis"),
     "empty": (lambda: bl.Minibatches(X[:0], 1), "no samples"),
     "size": (lambda: bl.Minibatches(X, N + 1), "at most the number of samples, 23, got 24"),
@@ -194,3 +195,11 @@ def test_a_loader_as_a_batch_is_refused_with_what_to_pass(name):
     given = torch.zeros(D, dtype=X.dtype), torch.tensor(-1.0, dtype=X.dtype)
     with pytest.raises(ArgumentError, match=f"{name} is a DataLoader.*Minibatches"):
         solver.hypergradient(*given, **{name: LOADER})
+
+
+@pytest.mark.parametrize("many", [LOADER, bl.Minibatches((X, Y), 4)], ids=["loader", "minibatches"])
+def test_many_batches_in_the_place_of_the_outer_one_are_refused(many):
+    solver = bl.BilevelSolver(problem(), bl.optim.SGD(0.05), 3, certificate=None)
+    given = torch.zeros(D, dtype=X.dtype), torch.tensor(-1.0, dtype=X.dtype)
+    with pytest.raises(ArgumentError, match=f"outer_batch is one batch.*got {type(many).__name__}"):
+        solver.hypergradient(*given, outer_batch=many)

@@ -40,6 +40,8 @@ def test_a_pair_of_loaders_gives_each_objective_its_own_and_begins_each_again():
 def test_a_pair_of_lists_is_a_pair_of_loaders():
     assert seen_by((["a", "b"], ["c"]), 3) == (["a", "b", "a"], ["c", "c", "c"])
     assert seen_by([("a", "c"), ("b", "c")], 3) == (["a", "b", "a"], ["c", "c", "c"])
+    inner, _ = seen_by(([ZERO, ZERO + 1], [ZERO]), 2)
+    assert [float(x) for x in inner] == [0, 1]
 
 
 Sample = namedtuple("Sample", "x y")
@@ -58,6 +60,8 @@ Sample = namedtuple("Sample", "x y")
         (([ZERO], 3), "int for the outer one"),
         (((1.0, 2.0), (3.0, 4.0)), "pass a list of pairs, or a pair of lists"),
         (3, "must be an iterable"),
+        ((bl.Minibatches(ZERO, 1), (ZERO, ZERO)), r"the outer part .* tuple of tensors, one batch"),
+        (([ZERO], [ZERO, torch.tensor([1])]), r"write batches=\[\(inner_batch, outer_batch\)\]"),
         (([], [1.0]), "the inner loader gave nothing"),
     ],
 )

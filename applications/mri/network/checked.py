@@ -10,6 +10,7 @@ from applications.mri.network.reconstruction import Reconstruction, classical_re
 from applications.mri.network.weights import Trained, pretrained
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
 from applications.mri.physics.l1_spirit import check_slice
+from applications.mri.physics.masks import over_columns
 
 
 def reconstruct(
@@ -25,7 +26,8 @@ def reconstruct(
 
     Args:
         kspace: complex, shape ``(coils, rows, columns)``; values outside the mask are ignored.
-        mask: boolean, shape ``(rows, columns)``; None: where any coil has a value.
+        mask: boolean, shape ``(rows, columns)``, or ``(columns,)`` where whole columns were
+            measured; None: where any coil has a value.
         trained: network and weights, on the device of ``kspace``; None: the bundled ones.
         check: hold samples out and predict them; a second reconstruction is its price.
         fallback: where the check says that l1-SPIRiT is the better choice, give its images.
@@ -55,6 +57,7 @@ def reconstruct(
     check_slice(kspace)
     if mask is None:
         mask = (kspace != 0).any(0)
+    mask = over_columns(mask, tuple(kspace.shape[1:]))
     trained = trained or pretrained()
     kspace = torch.where(mask, kspace, 0).to(torch.complex64)
     matrix = coil_matrix(kspace, trained.network.architecture.coils_of(len(kspace)))

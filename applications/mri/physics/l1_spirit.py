@@ -184,6 +184,11 @@ def check_slice(kspace: Tensor) -> None:
     Raises:
         InputError: if it is not complex of shape ``(coils, rows, columns)``.
     """
+    if not isinstance(kspace, Tensor):
+        raise InputError(
+            f"kspace must be a tensor, got {type(kspace).__name__}; torch.as_tensor makes one of "
+            "an array."
+        )
     if kspace.ndim != 3 or not kspace.is_complex():
         raise InputError(
             f"kspace must be complex of shape (coils, rows, columns), got {kspace.dtype} "

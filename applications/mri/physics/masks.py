@@ -24,6 +24,29 @@ def samples_columns(mask: Tensor) -> bool:
     return bool((mask == mask[..., :1, :]).all())
 
 
+def over_columns(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A mask of rows and columns, made of one of columns where it is that.
+
+    Args:
+        mask: boolean, shape ``(rows, columns)`` or ``(columns,)``.
+        shape: ``(rows, columns)``.
+
+    Returns:
+        The mask, checked.
+
+    Raises:
+        InputError: if it does not fit, see `check_mask`.
+    """
+    if not isinstance(mask, Tensor):
+        raise InputError(
+            f"mask must be a tensor, got {type(mask).__name__}; torch.as_tensor makes one of an "
+            "array."
+        )
+    whole = mask.expand(shape).contiguous() if tuple(mask.shape) == tuple(shape[1:]) else mask
+    check_mask(whole, shape)
+    return whole
+
+
 def check_mask(mask: Tensor, shape: tuple[int, ...], name: str = "mask") -> None:
     """Refuses a mask that does not fit.
 

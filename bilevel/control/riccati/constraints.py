@@ -35,6 +35,21 @@ class Constraints:
 
     Raises:
         ArgumentError: if there is no constraint, or a setting is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x + u),
+        ...     terminal=lambda x, control: 0 * x,
+        ...     running=lambda x, u, t: u**2,
+        ...     horizon=4,
+        ... )
+        >>> arrive = bl.control.Constraints(end_equality=lambda x, control: x - 1)
+        >>> idle = bl.PerStep.unstack(torch.zeros(4, dtype=torch.float64))
+        >>> solver = bl.ControlSolver(problem, bl.Riccati(constraints=arrive))
+        >>> found = solver.solve(idle, torch.tensor(0.0, dtype=torch.float64))
+        >>> [round(float(u), 6) for u in found.control.steps]
+        [0.25, 0.25, 0.25, 0.25]
     """
 
     inequality: StepConstraint | None = None

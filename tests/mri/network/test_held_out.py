@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from applications.errors import InputError
 from applications.mri import reconstruct
 from applications.mri.network.architecture import light, narrow
 from applications.mri.network.certificate import HOPELESS, WORSE, SliceCertificate
@@ -192,6 +193,30 @@ def test_the_mask_may_be_left_out_and_the_check_switched_off():
         trained.network.prepare(kspace[None], mask), trained.control
     )
     assert torch.equal(found.image, expected.image)
+
+
+def test_a_mask_of_columns_is_one_of_whole_columns():
+    kspace, mask, _ = scan(sampling=COLUMNS)
+    trained = network()
+    found = reconstruct(kspace, mask[0], trained, check=False)
+    assert torch.equal(found.image, reconstruct(kspace, mask, trained, check=False).image)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda kspace, mask: (kspace.numpy(), mask), "kspace must be a tensor, got ndarray"),
+        (lambda kspace, mask: (kspace, mask.numpy()), "mask must be a tensor, got ndarray"),
+        (lambda kspace, mask: (kspace, mask.float()), "mask must be boolean, got torch.float32"),
+        (lambda kspace, mask: (kspace, mask[:, :5]), r"shape \(64, 64\), got \(64, 5\)"),
+        (lambda kspace, mask: (kspace, mask[0, :5]), r"shape \(64, 64\), got \(5,\)"),
+    ],
+    ids=["array", "array of a mask", "numbers", "columns left out", "a short one"],
+)
+def test_what_is_no_slice_or_mask_is_refused(change, message):
+    kspace, mask, _ = scan()
+    with pytest.raises(InputError, match=message):
+        reconstruct(*change(kspace, mask), network())
 
 
 @pytest.mark.parametrize("n_coils", [1, 2, 11])
