@@ -9,8 +9,9 @@ from bilevel.sweeps.checkpointing import Budget, Checkpointing, plan
 from bilevel.sweeps.disk import OnDisk
 from bilevel.sweeps.host import OnHost
 from bilevel.sweeps.memory import LiveBytes, Measurement, measure
+from bilevel.sweeps.randomness import is_look
 from bilevel.sweeps.schedule import Schedule
 from bilevel.sweeps.storage import InMemory, Snapshots, Storage
 
 __all__ = ["Budget", "Checkpointing", "InMemory", "LiveBytes", "Measurement", "OnDisk", "OnHost"]
-__all__ += ["Schedule", "Snapshots", "Storage", "measure", "plan"]
+__all__ += ["Schedule", "Snapshots", "Storage", "is_look", "measure", "plan"]

@@ -18,7 +18,7 @@ from bilevel.dynamics.problem import ControlProblem
 from bilevel.dynamics.steps import Step, begun
 from bilevel.sweeps.block import Block
 from bilevel.sweeps.checkpointing import Budget, Checkpointing, plan
-from bilevel.sweeps.randomness import RandomState, devices_of, preserved
+from bilevel.sweeps.randomness import RandomState, devices_of, looking, preserved
 from bilevel.sweeps.trajectory import Trajectory
 from bilevel.tree import Tree
 
@@ -153,6 +153,7 @@ def measure(
         dynamics, observation, control, problem.horizon, graphs, problem.step_costs
     )
     with (
+        looking(),
         autodiff.recording(),
         preserved(trajectory.devices),
         buffers_kept(dynamics, problem.running, problem.terminal),

@@ -5,6 +5,7 @@ Torch's default generators are rewound where the forward sweep drew from them, a
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,31 @@ from torch import Tensor
 
 from bilevel import autodiff, tree
 from bilevel.tree import Tree
+
+_LOOKING: ContextVar[bool] = ContextVar("looking", default=False)
+
+
+@contextmanager
+def looking() -> Iterator[None]:
+    """Inside, steps are evaluated beside those of a sweep, to see what they are like."""
+    token = _LOOKING.set(True)
+    try:
+        yield
+    finally:
+        _LOOKING.reset(token)
+
+
+def is_look() -> bool:
+    """Whether a step is evaluated for a look, which each process makes once, and not by a sweep.
+
+    Returns:
+        True inside of a look.
+
+    Example:
+        >>> is_look()  # what counts the evaluations of its sweeps counts where this is False
+        False
+    """
+    return _LOOKING.get()
 
 
 def devices_of(values: Tree) -> frozenset[torch.device]:

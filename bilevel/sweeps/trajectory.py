@@ -21,7 +21,7 @@ from bilevel.errors import ArgumentError
 from bilevel.sweeps.block import Block, Costs, no_costs, refuse_hidden
 from bilevel.sweeps.checkpointing import Checkpointing
 from bilevel.sweeps.determinism import check_same_gradient, check_same_state
-from bilevel.sweeps.randomness import RandomState, devices_of, preserved
+from bilevel.sweeps.randomness import RandomState, devices_of, looking, preserved
 from bilevel.sweeps.schedule import Action, Do
 from bilevel.sweeps.storage import MemorySnapshots, Snapshots
 from bilevel.tree import Tree
@@ -268,7 +268,7 @@ class Trajectory:
         """Two evaluations of step t more, at the first replay of what the steps come from."""
 
         def taped() -> Block:
-            with self._rewound():
+            with self._rewound(), looking():
                 return self.tape(range(t - 1, t), start, step=step)
 
         steps = self.forward_steps

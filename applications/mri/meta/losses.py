@@ -10,6 +10,7 @@ import bilevel as bl
 from applications.mri.network.reconstruction import Loss, Network
 from applications.mri.training.draws import Batch
 from applications.mri.training.examples import PreparedExample
+from bilevel.sweeps import is_look
 
 
 @dataclass(eq=False)
@@ -20,7 +21,7 @@ class TaskLosses:
         network: the dynamics.
         loss: weights of its terms.
         checkpointing: of the sweeps through its phases.
-        evaluations: slices evaluated so far, those of sweeps included that evaluate again.
+        evaluations: slices evaluated so far by sweeps, those included that evaluate again.
     """
 
     network: Network
@@ -35,7 +36,8 @@ class TaskLosses:
     def of_task(self, control: bl.PerStep, examples: Sequence[PreparedExample]) -> Tensor:
         """Mean loss over the slices of one task, real scalar."""
         counts = [len(one.target) for one in examples]
-        self.evaluations += sum(counts)
+        if not is_look():  # each process makes its own: a run that goes on counts as one
+            self.evaluations += sum(counts)
         costs = []
         for one in examples:
             problem, start = one.problem(self.network, self.loss)
