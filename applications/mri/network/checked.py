@@ -67,7 +67,7 @@ def reconstruct(
     found = trained.network.reconstruct(scan, trained.control)
     if not check:
         return found
-    certificate = certified(trained, given, mask, extra)
+    certificate = certified(trained, given, mask, extra, scan)
     if fallback and certificate.replaceable:
         found = classical_reconstruction(kspace, mask, calibration=calibration)
     return replace(found, certificate=certificate)

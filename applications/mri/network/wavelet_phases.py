@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from applications.mri.network.architecture import Architecture
 from applications.mri.physics.consistency import times
 from applications.mri.physics.l1_spirit import momenta
-from applications.mri.physics.operators import ifft2c, sample_adjoint, sample_normal
+from applications.mri.physics.measured import Measured
+from applications.mri.physics.operators import ifft2c
 from applications.mri.physics.wavelets import Wavelets, spread
 
 STEPS = 3  # towards data and consistency, a phase
@@ -99,18 +100,20 @@ class WaveletPhase(nn.Module):
     def forward(
         self,
         state: State,
-        kspace: Tensor,
+        samples: Tensor,
         mask: Tensor,
         consistent: Tensor,
         threshold: Tensor,
     ) -> State:
-        """u(t) and u(t-1) from u(t-1) and u(t-2), all ``(batch, coils, rows, columns)``."""
+        """u(t) and u(t-1) from u(t-1) and u(t-2), all ``(batch, coils, rows, columns)``.
+
+        Samples and mask are those of a `Measured`.
+        """
         u, before = state
-        zero_filled = sample_adjoint(kspace, mask)
+        data = Measured(samples, mask)
         for i in range(STEPS):
             ahead = u + self.momentum[i] * (u - before)
-            residual = sample_normal(ahead, mask) - zero_filled
-            b = ahead - self.step[i] * residual
+            b = data.towards(ahead, self.step[i])
             u, before = b + self.consistency[i] * (times(consistent, b) - b), u
         return self.shrunk(u, STEPS * threshold), before
 

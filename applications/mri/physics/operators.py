@@ -85,30 +85,6 @@ def sample_adjoint(kspace: Tensor, mask: Tensor) -> Tensor:
     return ifft2c(kspace * mask)
 
 
-def sample_normal(image: Tensor, mask: Tensor) -> Tensor:
-    r"""What is left of an image by sampling, :math:`F^H P F u`, in less time than in two steps.
-
-    Args:
-        image: shape ``(..., rows, columns)``.
-        mask: as in `sample`.
-
-    Returns:
-        Image of the same shape, complex.
-
-    Raises:
-        InputError: if the mask does not fit the image.
-    """
-    _check_image("image", image)
-    _check_fit("image", image, mask)
-    rows, columns = image.shape[-2:]
-    if rows % 2 or columns % 2:
-        return ifft2c(fft2c(image) * mask)
-    # The signs in k-space, see `_centred`, are there twice: they cancel.
-    signs, _ = _signs(rows, columns, image.device)
-    left = torch.fft.fft2(image * signs, norm="ortho") * mask
-    return torch.fft.ifft2(left, norm="ortho") * signs
-
-
 def rss(coil_images: Tensor) -> Tensor:
     r"""Root sum of squares over the coils, :math:`\sqrt{\sum_c |u_c|^2}`.
 

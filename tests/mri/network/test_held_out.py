@@ -13,8 +13,8 @@ from applications.mri.network.architecture import light, narrow
 from applications.mri.network.certificate import HOPELESS, WORSE, SliceCertificate
 from applications.mri.network.held_out import calibration_kept, certified, held_out
 from applications.mri.network.reconstruction import L1_SPIRIT, NETWORK, Network
-from applications.mri.network.weights import Trained
-from applications.mri.physics.consistency import fully_sampled_centre
+from applications.mri.network.weights import Trained, pretrained
+from applications.mri.physics.consistency import fully_sampled_centre, towards_consistency
 from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.operators import fft2c, rss
 from applications.mri.sampling import CartesianEquispaced, CartesianRandom, PoissonDisc
@@ -228,3 +228,24 @@ def test_any_number_of_coils_is_taken(n_coils):
     narrow_one = Network(replace(narrow(COILS), n_phases=1, filters=2, features=2), 1)
     found = reconstruct(copies, mask, Trained(narrow_one, narrow_one.controls(), {}), check=False)
     assert found.image.shape == (1, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "times"), [(POINTS, 1), (CartesianRandom(3, 0.45), 2)], ids=repr
+)
+def test_coils_are_calibrated_once_unless_some_of_the_centre_is_held_out(
+    monkeypatch, sampling, times
+):
+    kspace, mask, _ = scan(0, sampling)
+    trained, calls = pretrained(), []
+    fresh = certified(trained, kspace, mask)
+
+    def counted(*given):
+        calls.append(1)
+        return towards_consistency(*given)
+
+    monkeypatch.setattr("applications.mri.network.scan.towards_consistency", counted)
+    found = reconstruct(kspace, mask, trained, fallback=False).certificate
+    assert len(calls) == times
+    assert found.error == pytest.approx(fresh.error, rel=1e-4)
+    assert found.classical == pytest.approx(fresh.classical, rel=1e-4)

@@ -10,7 +10,6 @@ from applications.mri.physics.operators import (
     rss,
     sample,
     sample_adjoint,
-    sample_normal,
 )
 
 SHAPES = [(6, 8), (5, 8), (6, 7), (5, 7), (1, 3)]
@@ -121,12 +120,3 @@ def test_a_centre_crop_starts_where_fastmri_starts_it(n, m):
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
-
-
-@pytest.mark.parametrize("shape", [(8, 10), (8, 6), (7, 8), (9, 5)])
-def test_what_sampling_leaves_is_sampling_and_its_adjoint(shape):
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, *shape, dtype=torch.complex128, generator=generator)
-    mask = torch.rand(shape, generator=generator) < 0.5
-    expected = sample_adjoint(sample(image, mask), mask)
-    torch.testing.assert_close(sample_normal(image, mask), expected)
