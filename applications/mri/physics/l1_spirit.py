@@ -194,10 +194,10 @@ def check_slice(kspace: Tensor) -> None:
             f"kspace must be a tensor, got {type(kspace).__name__}; torch.as_tensor makes one of "
             "an array."
         )
-    if kspace.ndim != 3 or not kspace.is_complex():
+    if kspace.ndim != 3 or not kspace.is_complex() or 0 in kspace.shape:
         raise InputError(
-            f"kspace must be complex of shape (coils, rows, columns), got {kspace.dtype} "
-            f"{tuple(kspace.shape)}; pass one slice."
+            "kspace must be complex of shape (coils, rows, columns), with at least one coil, got "
+            f"{kspace.dtype} {tuple(kspace.shape)}; pass one slice."
         )
 
 
