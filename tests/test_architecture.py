@@ -154,6 +154,7 @@ ROOMS = {
         "methods",
         "scoring",
         "verdicts",
+        "scan_slices",
         "scanning",
         "figures",
         "kept",

@@ -14,6 +14,7 @@ from applications.mri.data.centre import check_centre
 from applications.mri.formats import RawSlice
 from applications.mri.physics.operators import unit_of
 
+
 def implied_mask(kspace: Tensor) -> Tensor:
     """The positions where any coil is not exactly zero: the mask of zero-filled k-space.
 
