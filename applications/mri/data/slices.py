@@ -25,7 +25,7 @@ def scans_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
 
     Args:
         folder: to look in; folders in it and hidden files, such as the `._a.h5` of macOS, are left
-            out.
+            out. Links to nothing are not: opening them says so.
         suffixes: of scans, in any case; those of fastMRI's layout unless stated.
 
     Returns:
@@ -34,7 +34,9 @@ def scans_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     return sorted(
         one
         for one in folder.iterdir()
-        if one.suffix.lower() in suffixes and not one.name.startswith(".") and one.is_file()
+        if one.suffix.lower() in suffixes
+        and not one.name.startswith(".")
+        and (one.is_file() or (one.is_symlink() and not one.exists()))
     )
 
 

@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from applications.errors import InputError
 from applications.mri.data.centre import check_centre
-from applications.mri.formats import RawSlice
+from applications.mri.formats import RawSlice, UnusableSliceError
 from applications.mri.physics.operators import unit_of
 
 
@@ -25,10 +24,6 @@ def implied_mask(kspace: Tensor) -> Tensor:
         Boolean mask, shape ``(..., rows, columns)``.
     """
     return (kspace != 0).any(dim=-3)
-
-
-class UnusableSliceError(InputError):
-    """A slice that was not measured, or holds values that are not finite: it can be left out."""
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,7 @@ class WaveletPhase(nn.Module):
         consistent: Tensor,
         threshold: Tensor,
     ) -> State:
-        """u(t) and u(t-1) from u(t-1) and u(t-2), all ``(batch, coils, rows, columns)``.
-
-        Samples and mask are those of a `Measured`.
-        """
+        """u(t) and u(t-1) from u(t-1) and u(t-2), by samples and mask of a `Measured`."""
         u, before = state
         data = Measured(samples, mask)
         for i in range(STEPS):

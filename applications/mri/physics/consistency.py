@@ -114,7 +114,7 @@ def _large_centre(mask: Tensor, kernel: int) -> tuple[int, int, int, int]:
         raise InputError(
             f"a fully sampled centre of {kernel} x {kernel} positions was needed to calibrate the "
             f"coils, the mask has {bottom - top} x {right - left}; sample more of the centre, or "
-            "use a network without self_consistency."
+            "train a network of the preset paper, which needs none."
         )
     return top, bottom, left, right
 

@@ -13,7 +13,7 @@ from command_lines import call, refused, succeed
 from scan_files import header, lines_of, write_ismrmrd
 
 from applications.mri.bundled.paths import bundled_scan_path
-from applications.mri.data import VolumeFile, SliceDataset, Volume, write_volume
+from applications.mri.data import SliceDataset, Volume, VolumeFile, write_volume
 from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import score
 from applications.mri.formats.fastmri_header import minimal_header
