@@ -22,7 +22,7 @@ from applications.mri.network.architecture import Architecture
 from applications.mri.physics.consistency import times
 from applications.mri.physics.l1_spirit import momenta
 from applications.mri.physics.measured import Measured
-from applications.mri.physics.operators import ifft2c
+from applications.mri.physics.operators import between, ifft2c
 from applications.mri.physics.wavelets import Wavelets, spread
 
 STEPS = 3  # towards data and consistency, a phase
@@ -109,9 +109,9 @@ class WaveletPhase(nn.Module):
         u, before = state
         data = Measured(samples, mask)
         for i in range(STEPS):
-            ahead = u + self.momentum[i] * (u - before)
+            ahead = between(before, u, 1 + self.momentum[i])
             b = data.towards(ahead, self.step[i])
-            u, before = b + self.consistency[i] * (times(consistent, b) - b), u
+            u, before = between(b, times(consistent, b), self.consistency[i]), u
         return self.shrunk(u, STEPS * threshold), before
 
     def shrunk(self, coil_images: Tensor, threshold: Tensor) -> Tensor:

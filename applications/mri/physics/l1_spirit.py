@@ -26,7 +26,7 @@ from applications.mri.physics.consistency import (
 )
 from applications.mri.physics.masks import check_mask
 from applications.mri.physics.measured import Measured
-from applications.mri.physics.operators import ifft2c, rss
+from applications.mri.physics.operators import between, ifft2c, rss
 from applications.mri.physics.wavelets import Wavelets, spread
 
 CONSISTENCY = 0.5  # c
@@ -82,7 +82,7 @@ def _fista(f: Tensor, mask: Tensor, normal: Tensor, threshold: float, steps: int
     u = before = ifft2c(f)
     data = Measured.of(f, mask)
     for step, momentum in enumerate(momenta(steps)):
-        ahead = (u - before).mul_(momentum).add_(u)
+        ahead = between(before, u, 1 + momentum)
         b = data.towards(ahead, length).sub_(times(normal, ahead), alpha=length)
         wavelets = Wavelets(shape, shift=spread(shape, step))
         before = u
@@ -134,7 +134,7 @@ def quick_steps(
     u = before = ifft2c(f)
     data = Measured.of(f, mask)
     for step, momentum in enumerate(momenta(steps), start=1):
-        ahead = (u - before).mul_(momentum).add_(u)
+        ahead = between(before, u, 1 + momentum)
         before = u
         u = times(consistent, data.towards(ahead))
         if step % every == 0:

@@ -4,6 +4,7 @@ import torch
 
 from applications.errors import InputError
 from applications.mri.physics.operators import (
+    between,
     centre_crop,
     fft2c,
     ifft2c,
@@ -120,3 +121,16 @@ def test_a_centre_crop_starts_where_fastmri_starts_it(n, m):
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, 1.7, torch.tensor(0.3, dtype=torch.float64)])
+def test_what_lies_between_two_images_is_a_line_through_both(weight):
+    one, other = draw(2, 3, 4), draw(2, 3, 4, seed=1)
+    torch.testing.assert_close(between(one, other, weight), one + weight * (other - one))
+
+
+def test_what_lies_between_is_differentiated_in_all_of_it():
+    weight = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    ends = [draw(2, 3, seed=k).requires_grad_() for k in (0, 1)]
+    assert torch.autograd.gradcheck(between, (*ends, weight))
+    assert torch.autograd.gradgradcheck(between, (*ends, weight))
