@@ -14,6 +14,7 @@ from scan_files import header, lines_of, write_ismrmrd
 
 from applications.mri.bundled.paths import bundled_scan_path
 from applications.mri.data import SliceDataset, Volume, VolumeFile, write_volume
+from applications.mri.evaluation import scanning
 from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import score
 from applications.mri.formats.fastmri_header import minimal_header
@@ -371,13 +372,19 @@ def test_the_device_is_where_the_network_works(weights, tmp_path, monkeypatch):
     """The meta device computes nothing: what reaches the network there was sent there."""
     write_volume(tmp_path / "a.h5", Volume(full()))
     seen = set()
-    prepare = Network.prepare
 
-    def watched(self, kspace, mask, calibration=None):
-        seen.add((str(kspace.device), str(mask.device)))
-        return prepare(self, kspace, mask, calibration)
+    def watched(place):
+        plain = getattr(*place)
 
-    monkeypatch.setattr(Network, "prepare", watched)
+        def call(*given, **more):
+            tensors = [one for one in given if isinstance(one, torch.Tensor)]
+            seen.add(tuple(str(one.device) for one in tensors[:2]))
+            return plain(*given, **more)
+
+        monkeypatch.setattr(*place, call)
+
+    watched((scanning, "reconstruct"))
+    watched((Network, "prepare"))
     monkeypatch.setattr("applications.mri.commands.scans.check_device", lambda _: None)
     for command, *source in (
         ("reconstruct", "--scan", tmp_path / "a.h5"),
