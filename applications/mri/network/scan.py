@@ -19,7 +19,7 @@ from applications.mri.physics.consistency import (
 )
 from applications.mri.physics.l1_spirit import CONSISTENCY, quick_steps, threshold_of_noise
 from applications.mri.physics.masks import check_mask, samples_columns
-from applications.mri.physics.operators import fft2c, ifft2c, rss
+from applications.mri.physics.operators import fft2c, ifft2c, rss, unit_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,8 @@ def prepared(
     f = kspace.to(torch.complex64) * masks[:, None]
     scale = torch.ones(len(f), 1, 1, 1, device=f.device)
     if a.scale_input:
-        scale = rss(ifft2c(f)).amax((-2, -1))[:, None, None, None]
+        unit = unit_of(f)
+        scale = unit * rss(ifft2c(f / unit)).amax((-2, -1))[:, None, None, None]
         if not bool((scale > 0).all()):
             raise InputError("kspace is zero wherever the mask samples; check the mask.")
     f = f / scale

@@ -26,7 +26,7 @@ from applications.mri.physics.consistency import (
 )
 from applications.mri.physics.masks import check_mask
 from applications.mri.physics.measured import Measured
-from applications.mri.physics.operators import between, ifft2c, rss
+from applications.mri.physics.operators import between, ifft2c, rss, unit_of
 from applications.mri.physics.wavelets import Wavelets, spread
 
 CONSISTENCY = 0.5  # c
@@ -61,7 +61,8 @@ def l1_spirit(
     """
     _check(kspace, mask, threshold, steps)
     f = kspace.to(torch.complex64) * mask
-    scale = rss(ifft2c(f)).max()
+    unit = unit_of(f)
+    scale = unit * rss(ifft2c(f / unit)).max()
     if not bool(scale > 0):
         raise InputError("kspace is zero wherever the mask samples; check the mask.")
     f = f / scale

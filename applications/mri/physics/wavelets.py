@@ -25,6 +25,7 @@ from torch import Tensor
 from applications.errors import InputError
 
 _SIDE = 32  # outputs of a block; larger ones multiply more zeros, smaller ones take more calls
+_WHOLE = 2**20  # the same where a call takes longer than its work, as on a GPU: one block
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Wavelets:
             coarse to fine, ``(..., 3, m, n)``: details along columns, along rows, along both.
         """
         details: list[Tensor] = []
-        for down, across in self._levels():
+        for down, across in self._levels(images.device):
             low, high = down.forward(images, -2)
             images, columns = across.forward(low, -1)
             details.append(torch.stack([columns, *across.forward(high, -1)], dim=-3))
@@ -94,18 +95,21 @@ class Wavelets:
             Real, shape ``(..., rows, columns)``.
         """
         images, *details = bands
-        for (down, across), detail in zip(reversed(self._levels()), details, strict=True):
+        for (down, across), detail in zip(
+            reversed(self._levels(images.device)), details, strict=True
+        ):
             columns, rows, diagonal = detail.unbind(-3)
             low, high = across.adjoint(images, columns, -1), across.adjoint(rows, diagonal, -1)
             images = down.adjoint(low, high, -2)
         return images
 
-    def _levels(self) -> list[tuple["_Level", "_Level"]]:
+    def _levels(self, device: torch.device) -> list[tuple["_Level", "_Level"]]:
         """Of each level, what is done along rows and along columns, from fine to coarse."""
         depth = self.depth
         multiple = 2**depth
+        side = _SIDE if device.type == "cpu" else _WHOLE
         axes = [
-            _axis(n, depth, shift % (-(-n // multiple) * multiple), self.name)
+            _axis(n, depth, shift % (-(-n // multiple) * multiple), self.name, side)
             for n, shift in zip(self.shape, self.shift, strict=True)
         ]
         return list(zip(*axes, strict=True))
@@ -192,21 +196,21 @@ def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _axis(n: int, depth: int, shift: int, name: str) -> tuple[_Level, ...]:
+def _axis(n: int, depth: int, shift: int, name: str, side: int) -> tuple[_Level, ...]:
     """All levels along an axis of n pixels, the first shifted and cut to n."""
     padded = -(-n // 2**depth) * 2**depth
     first = np.roll(_level(padded, name), shift, axis=1)[:, :n]
     rest = [_level(padded >> level, name) for level in range(1, depth)]
-    return tuple(_in_blocks(matrix) for matrix in (first, *rest))
+    return tuple(_in_blocks(matrix, side) for matrix in (first, *rest))
 
 
-def _in_blocks(matrix: NDArray[np.float64]) -> _Level:
+def _in_blocks(matrix: NDArray[np.float64], side: int) -> _Level:
     """A level, cut."""
     half, n = len(matrix) // 2, matrix.shape[1]
-    step = _SIDE // 2
+    step = side // 2
     low = [np.arange(at, min(at + step, half)) for at in range(0, half, step)]
     analysis = tuple(_cut(matrix[np.concatenate([one, half + one])], n) for one in low)
-    places = [slice(at, min(at + _SIDE, n)) for at in range(0, n, _SIDE)]
+    places = [slice(at, min(at + side, n)) for at in range(0, n, side)]
     return _Level(analysis, tuple(_cut(matrix[:, at].T, half) for at in places))
 
 

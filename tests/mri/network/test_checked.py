@@ -7,6 +7,7 @@ import torch
 from applications.errors import InputError
 from applications.mri import reconstruct
 from applications.mri.network.weights import pretrained
+from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.sampling import CartesianRandom, PoissonDisc
 from applications.mri.simulation.simulate import simulate
 
@@ -108,3 +109,12 @@ def test_weights_are_those_given(plain):
     assert found.certificate is None
     with pytest.raises(InputError, match="trained must be network and weights, got str"):
         reconstruct(KSPACE, MASK, "weights.safetensors")
+
+
+@pytest.mark.parametrize("factor", [2.0**67, 2.0**-80])
+def test_l1_spirit_and_preparing_take_extreme_values_too(factor):
+    torch.testing.assert_close(l1_spirit(KSPACE * factor, MASK) / factor, l1_spirit(KSPACE, MASK))
+    network = pretrained().network
+    scans = [network.prepare(KSPACE[None] * one, MASK) for one in (1.0, factor)]
+    torch.testing.assert_close(scans[1].start, scans[0].start)
+    torch.testing.assert_close(scans[1].scale / factor, scans[0].scale)
