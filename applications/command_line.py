@@ -1,6 +1,7 @@
 """What the command lines of the applications share."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -78,7 +79,7 @@ def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
     def run(**arguments: object) -> None:
         try:
             _check_whole(arguments)
-            with needing(extra):
+            with needing(extra), _warnings_in_a_line():
                 command(**arguments)
         except (BilevelError, OSError, MemoryError) as error:
             raise _refused(str(error) or type(error).__name__) from None
@@ -112,6 +113,22 @@ def _check_whole(arguments: Mapping[str, object]) -> None:
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} must lie between -2^63 and 2^63 - 1, got {value}.")
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings meant for users as one line, like errors."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, UserWarning):
+                sys.stderr.write(f"warning: {shown(' '.join(str(message).split()))}\n")
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def say(line: str) -> None:

@@ -81,7 +81,13 @@ ROOMS = {
     ],
     "applications.mri.bundled": ["paths"],
     "applications.mri.physics": [
-        *("masks", "operators", "coil_counts", "consistency", "wavelets", "l1_spirit"),
+        "masks",
+        "operators",
+        "measured",
+        "coil_counts",
+        "consistency",
+        "wavelets",
+        "l1_spirit",
     ],
     "applications.mri.formats": [
         "base",
@@ -148,6 +154,7 @@ ROOMS = {
         "methods",
         "scoring",
         "verdicts",
+        "scan_slices",
         "scanning",
         "figures",
         "kept",

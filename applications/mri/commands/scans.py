@@ -177,7 +177,7 @@ def reconstruct_command(
     held = claimed(written, inputs, out) if several else claimed(written, inputs)
     skip = several and skip_bad
     with held, progress_bars() as report:
-        check_outputs([output for job in jobs for output in job.outputs], inputs)
+        check_outputs([*written, *(one for job in jobs for one in job.outputs)], inputs)
         for job in jobs:
             check_image_path(job.out)
         outcomes = [_outcome(job, making, given, made_by, report, skip, inputs) for job in jobs]
@@ -220,6 +220,7 @@ def _jobs(scan: Path, out: Path, png: Path | None, suffix: str, *, check: bool) 
             f"{out}: images of a folder of scans go to a folder, this is the name of a file; "
             "choose the format by --suffix."
         )
+    check_image_path(out / f"image{suffix}")
     scans = [one for one in scans_in(scan, (*HDF5, ".mrd", ".cfl", ".dat")) if _plausible(one)]
     if not scans:
         raise InputError(f"{scan}: at least one scan was needed, the folder has none.")

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from applications.errors import InputError
 from applications.mri.data.remarks import Remarks
 from applications.mri.data.values import Slice, UnusableSliceError
-from applications.mri.data.volumes import VolumeFile
+from applications.mri.data.volumes import VolumeFile, open_scan
 from applications.mri.formats.fastmri import SUFFIXES
 from applications.mri.physics.operators import ifft2c, rss
 
@@ -25,7 +25,7 @@ def scans_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
 
     Args:
         folder: to look in; folders in it and hidden files, such as the `._a.h5` of macOS, are left
-            out.
+            out. Links to nothing are not: opening them says so.
         suffixes: of scans, in any case; those of fastMRI's layout unless stated.
 
     Returns:
@@ -34,7 +34,9 @@ def scans_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     return sorted(
         one
         for one in folder.iterdir()
-        if one.suffix.lower() in suffixes and not one.name.startswith(".") and one.is_file()
+        if one.suffix.lower() in suffixes
+        and not one.name.startswith(".")
+        and (one.is_file() or (one.is_symlink() and not one.exists()))
     )
 
 
@@ -46,7 +48,8 @@ class SliceDataset(Dataset[Slice]):
 
     Args:
         source: a folder, whose scans are read in alphabetical order, see `scans_in`; or a sequence
-            of files, which may have been opened.
+            of files. All volumes of a file count, one after the other; of those that have been
+            opened as a `VolumeFile`, that volume.
 
     Raises:
         InputError: if there is no file, or one is not in the layout of this module.
@@ -67,7 +70,9 @@ class SliceDataset(Dataset[Slice]):
         if not source:
             raise InputError("source must name at least one file, got an empty sequence.")
         self.files: tuple[VolumeFile, ...] = tuple(
-            one if isinstance(one, VolumeFile) else VolumeFile(Path(one)) for one in source
+            volume
+            for one in source
+            for volume in ((one,) if isinstance(one, VolumeFile) else open_scan(Path(one)))
         )
         self._ends = list(accumulate(file.n_slices for file in self.files))
 

@@ -1,6 +1,5 @@
 """One slice as users get it: checked, its squares finite, with what was measured."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from applications.errors import InputError
 from applications.mri.data.centre import check_centre
-from applications.mri.formats import RawSlice
-
-_EXPONENTS = -126, 127  # of powers of two that float32 holds in full
-_SMALLEST, _LARGEST = 1e-13, 1e13  # whose squares, summed over a slice, are far from the limits
+from applications.mri.formats import RawSlice, UnusableSliceError
+from applications.mri.physics.operators import unit_of
 
 
 def implied_mask(kspace: Tensor) -> Tensor:
@@ -28,10 +24,6 @@ def implied_mask(kspace: Tensor) -> Tensor:
         Boolean mask, shape ``(..., rows, columns)``.
     """
     return (kspace != 0).any(dim=-3)
-
-
-class UnusableSliceError(InputError):
-    """A slice that was not measured, or holds values that are not finite: it can be left out."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,7 @@ def slice_of(raw: RawSlice, scan: Path, path: Path, index: int, largest: float |
     _check_finite(path, "kspace", raw.kspace, index)
     kspace = torch.from_numpy(raw.kspace)
     measured, remarks = _measured(path, kspace, raw.mask, index)
-    unit = _unit(kspace)
+    unit = unit_of(kspace)
     kspace = kspace if unit == 1 else kspace / unit
     check_centre(kspace, measured, f"{path}: slice {index}")
     reference, calibration = raw.reference, raw.calibration
@@ -127,15 +119,6 @@ def _measured(
     if columns * measured.shape[0] == missing:
         what = f"{columns} of {measured.shape[1]} columns"
     return mask, (f"{what} are zero in all coils and count as not measured",)
-
-
-def _unit(kspace: Tensor) -> float:
-    """A power of two that brings extreme values to about 1; it changes no digit."""
-    low, high = torch.view_as_real(kspace).aminmax()
-    largest = max(-float(low), float(high))
-    if _SMALLEST <= largest <= _LARGEST:
-        return 1.0
-    return 2.0 ** min(max(round(math.log2(largest)), _EXPONENTS[0]), _EXPONENTS[1])
 
 
 def _check_finite(path: Path, name: str, values: NDArray[Any], index: int) -> None:

@@ -63,6 +63,11 @@ class VolumeFile:
             object.__setattr__(self, name, value)
 
     @property
+    def label(self) -> str:
+        """What tables and outputs call it: the file without suffix, and which volume of several."""
+        return self.path.stem if self.n_volumes == 1 else f"{self.path.stem}_volume{self.volume}"
+
+    @property
     def n_slices(self) -> int:
         """Number of slices."""
         return self.facts.n_slices if self.block is None else len(self.block)

@@ -38,12 +38,24 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     """
     stems = Counter(path.stem.casefold() for path in paths)
     names = [path.stem if stems[path.stem.casefold()] == 1 else path.name for path in paths]
+    check_unlike(names)
+    return names
+
+
+def check_unlike(names: Sequence[str]) -> None:
+    """Refuses names of outputs that are one, be it but for capitals.
+
+    Args:
+        names: of the outputs.
+
+    Raises:
+        InputError: if two are.
+    """
     twice = [name for name, n in Counter(name.casefold() for name in names).items() if n > 1]
     if twice:
         raise InputError(
             f"each scan needs outputs of its own, {twice[0]!r} would be of two; rename a scan."
         )
-    return names
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,13 @@ class KeptImages:
     @property
     def outputs(self) -> list[Output]:
         """What will be written."""
-        names = names_of([file.path for file in self.files])
+        paths = list(dict.fromkeys(file.path for file in self.files))
+        named = dict(zip(paths, names_of(paths), strict=True))
+        names = [
+            named[file.path] if file.n_volumes == 1 else f"{named[file.path]}_volume{file.volume}"
+            for file in self.files
+        ]
+        check_unlike(names)
         return [
             one
             for name in names
@@ -80,7 +98,8 @@ class KeptImages:
         Raises:
             InputError: if an image is not finite, or a file cannot be written.
         """
-        number = [file.path for file in self.files].index(images.file.path)
+        each = [(file.path, file.volume) for file in self.files]
+        number = each.index((images.file.path, images.file.volume))
         values, picture = (one.path for one in self.outputs[2 * number : 2 * number + 2])
         for name, found in images.found.items():
             if not bool(torch.isfinite(found).all()):
@@ -92,7 +111,7 @@ class KeptImages:
                 file[f"errors/{name}"] = (found - images.reference).abs().numpy()
         middle = len(images.reference) // 2
         shown = {name: found[middle] for name, found in images.found.items()}
-        title = f"{images.file.path.name}, slice {self._slice(images.file, middle)}"
+        title = f"{images.file.label}, slice {self._slice(images.file, middle)}"
         draw_errors(picture, Panel(title, shown, images.reference[middle]))
 
     @staticmethod

@@ -1,19 +1,19 @@
 """Reconstructs all slices of a scan, whatever its format, one at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from applications.errors import InputError
-from applications.mri.data import Slice, UnusableSliceError, VolumeFile, open_scan
+from applications.mri.data import Slice, UnusableSliceError, open_scan
 from applications.mri.data.coil_fits import CoilFit, coil_fits
 from applications.mri.data.images import image_writer
 from applications.mri.data.remarks import Remarks
+from applications.mri.evaluation.scan_slices import ScanSlices
 from applications.mri.evaluation.verdicts import Checked, attributes
 from applications.mri.network.architecture import ANY
 from applications.mri.network.checked import reconstruct
@@ -122,7 +122,7 @@ def reconstruct_scan(
     report: Callable[[float], None] | None = None,
     record: Mapping[str, str] | None = None,
 ) -> ScanImages:
-    """Writes the images of a scan; one slice is held in memory at a time.
+    """Writes the images of a scan; one slice is held in memory at a time, with `adapt` some more.
 
     Args:
         scan: in any format of `applications.mri.formats`.
@@ -141,17 +141,17 @@ def reconstruct_scan(
     """
     volumes = open_scan(scan)
     first = volumes[0]
-    making, adaptation = _adapted(making, volumes, given)
+    slices = ScanSlices(volumes, given, making.device)
+    making, adaptation = _adapted(making, slices)
     n_slices, shape = first.n_slices, first.image_shape
-    n_images = len(volumes) * n_slices
+    n_images = len(slices)
     done, content = _Done(), dict[str, object](record or {})
     middle: Tensor | None = None
     layout = (len(volumes), n_slices, *shape)
     with image_writer(out, layout, first.facts.geometry, content) as add:
         for k in range(n_images):
-            volume, index = volumes[k // n_slices], k % n_slices
             try:
-                image = _image(making, volume, index, given, done)
+                image = _image(making, slices, k, done)
                 middle = image if middle is None or k <= n_slices // 2 else middle
             except UnusableSliceError as error:
                 if k == n_images - 1 and len(done.left_out) == k:
@@ -181,45 +181,26 @@ def reconstruct_scan(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Measured(Sequence[tuple[Tensor, Tensor]]):
-    """k-space and mask of the slices of volumes, read when they are asked for."""
-
-    volumes: Sequence[VolumeFile]
-    given: Sampling | None
-    device: str
-
-    def __len__(self) -> int:
-        return sum(one.n_slices for one in self.volumes)
-
-    def __getitem__(self, k: Any) -> Any:
-        volume = self.volumes[k // self.volumes[0].n_slices]
-        one = volume.read_slice(k % volume.n_slices)
-        mask = _mask(one, volume, self.given)
-        return torch.where(mask, one.kspace, 0).to(self.device), mask.to(self.device)
-
-
-def _adapted(
-    making: Making, volumes: Sequence[VolumeFile], given: Sampling | None
-) -> tuple[Making, str]:
+def _adapted(making: Making, slices: ScanSlices) -> tuple[Making, str]:
     """The network adapted to a scan if that was asked for, and what came of it."""
     if not making.checks.adapt or making.trained is None:
         return making, ""
-    slices = _Measured(volumes, given, making.device)
+    slices.keep()
     try:
         found = adapted(making.trained, slices, making.checks.adapt)
+    except UnusableSliceError:
+        raise
     except InputError as error:
-        raise InputError(f"{volumes[0].path}: --adapt: {error}") from error
+        raise InputError(f"{slices.volumes[0].path}: --adapt: {error}") from error
     return replace(making, trained=found.trained), str(found)
 
 
-def _image(
-    making: Making, volume: VolumeFile, index: int, given: Sampling | None, done: _Done
-) -> Tensor:
+def _image(making: Making, slices: ScanSlices, k: int, done: _Done) -> Tensor:
     """The image of one slice, and what is to be told of it."""
-    one = volume.read_slice(index)
+    one, volume = slices.read(k), slices.volume(k)
+    slices.forget(k)
     try:
-        mask = _mask(one, volume, given)
+        mask = slices.mask(k, one)
         found = reconstructed(making, one, mask)
     except InputError as error:
         raise InputError(f"{one.path}: {error} This is slice {one.index}.") from error
@@ -228,20 +209,6 @@ def _image(
     done.checked.append(Checked(len(done.checked), found.certificate, found.method))
     done.residuals.append(float(found.data_residual))
     return centre_crop(found.image[0].cpu(), volume.image_shape) * one.unit
-
-
-def _mask(one: Slice, volume: VolumeFile, given: Sampling | None) -> Tensor:
-    measured = one.measured
-    if given is None:
-        return measured
-    mask = given.mask(volume.shape, torch.Generator())
-    outside = int((mask & ~measured).sum())
-    if outside:
-        raise InputError(
-            f"the mask must lie within what was measured, {outside} of its {int(mask.sum())} "
-            "positions were not; leave --mask out, or draw it anew."
-        )
-    return mask
 
 
 def reconstructed(making: Making, one: Slice, mask: Tensor) -> Reconstruction:

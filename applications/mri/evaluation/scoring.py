@@ -132,7 +132,7 @@ def evaluate(
             }
         except InputError as error:
             raise InputError(f"{file.path}: {error}") from error
-        volumes.append(VolumeScores(file.path.stem, images.acceleration, scores))
+        volumes.append(VolumeScores(file.label, images.acceleration, scores))
         if keep is not None:
             keep(images)
         if after_volume is not None:

@@ -4,6 +4,13 @@ Read `base`, `hdf5`, `cfl`, `fastmri_header`, `fastmri`, `m4raw`; `encoding`, `l
 `acquired` of raw data, with `ismrmrd_header`, `ismrmrd` and `twix`; `nifti`.
 """
 
-from applications.mri.formats.base import Facts, Format, Geometry, RawSlice, Reader
+from applications.mri.formats.base import (
+    Facts,
+    Format,
+    Geometry,
+    RawSlice,
+    Reader,
+    UnusableSliceError,
+)
 
-__all__ = ["Facts", "Format", "Geometry", "RawSlice", "Reader"]
+__all__ = ["Facts", "Format", "Geometry", "RawSlice", "Reader", "UnusableSliceError"]

@@ -16,6 +16,10 @@ from applications.errors import InputError
 EXTRA = "mri-formats"
 
 
+class UnusableSliceError(InputError):
+    """A slice that was not measured, or holds values that are not finite: it can be left out."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Size and place of the voxels of the images.

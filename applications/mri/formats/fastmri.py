@@ -19,7 +19,7 @@ from torch import Tensor
 
 from applications.errors import InputError
 from applications.inputs import links_followed
-from applications.mri.formats.base import Facts, Format, RawSlice, Reader
+from applications.mri.formats.base import Facts, Format, RawSlice, Reader, UnusableSliceError
 from applications.mri.formats.fastmri_header import declared
 from applications.mri.formats.hdf5 import Contents, opened
 from applications.mri.physics.masks import check_mask
@@ -139,8 +139,7 @@ def _slice(file: Contents, kspace: h5py.Dataset, index: int) -> NDArray[np.compl
         values = values[parts[0]] + 1j * values[parts[1]]
     elif pairs:
         values = values[..., 0] + 1j * values[..., 1]
-    with np.errstate(over="ignore"):  # the infinite values that arise are noticed
-        values = values.astype(np.complex64)
+    values = _single(values, f"{file.path}: slice {index}")
     if n_axes == 3:
         return values[None]
     if n_axes == 4:
@@ -148,6 +147,20 @@ def _slice(file: Contents, kspace: h5py.Dataset, index: int) -> NDArray[np.compl
     measured = (values != 0).any(axis=1)  # by average
     counts = np.maximum(measured.sum(axis=0), 1).astype(np.float32)
     return values.sum(axis=0) / counts
+
+
+def _single(values: NDArray[Any], what: str) -> NDArray[np.complex64]:
+    """Values as complex64, if that holds them."""
+    with np.errstate(over="ignore", under="ignore"):
+        found = values.astype(np.complex64)
+    lost = np.isfinite(values) & ~np.isfinite(found)
+    if lost.any() or (values.any() and not found.any()):
+        largest = np.abs(values[np.isfinite(values)]).max()
+        raise UnusableSliceError(
+            f"{what} has values up to {largest:.3g}, kspace must lie within the range of single "
+            "precision, 1e-38 to 3e38; divide it by a number before, or leave the slice out."
+        )
+    return found
 
 
 def _reference(file: Contents) -> h5py.Dataset | None:

@@ -1,31 +1,39 @@
 """One slice reconstructed, checked by samples held out, and replaced where the check fails."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from applications.errors import InputError
 from applications.mri.network.held_out import certified
 from applications.mri.network.reconstruction import Reconstruction, classical_reconstruction
 from applications.mri.network.weights import Trained, pretrained
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
 from applications.mri.physics.l1_spirit import check_slice
 from applications.mri.physics.masks import over_columns
+from applications.mri.physics.operators import unit_of
+
+Array = Tensor | NDArray[Any]
 
 
 def reconstruct(
-    kspace: Tensor,
-    mask: Tensor | None = None,
+    kspace: Array,
+    mask: Array | None = None,
     trained: Trained | None = None,
     *,
     check: bool = True,
     fallback: bool = True,
-    calibration: Tensor | None = None,
+    calibration: Array | None = None,
 ) -> Reconstruction:
     """The image of one slice, of any number of coils.
 
     Args:
-        kspace: complex, shape ``(coils, rows, columns)``; values outside the mask are ignored.
+        kspace: complex, a tensor or an array of numpy, shape ``(coils, rows, columns)``; values
+            outside the mask are ignored. It is worked on as complex64.
         mask: boolean, shape ``(rows, columns)``, or ``(columns,)`` where whole columns were
             measured; None: where any coil has a value.
         trained: network and weights, on the device of ``kspace``; None: the bundled ones.
@@ -54,12 +62,29 @@ def reconstruct(
         >>> found.image.shape, found.method, found.certificate.trustworthy
         (torch.Size([1, 64, 64]), 'network', True)
     """
-    check_slice(kspace)
-    if mask is None:
-        mask = (kspace != 0).any(0)
-    mask = over_columns(mask, tuple(kspace.shape[1:]))
-    trained = trained or pretrained()
-    kspace = torch.where(mask, kspace, 0).to(torch.complex64)
+    given, places, extra, unit = _given(kspace, mask, calibration)
+    trained = pretrained() if trained is None else trained
+    if not isinstance(trained, Trained):
+        raise InputError(
+            f"trained must be network and weights, got {type(trained).__name__}; read a file with "
+            "load_weights."
+        )
+    found = _found(given, places, trained, extra, check=check, fallback=fallback)
+    if unit == 1:
+        return found
+    return replace(found, image=found.image * unit, coil_images=found.coil_images * unit)
+
+
+def _found(
+    kspace: Tensor,
+    mask: Tensor,
+    trained: Trained,
+    calibration: Tensor | None,
+    *,
+    check: bool,
+    fallback: bool,
+) -> Reconstruction:
+    """What `reconstruct` gives for a slice that fits."""
     matrix = coil_matrix(kspace, trained.network.architecture.coils_of(len(kspace)))
     given = with_coils(matrix, kspace)
     extra = None if calibration is None else with_coils(matrix, calibration)
@@ -67,7 +92,61 @@ def reconstruct(
     found = trained.network.reconstruct(scan, trained.control)
     if not check:
         return found
-    certificate = certified(trained, given, mask, extra)
+    certificate = certified(trained, given, mask, extra, scan)
     if fallback and certificate.replaceable:
         found = classical_reconstruction(kspace, mask, calibration=calibration)
     return replace(found, certificate=certificate)
+
+
+def _given(
+    kspace: Array, mask: Array | None, calibration: Array | None
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """k-space, mask and calibration as tensors that fit together, and the unit they are over."""
+    given = _tensor(kspace, "kspace")
+    places = None if mask is None else _tensor(mask, "mask")
+    if places is not None and places.is_complex() and not given.is_complex():
+        raise InputError(
+            f"kspace, complex, and then mask, boolean, were needed, got {given.dtype} "
+            f"{tuple(given.shape)} and {places.dtype} {tuple(places.shape)}: they are swapped; "
+            "call reconstruct(kspace, mask)."
+        )
+    check_slice(given)
+    extra = None if calibration is None else _tensor(calibration, "calibration").to(given.device)
+    if extra is not None and (extra.shape != given.shape or not extra.is_complex()):
+        raise InputError(
+            f"calibration must be complex of the shape of kspace, {tuple(given.shape)}, got "
+            f"{extra.dtype} {tuple(extra.shape)}; put zeros where nothing was measured."
+        )
+    places = (given != 0).any(0) if places is None else places.to(given.device)
+    places = over_columns(places, tuple(given.shape[1:]))
+    given = torch.where(places, given, 0)
+    for name, values in (("kspace", given), ("calibration", extra)):
+        bad = 0 if values is None else int((~torch.isfinite(values)).sum())
+        if bad:
+            raise InputError(
+                f"{name} must be finite, {bad} of its values are not; leave out the slice, or "
+                "export it again."
+            )
+    unit = unit_of(given)
+    given = (given / unit).to(torch.complex64)
+    return given, places, None if extra is None else (extra / unit).to(torch.complex64), unit
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    """A tensor or an array as a tensor."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        if isinstance(values, np.ndarray):
+            # In the order and the byte order of this machine, as torch takes them.
+            native = values.dtype.newbyteorder("=")
+            return torch.from_numpy(np.ascontiguousarray(values, dtype=native))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} must hold numbers that torch takes, got an array of {values.dtype}; convert "
+            "it with .astype."
+        ) from error
+    raise InputError(
+        f"{name} must be a tensor or an array of numpy, got {type(values).__name__}; convert it "
+        "with torch.as_tensor."
+    )

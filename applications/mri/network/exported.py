@@ -5,10 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from applications.mri.network.layers import to_complex, to_planes
 from applications.mri.network.scan import Scan
 from applications.mri.network.weights import Trained
-from applications.mri.physics.operators import rss
 
 
 class ReconstructionModule(nn.Module):
@@ -54,14 +52,5 @@ class ReconstructionModule(nn.Module):
         state = observation if self.initial is None else self.initial(observation)
         for phase in self.phases:
             state = phase(state, *context)
-        return scale[:, 0] * self._image(state, context)
-
-    def _image(self, state: Any, context: tuple[Any, ...]) -> Tensor:
-        architecture = self.network.architecture
-        images = self.network.coil_images(state)
-        if architecture.gains:
-            return rss(images)
-        phases = context[-1]
-        seen = to_planes(images if phases is None else images * phases.conj())
-        combined = to_complex(self.combine(seen))[:, 0]
-        return (combined + rss(images) if architecture.rss_skip else combined).abs()
+        phases = None if self.network.architecture.gains else context[-1]
+        return scale[:, 0] * self.network.combined(state, phases, self.combine)

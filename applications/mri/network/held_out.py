@@ -18,6 +18,7 @@ from torch import Tensor
 
 from applications.mri.network.certificate import SliceCertificate
 from applications.mri.network.reconstruction import Reconstruction
+from applications.mri.network.scan import Scan
 from applications.mri.network.weights import Trained
 from applications.mri.physics.consistency import fully_sampled_centre
 from applications.mri.physics.l1_spirit import l1_spirit
@@ -86,7 +87,11 @@ def _drawn(places: Tensor, distance: Tensor, seed: int) -> Tensor:
 
 
 def certified(
-    trained: Trained, kspace: Tensor, mask: Tensor, calibration: Tensor | None = None
+    trained: Trained,
+    kspace: Tensor,
+    mask: Tensor,
+    calibration: Tensor | None = None,
+    scan: Scan | None = None,
 ) -> SliceCertificate:
     """Holds samples of a slice out and predicts them, by a network and by l1-SPIRiT.
 
@@ -96,6 +101,8 @@ def certified(
             nothing was measured.
         mask: boolean, shape ``(rows, columns)``.
         calibration: see `scan.prepared`.
+        scan: the slice with all its samples, whose calibration serves again where nothing of the
+            centre is held out; None: it was not prepared yet.
 
     Returns:
         The certificate.
@@ -104,7 +111,9 @@ def certified(
     if not bool(held.any()):
         return SliceCertificate(float("nan"), float("nan"), 0)
     measured = kspace[:, held]
-    found, classical = _both(trained, kspace * kept, kept, calibration)
+    same = calibration is not None or fully_sampled_centre(kept) == fully_sampled_centre(mask)
+    consistent = scan.consistent if scan is not None and same else None
+    found, classical = _both(trained, kspace * kept, kept, calibration, consistent)
     errors = [
         float(torch.linalg.vector_norm(fft2c(images)[:, held] - measured))
         / max(float(torch.linalg.vector_norm(measured)), 1e-30)
@@ -114,13 +123,17 @@ def certified(
 
 
 def _both(
-    trained: Trained, kspace: Tensor, mask: Tensor, calibration: Tensor | None
+    trained: Trained,
+    kspace: Tensor,
+    mask: Tensor,
+    calibration: Tensor | None,
+    consistent: Tensor | None,
 ) -> tuple[Reconstruction, Tensor]:
     """The reconstruction of a network, and coil images of l1-SPIRiT."""
     network = trained.network
     extra = None if calibration is None else calibration[None]
     with torch.no_grad():
-        scan = network.prepare(kspace[None], mask, extra)
+        scan = network.prepare(kspace[None], mask, extra, consistent)
         found = network.reconstruct(scan, trained.control)
         if network.architecture.gains:  # begins with steps of l1-SPIRiT: they are there already
             return found, ifft2c(scan.start[0]) * scan.scale[0]

@@ -17,6 +17,7 @@ from applications.mri.network.modules import InitialNet, Phase
 from applications.mri.network.scan import Scan, prepared
 from applications.mri.network.wavelet_phases import Begin, WaveletPhase
 from applications.mri.physics.l1_spirit import l1_spirit
+from applications.mri.physics.measured import Measured
 from applications.mri.physics.operators import ifft2c, rss, sample
 
 NETWORK, L1_SPIRIT = "network", "l1-spirit"  # methods
@@ -123,14 +124,21 @@ class Network:
         """The initial weights, theta_0 to theta_T."""
         return self._phases.controls()
 
-    def prepare(self, kspace: Tensor, mask: Tensor, calibration: Tensor | None = None) -> Scan:
+    def prepare(
+        self,
+        kspace: Tensor,
+        mask: Tensor,
+        calibration: Tensor | None = None,
+        consistent: Tensor | None = None,
+    ) -> Scan:
         """`scan.prepared` for this architecture."""
-        return prepared(kspace, mask, self.architecture, calibration)
+        return prepared(kspace, mask, self.architecture, calibration, consistent)
 
     def dynamics(self, scan: Scan) -> bl.Phases:
         """The maps g and g0 for one batch of scans, see `observation`."""
         if self.architecture.gains:
-            context = (scan.kspace, scan.mask, scan.consistent, scan.threshold)
+            data = Measured.of(scan.kspace, scan.mask)
+            context = (data.samples, data.mask, scan.consistent, scan.threshold)
         else:
             context = (scan.kspace, scan.mask, scan.normal, scan.phases)
         return replace(self._phases, context=context)
@@ -154,17 +162,33 @@ class Network:
         Returns:
             Over `scan.scale`, ``(batch, rows, columns)``.
         """
-        if self.architecture.gains:
-            return rss(self.coil_images(state))
-        seen = state if scan.phases is None else state * scan.phases.conj()
         prefix = "combine."
         weights = {
             name.removeprefix(prefix): value
             for name, value in control.steps[-1].items()
             if name.startswith(prefix)
         }
-        image = to_complex(self._combine(weights, to_planes(seen)))[:, 0]
-        return (image + rss(state) if self.architecture.rss_skip else image).abs()
+        return self.combined(state, scan.phases, lambda planes: self._combine(weights, planes))
+
+    def combined(
+        self, state: Any, phases: Tensor | None, combine: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The magnitude image of u(T) by a given J.
+
+        Args:
+            state: at T.
+            phases: `Scan.phases`.
+            combine: J, on planes; not called where there is none.
+
+        Returns:
+            Over `scan.scale`, ``(batch, rows, columns)``.
+        """
+        images = self.coil_images(state)
+        if self.architecture.gains:
+            return rss(images)
+        seen = images if phases is None else images * phases.conj()
+        image = to_complex(combine(to_planes(seen)))[:, 0]
+        return (image + rss(images) if self.architecture.rss_skip else image).abs()
 
     def training_problem(
         self, scan: Scan, target: Tensor, reference: Tensor, loss: Loss

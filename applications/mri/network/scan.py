@@ -19,7 +19,7 @@ from applications.mri.physics.consistency import (
 )
 from applications.mri.physics.l1_spirit import CONSISTENCY, quick_steps, threshold_of_noise
 from applications.mri.physics.masks import check_mask, samples_columns
-from applications.mri.physics.operators import fft2c, ifft2c, rss
+from applications.mri.physics.operators import fft2c, ifft2c, rss, unit_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,11 @@ class Scan:
 
 
 def prepared(
-    kspace: Tensor, mask: Tensor, architecture: Architecture, calibration: Tensor | None = None
+    kspace: Tensor,
+    mask: Tensor,
+    architecture: Architecture,
+    calibration: Tensor | None = None,
+    consistent: Tensor | None = None,
 ) -> Scan:
     """Makes measured data ready.
 
@@ -94,6 +98,8 @@ def prepared(
         architecture: coil count and options of the network.
         calibration: shape of ``kspace``, zeros where nothing was measured: what the coils are
             calibrated by where that is no part of the image; None: the centre of ``kspace``.
+        consistent: `Scan.consistent` of the same slices with the same centre, which need not be
+            found again; None: to be found.
 
     Returns:
         The scan, complex64.
@@ -107,7 +113,8 @@ def prepared(
     f = kspace.to(torch.complex64) * masks[:, None]
     scale = torch.ones(len(f), 1, 1, 1, device=f.device)
     if a.scale_input:
-        scale = rss(ifft2c(f)).amax((-2, -1))[:, None, None, None]
+        unit = unit_of(f)
+        scale = unit * rss(ifft2c(f / unit)).amax((-2, -1))[:, None, None, None]
         if not bool((scale > 0).all()):
             raise InputError("kspace is zero wherever the mask samples; check the mask.")
     f = f / scale
@@ -117,8 +124,10 @@ def prepared(
         measured = (centre != 0).any(dim=1)
     pairs = zip(centre, measured, strict=True)
     if a.gains:
-        fits = [(fitted_kernels(x, m), threshold_of_noise(x, m)) for x, m in pairs]
-        return _warmed_up(f, masks, fits, a.warm_up, scale)
+        pairs = list(pairs)
+        if consistent is None:
+            consistent = _consistent(pairs)
+        return _warmed_up(f, masks, consistent, _thresholds(pairs), a.warm_up, scale)
     start, normal = f, None
     if a.self_consistency:
         normal = torch.stack([inconsistency_normal(calibrate(x, m)) for x, m in pairs])
@@ -130,18 +139,32 @@ def prepared(
     return Scan(f, masks[:, None], start, normal, phases, scale)
 
 
+def _consistent(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Matrices of `consistency.towards_consistency` by the centres of k-space."""
+    each = [
+        towards_consistency(fitted_kernels(x, m), (x.shape[1], x.shape[2]), CONSISTENCY)
+        for x, m in pairs
+    ]
+    # As they lie in memory, see `consistency.times`.
+    return torch.stack([one.movedim((-2, -1), (-4, -3)) for one in each]).movedim(
+        (-4, -3), (-2, -1)
+    )
+
+
+def _thresholds(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    found = [threshold_of_noise(x, m) for x, m in pairs]
+    return torch.tensor(found, device=pairs[0][0].device)[:, None, None, None]
+
+
 def _warmed_up(
-    f: Tensor, masks: Tensor, fits: list[tuple[Tensor, float]], steps: int, scale: Tensor
+    f: Tensor, masks: Tensor, consistent: Tensor, thresholds: Tensor, steps: int, scale: Tensor
 ) -> Scan:
     """Steps of l1-SPIRiT for phases that go on with them."""
-    last, before, consistent, thresholds = [], [], [], []
-    for x, m, (kernels, threshold) in zip(f, masks, fits, strict=True):
-        matrices = towards_consistency(kernels, (x.shape[1], x.shape[2]), CONSISTENCY)
-        u, previous = quick_steps(x, m, matrices, threshold, steps, EVERY)
+    last, before = [], []
+    for x, m, matrices, threshold in zip(f, masks, consistent, thresholds, strict=True):
+        u, previous = quick_steps(x, m, matrices, float(threshold), steps, EVERY)
         last.append(u)
         before.append(previous)
-        consistent.append(matrices.movedim((-2, -1), (-4, -3)))
-        thresholds.append(threshold)
     return Scan(
         f,
         masks[:, None],
@@ -150,8 +173,8 @@ def _warmed_up(
         None,
         scale,
         fft2c(torch.stack(before)),
-        torch.stack(consistent).movedim((-4, -3), (-2, -1)),
-        torch.tensor(thresholds, device=f.device)[:, None, None, None],
+        consistent,
+        thresholds,
     )
 
 

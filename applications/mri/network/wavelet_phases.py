@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from applications.mri.network.architecture import Architecture
 from applications.mri.physics.consistency import times
 from applications.mri.physics.l1_spirit import momenta
-from applications.mri.physics.operators import ifft2c, sample_adjoint, sample_normal
+from applications.mri.physics.measured import Measured
+from applications.mri.physics.operators import between, ifft2c
 from applications.mri.physics.wavelets import Wavelets, spread
 
 STEPS = 3  # towards data and consistency, a phase
@@ -99,19 +100,18 @@ class WaveletPhase(nn.Module):
     def forward(
         self,
         state: State,
-        kspace: Tensor,
+        samples: Tensor,
         mask: Tensor,
         consistent: Tensor,
         threshold: Tensor,
     ) -> State:
-        """u(t) and u(t-1) from u(t-1) and u(t-2), all ``(batch, coils, rows, columns)``."""
+        """u(t) and u(t-1) from u(t-1) and u(t-2), by samples and mask of a `Measured`."""
         u, before = state
-        zero_filled = sample_adjoint(kspace, mask)
+        data = Measured(samples, mask)
         for i in range(STEPS):
-            ahead = u + self.momentum[i] * (u - before)
-            residual = sample_normal(ahead, mask) - zero_filled
-            b = ahead - self.step[i] * residual
-            u, before = b + self.consistency[i] * (times(consistent, b) - b), u
+            ahead = between(before, u, 1 + self.momentum[i])
+            b = data.towards(ahead, self.step[i])
+            u, before = between(b, times(consistent, b), self.consistency[i]), u
         return self.shrunk(u, STEPS * threshold), before
 
     def shrunk(self, coil_images: Tensor, threshold: Tensor) -> Tensor:

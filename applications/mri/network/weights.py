@@ -1,6 +1,7 @@
 """Trained weights as safetensors files that know their architecture."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import bilevel as bl
 from applications.errors import InputError
 from applications.inputs import said
 from applications.mri.bundled.paths import bundled
-from applications.mri.network.architecture import Architecture, preset_named
+from applications.mri.network.architecture import Architecture, narrow, preset_named
 from applications.mri.network.reconstruction import Network
 from applications.mri.network.tensor_files import (
     read_json,
@@ -31,6 +32,10 @@ _TRAINED = "use weights that `train` wrote"
 WEIGHTS = Kind(
     "a file of weights", lambda path: "architecture" in read_metadata(path, _WHAT, _REMEDY)
 )
+
+
+class EarlierWeightsWarning(UserWarning):
+    """Weights of a network that is still read, and should be used no more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +148,9 @@ def load_weights(path: Path | str) -> Trained:
     Raises:
         InputError: if the file is missing, damaged, not of this application, its tensors are not
             those of its architecture, or values are not finite.
+
+    Warns:
+        EarlierWeightsWarning: if they are of an earlier `light`.
     """
     path = Path(path)
     if not path.is_file():
@@ -174,6 +182,13 @@ def load_weights(path: Path | str) -> Trained:
     tensors = read_tensors(path, _WHAT, _REMEDY)
     check_kinds(path, tensors, control)
     check_finite(path, tensors)
+    if architecture.n_coils and architecture == narrow(architecture.n_coils):
+        warnings.warn(
+            f"{path}: these are weights of `light` as it was before: they erase signal of another "
+            "phase than its surroundings; use the bundled ones, or train anew.",
+            EarlierWeightsWarning,
+            stacklevel=2,
+        )
     return Trained(network, restored(tensors, control), record)
 
 

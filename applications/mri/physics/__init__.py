@@ -1,4 +1,4 @@
 """The physics of a scan: transforms, masks, coils, and what their data have in common.
 
-Read `masks`, `operators`, `coil_counts`, `consistency`, `wavelets`, `l1_spirit`.
+Read `masks`, `operators`, `measured`, `coil_counts`, `consistency`, `wavelets`, `l1_spirit`.
 """

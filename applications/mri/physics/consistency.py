@@ -114,7 +114,7 @@ def _large_centre(mask: Tensor, kernel: int) -> tuple[int, int, int, int]:
         raise InputError(
             f"a fully sampled centre of {kernel} x {kernel} positions was needed to calibrate the "
             f"coils, the mask has {bottom - top} x {right - left}; sample more of the centre, or "
-            "use a network without self_consistency."
+            "train a network of the preset paper, which needs none."
         )
     return top, bottom, left, right
 
@@ -219,17 +219,48 @@ def towards_consistency(kernels: Tensor, shape: tuple[int, int], weight: float =
         Matrices, complex64, shape ``(rows, columns, coils, coils)``, Hermitian, with eigenvalues in
         (0, 1] but for the error of interpolation.
     """
-    coarse = tuple(min(n, _COARSE) for n in shape)
-    normal = inconsistency_normal(_image_domain(kernels, (coarse[0], coarse[1])))
+    coarse = (min(shape[0], _COARSE), min(shape[1], _COARSE))
+    normal = inconsistency_normal(_image_domain(kernels, coarse))
     eye = torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
-    found = torch.linalg.inv(eye + weight * normal).to(torch.complex64)
-    # Products with coil images are quicker where pixels lie together in memory.
-    planes = torch.view_as_real(found).permute(4, 2, 3, 0, 1)
+    return _finer(torch.linalg.inv(eye + weight * normal), shape)
+
+
+def normal_of(kernels: Tensor, shape: tuple[int, int]) -> Tensor:
+    """`inconsistency_normal` of the K of kernels, without K.
+
+    Products of two kernels of side k are sums of 2k - 1 waves an axis: as many positions hold them.
+
+    Args:
+        kernels: from `fitted_kernels`.
+        shape: rows and columns.
+
+    Returns:
+        N, complex64, shape ``(rows, columns, coils, coils)``.
+    """
+    side = 2 * kernels.shape[-1] - 1
+    coarse = (min(shape[0], side), min(shape[1], side))
+    return _finer(inconsistency_normal(_image_domain(kernels, coarse)), shape)
+
+
+def _finer(matrices: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Hermitian matrices on more positions, by their Fourier series; complex64."""
+    coils = torch.arange(matrices.shape[-1], device=matrices.device)
+    upper, lower = torch.triu_indices(len(coils), len(coils), device=matrices.device)
+    # Those below the diagonal follow. Products with coil images are quicker where pixels lie
+    # together in memory.
+    planes = torch.view_as_real(matrices[..., upper, lower].to(torch.complex64)).movedim(
+        (-1, -2), (0, 1)
+    )
     down, across = (
-        _interpolation(old, new, found.device) for old, new in zip(coarse, shape, strict=True)
+        _interpolation(old, new, planes.device)
+        for old, new in zip(matrices.shape[:2], shape, strict=True)
     )
     real, imaginary = (down @ planes @ across.mT).unbind()
-    return torch.complex(real, imaginary).movedim((0, 1), (2, 3))
+    place = torch.zeros(len(coils), len(coils), dtype=torch.long, device=planes.device)
+    place[upper, lower] = place[lower, upper] = torch.arange(len(upper), device=planes.device)
+    sign = (coils > coils[:, None]).float() - (coils < coils[:, None]).float()
+    found = torch.complex(real[place], imaginary[place] * sign[..., None, None])
+    return found.movedim((0, 1), (2, 3))
 
 
 def _interpolation(old: int, new: int, device: torch.device) -> Tensor:

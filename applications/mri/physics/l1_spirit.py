@@ -19,17 +19,19 @@ from torch import Tensor
 from applications.errors import InputError
 from applications.mri.physics.consistency import (
     bounded,
-    calibrate,
-    inconsistency_normal,
+    fitted_kernels,
     noise_level,
+    normal_of,
     times,
 )
 from applications.mri.physics.masks import check_mask
-from applications.mri.physics.operators import ifft2c, rss, sample_normal
+from applications.mri.physics.measured import Measured
+from applications.mri.physics.operators import between, ifft2c, rss, unit_of
 from applications.mri.physics.wavelets import Wavelets, spread
 
 CONSISTENCY = 0.5  # c
 _LARGEST = 2.0  # eigenvalue of N
+_TINY = 1e-38  # square of a magnitude that divides
 _SPARSITY, _LEAST, _MOST = 5.0, 0.001, 0.02  # of `threshold_of_noise`
 
 
@@ -59,7 +61,8 @@ def l1_spirit(
     """
     _check(kspace, mask, threshold, steps)
     f = kspace.to(torch.complex64) * mask
-    scale = rss(ifft2c(f)).max()
+    unit = unit_of(f)
+    scale = unit * rss(ifft2c(f / unit)).max()
     if not bool(scale > 0):
         raise InputError("kspace is zero wherever the mask samples; check the mask.")
     f = f / scale
@@ -68,7 +71,8 @@ def l1_spirit(
         centre = calibration.to(f) / scale
         measured = (centre != 0).any(0)
     shrink = threshold_of_noise(centre, measured) if threshold is None else threshold
-    normal = CONSISTENCY * bounded(inconsistency_normal(calibrate(centre, measured)), _LARGEST)
+    normal = normal_of(fitted_kernels(centre, measured), (mask.shape[0], mask.shape[1]))
+    normal = CONSISTENCY * bounded(normal, _LARGEST)
     return scale * _fista(f, mask, normal, shrink, steps)
 
 
@@ -76,13 +80,14 @@ def _fista(f: Tensor, mask: Tensor, normal: Tensor, threshold: float, steps: int
     """The iteration, in units of the zero-filled maximum; ``normal`` is c N."""
     length = 1 / (1 + CONSISTENCY * _LARGEST)
     shape = (f.shape[-2], f.shape[-1])
-    u = before = zero_filled = ifft2c(f)
+    u = before = ifft2c(f)
+    data = Measured.of(f, mask)
     for step, momentum in enumerate(momenta(steps)):
-        ahead = torch.lerp(before, u, 1 + momentum)
-        gradient = sample_normal(ahead, mask) - zero_filled + times(normal, ahead)
+        ahead = between(before, u, 1 + momentum)
+        b = data.towards(ahead, length).sub_(times(normal, ahead), alpha=length)
         wavelets = Wavelets(shape, shift=spread(shape, step))
         before = u
-        u = soft_threshold_jointly(ahead - length * gradient, wavelets, length * threshold)
+        u = soft_threshold_jointly(b, wavelets, length * threshold)
     return u
 
 
@@ -127,11 +132,12 @@ def quick_steps(
         The last coil images, and those of the step before, from which momentum goes on.
     """
     shape = (f.shape[-2], f.shape[-1])
-    u = before = zero_filled = ifft2c(f)
+    u = before = ifft2c(f)
+    data = Measured.of(f, mask)
     for step, momentum in enumerate(momenta(steps), start=1):
-        ahead = torch.lerp(before, u, 1 + momentum)
+        ahead = between(before, u, 1 + momentum)
         before = u
-        u = times(consistent, ahead.sub_(sample_normal(ahead, mask)).add_(zero_filled))
+        u = times(consistent, data.towards(ahead))
         if step % every == 0:
             wavelets = Wavelets(shape, shift=spread(shape, step // every))
             u = soft_threshold_jointly(u, wavelets, every * threshold)
@@ -152,8 +158,8 @@ def soft_threshold_jointly(coil_images: Tensor, wavelets: Wavelets, threshold: f
     planes = torch.cat([coil_images.real, coil_images.imag])
     low, *details = wavelets.forward(planes)
     for i, band in enumerate(details):
-        magnitude = torch.linalg.vector_norm(band, dim=0)
-        details[i] = band * (1 - threshold / magnitude.clamp_min(1e-30)).clamp_min(0)
+        magnitude = band.square().sum(0).clamp_min(_TINY).sqrt()
+        details[i] = band * (1 - threshold / magnitude).clamp_min(0)
     real, imaginary = wavelets.adjoint([low, *details]).chunk(2)
     return torch.complex(real, imaginary)
 
@@ -189,10 +195,10 @@ def check_slice(kspace: Tensor) -> None:
             f"kspace must be a tensor, got {type(kspace).__name__}; torch.as_tensor makes one of "
             "an array."
         )
-    if kspace.ndim != 3 or not kspace.is_complex():
+    if kspace.ndim != 3 or not kspace.is_complex() or 0 in kspace.shape:
         raise InputError(
-            f"kspace must be complex of shape (coils, rows, columns), got {kspace.dtype} "
-            f"{tuple(kspace.shape)}; pass one slice."
+            "kspace must be complex of shape (coils, rows, columns), with at least one coil, got "
+            f"{kspace.dtype} {tuple(kspace.shape)}; pass one slice."
         )
 
 

@@ -5,6 +5,7 @@ whatever stands before it is a batch. The zero frequency lies at index ``n // 2`
 odd ``n`` too.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,8 @@ from applications.errors import InputError
 
 _IMAGE_AXES = (-2, -1)
 _COIL_AXIS = -3
+_EXPONENTS = -126, 127  # of powers of two that float32 holds in full
+_SMALLEST, _LARGEST = 1e-13, 1e13  # whose squares, summed over a slice, are far from the limits
 
 
 def fft2c(image: Tensor) -> Tensor:
@@ -85,30 +88,6 @@ def sample_adjoint(kspace: Tensor, mask: Tensor) -> Tensor:
     return ifft2c(kspace * mask)
 
 
-def sample_normal(image: Tensor, mask: Tensor) -> Tensor:
-    r"""What is left of an image by sampling, :math:`F^H P F u`, in less time than in two steps.
-
-    Args:
-        image: shape ``(..., rows, columns)``.
-        mask: as in `sample`.
-
-    Returns:
-        Image of the same shape, complex.
-
-    Raises:
-        InputError: if the mask does not fit the image.
-    """
-    _check_image("image", image)
-    _check_fit("image", image, mask)
-    rows, columns = image.shape[-2:]
-    if rows % 2 or columns % 2:
-        return ifft2c(fft2c(image) * mask)
-    # The signs in k-space, see `_centred`, are there twice: they cancel.
-    signs, _ = _signs(rows, columns, image.device)
-    left = torch.fft.fft2(image * signs, norm="ortho") * mask
-    return torch.fft.ifft2(left, norm="ortho") * signs
-
-
 def rss(coil_images: Tensor) -> Tensor:
     r"""Root sum of squares over the coils, :math:`\sqrt{\sum_c |u_c|^2}`.
 
@@ -159,6 +138,40 @@ def centre_crop(image: Tensor, shape: tuple[int, int]) -> Tensor:
         raise InputError(f"an image of at least {tuple(shape)} is needed, got {(rows, columns)}.")
     top, left = (rows - shape[0]) // 2, (columns - shape[1]) // 2
     return image[..., top : top + shape[0], left : left + shape[1]]
+
+
+def between(start: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    """`torch.lerp` of complex tensors, in one pass over their parts: a fifth of its time.
+
+    Args:
+        start: what a weight of 0 gives, complex.
+        end: what a weight of 1 gives, complex, of the same shape.
+        weight: real, one number, in [0, 1] or beyond.
+
+    Returns:
+        ``start + weight * (end - start)``.
+    """
+    parts = torch.lerp(torch.view_as_real(start), torch.view_as_real(end), weight)
+    return torch.view_as_complex(parts)
+
+
+def unit_of(kspace: Tensor) -> float:
+    """A power of two that brings extreme values to about 1; it changes no digit.
+
+    Args:
+        kspace: complex, finite.
+
+    Returns:
+        1, but for values so large or small that their squares leave the range of float32.
+
+    Example:
+        >>> unit_of(torch.full((1, 2, 2), 3 + 4j)), unit_of(torch.full((1, 2, 2), 1e20 + 0j))
+        (1.0, 7.378697629483821e+19)
+    """
+    largest = float(torch.view_as_real(kspace.resolve_conj()).abs().max())
+    if largest == 0 or _SMALLEST <= largest <= _LARGEST:
+        return 1.0
+    return 2.0 ** min(max(round(math.log2(largest)), _EXPONENTS[0]), _EXPONENTS[1])
 
 
 def _centred(transform: Callable[..., Tensor], x: Tensor) -> Tensor:

@@ -4,14 +4,16 @@ A level of the transform along an axis is one matrix, the periodic filter bank o
 wavelet; level after level goes on with the corner that both low passes leave (Mallat). The first
 matrix also shifts the image and, where its side is not a multiple of :math:`2^{levels}`, appends
 zeros: its columns stay orthonormal, so that :math:`W^T W = I` and inner products are kept for every
-size. Dense products are quicker here than strided convolutions, run on any device, and are
-differentiated by torch.
+size. The matrices are banded: they are cut into blocks, and only blocks with values are multiplied.
+Such products are quicker here than dense ones and than strided convolutions, run on any device, and
+are differentiated by torch.
 
 Daubechies 1992, Ten Lectures on Wavelets; Coifman & Donoho 1995 for the shifts, which move the
 block artefacts of a single grid about.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from applications.errors import InputError
+
+_SIDE = 32  # outputs of a block; larger ones multiply more zeros, smaller ones take more calls
+_WHOLE = 2**20  # the same where a call takes longer than its work, as on a GPU: one block
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,10 @@ class Wavelets:
             coarse to fine, ``(..., 3, m, n)``: details along columns, along rows, along both.
         """
         details: list[Tensor] = []
-        for down, across in self._matrices(images):
-            both = down @ images @ across.mT
-            m, n = both.shape[-2] // 2, both.shape[-1] // 2
-            parts = both[..., :m, n:], both[..., m:, :n], both[..., m:, n:]
-            details.append(torch.stack(parts, dim=-3))
-            images = both[..., :m, :n]
+        for down, across in self._levels(images.device):
+            low, high = down.forward(images, -2)
+            images, columns = across.forward(low, -1)
+            details.append(torch.stack([columns, *across.forward(high, -1)], dim=-3))
         return [images, *reversed(details)]
 
     def adjoint(self, bands: list[Tensor]) -> Tensor:
@@ -92,24 +95,24 @@ class Wavelets:
             Real, shape ``(..., rows, columns)``.
         """
         images, *details = bands
-        for (down, across), detail in zip(reversed(self._matrices(images)), details, strict=True):
+        for (down, across), detail in zip(
+            reversed(self._levels(images.device)), details, strict=True
+        ):
             columns, rows, diagonal = detail.unbind(-3)
-            upper, lower = torch.cat([images, columns], -1), torch.cat([rows, diagonal], -1)
-            images = down.mT @ torch.cat([upper, lower], -2) @ across
+            low, high = across.adjoint(images, columns, -1), across.adjoint(rows, diagonal, -1)
+            images = down.adjoint(low, high, -2)
         return images
 
-    def _matrices(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of each level, along rows and along columns, from fine to coarse."""
+    def _levels(self, device: torch.device) -> list[tuple["_Level", "_Level"]]:
+        """Of each level, what is done along rows and along columns, from fine to coarse."""
         depth = self.depth
-        sides = zip(self.shape, self.shift, strict=True)
         multiple = 2**depth
+        side = _SIDE if device.type == "cpu" else _WHOLE
         axes = [
-            _axis(n, depth, shift % (-(-n // multiple) * multiple), self.name) for n, shift in sides
+            _axis(n, depth, shift % (-(-n // multiple) * multiple), self.name, side)
+            for n, shift in zip(self.shape, self.shift, strict=True)
         ]
-        return [
-            (torch.from_numpy(down).to(like), torch.from_numpy(across).to(like))
-            for down, across in zip(*axes, strict=True)
-        ]
+        return list(zip(*axes, strict=True))
 
 
 def spread(shape: tuple[int, int], number: int, levels: int = 4) -> tuple[int, int]:
@@ -133,13 +136,95 @@ def spread(shape: tuple[int, int], number: int, levels: int = 4) -> tuple[int, i
 
 # Arrays, not tensors: one made under `inference_mode` or while a program is exported would be of no
 # use to anything else.
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """What a block of outputs takes of neighbouring inputs.
+
+    Attributes:
+        high: whether the inputs are high-pass coefficients; False where there is one kind of them.
+        start: first input.
+        stop: behind the last.
+        matrix: ``(outputs, inputs)``.
+    """
+
+    high: bool
+    start: int
+    stop: int
+    matrix: NDArray[np.float64]
+
+
+_Block = tuple[_Piece, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """One level along an axis, and its adjoint, block by block of what they give.
+
+    Attributes:
+        analysis: blocks of low-pass coefficients, and as many high-pass ones behind them.
+        synthesis: blocks of images.
+    """
+
+    analysis: tuple[_Block, ...]
+    synthesis: tuple[_Block, ...]
+
+    def forward(self, images: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Low-pass and high-pass coefficients along an axis."""
+        found = [_product(block, (images,), axis).chunk(2, axis) for block in self.analysis]
+        low, high = (_joined(parts, axis) for parts in zip(*found, strict=True))
+        return low, high
+
+    def adjoint(self, low: Tensor, high: Tensor, axis: int) -> Tensor:
+        """The images of both."""
+        return _joined([_product(block, (low, high), axis) for block in self.synthesis], axis)
+
+
+def _product(block: _Block, given: tuple[Tensor, ...], axis: int) -> Tensor:
+    """The outputs of a block."""
+    total = None
+    for piece in block:
+        part = given[piece.high].narrow(axis, piece.start, piece.stop - piece.start)
+        matrix = torch.from_numpy(piece.matrix).to(part)
+        found = matrix @ part if axis == -2 else part @ matrix.mT
+        total = found if total is None else total + found
+    assert total is not None  # every output has inputs
+    return total
+
+
+def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
+
+
 @lru_cache(maxsize=256)
-def _axis(n: int, depth: int, shift: int, name: str) -> tuple[NDArray[np.float64], ...]:
-    """The matrices of all levels along an axis of n pixels, the first shifted and cut to n."""
+def _axis(n: int, depth: int, shift: int, name: str, side: int) -> tuple[_Level, ...]:
+    """All levels along an axis of n pixels, the first shifted and cut to n."""
     padded = -(-n // 2**depth) * 2**depth
     first = np.roll(_level(padded, name), shift, axis=1)[:, :n]
     rest = [_level(padded >> level, name) for level in range(1, depth)]
-    return tuple(np.ascontiguousarray(matrix) for matrix in (first, *rest))
+    return tuple(_in_blocks(matrix, side) for matrix in (first, *rest))
+
+
+def _in_blocks(matrix: NDArray[np.float64], side: int) -> _Level:
+    """A level, cut."""
+    half, n = len(matrix) // 2, matrix.shape[1]
+    step = side // 2
+    low = [np.arange(at, min(at + step, half)) for at in range(0, half, step)]
+    analysis = tuple(_cut(matrix[np.concatenate([one, half + one])], n) for one in low)
+    places = [slice(at, min(at + side, n)) for at in range(0, n, side)]
+    return _Level(analysis, tuple(_cut(matrix[:, at].T, half) for at in places))
+
+
+def _cut(matrix: NDArray[np.float64], half: int) -> _Block:
+    """The pieces of a block: runs of inputs that count, of one kind each, ``half`` of a kind."""
+    used = np.flatnonzero((matrix != 0).any(axis=0))
+    used = used if len(used) else np.arange(1)
+    breaks = np.flatnonzero((np.diff(used) > 1) | np.diff(used // half).astype(bool)) + 1
+    pieces = []
+    for run in np.split(used, breaks):
+        high, start = divmod(int(run[0]), half)
+        values = np.ascontiguousarray(matrix[:, run[0] : run[-1] + 1])
+        pieces.append(_Piece(bool(high), start, start + len(run), values))
+    return tuple(pieces)
 
 
 def _level(n: int, name: str) -> NDArray[np.float64]:

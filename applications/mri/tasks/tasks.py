@@ -4,7 +4,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from applications.errors import InputError
@@ -201,7 +201,7 @@ def _parts(settings: TaskSettings, folder: Path) -> dict[str, SliceDataset]:
                 f"{file.path}: {error} Or put whole volumes into the folders {', '.join(ROLES)}."
             ) from error
         for role, block in blocks.items():
-            block.append(VolumeFile(file.path, readers=file.readers, block=getattr(cut, role)))
+            block.append(replace(file, block=getattr(cut, role)))
     return {role: examined(SliceDataset(block)).slices for role, block in blocks.items()}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import bilevel as bl
 from applications.errors import InputError
+from applications.mri.data import UnusableSliceError
 from applications.mri.network.held_out import certified, held_out
 from applications.mri.network.reconstruction import Loss
 from applications.mri.network.weights import Trained
@@ -66,6 +67,7 @@ def adapted(
 
     Raises:
         InputError: if there is no step to make, or no slice to make it on.
+        UnusableSliceError: if no slice can be used; those that cannot are left out.
     """
     if steps < 1 or not slices:
         raise InputError(
@@ -77,11 +79,11 @@ def adapted(
         lambda example: example.problem(network, loss),
         lambda leaves: torch.optim.Adam(leaves, _RATE, betas=(0.9, 0.99)),
     )
-    n = min(_LOOKED_AT, len(slices))
-    looked_at = [slices[(2 * k + 1) * len(slices) // (2 * n)] for k in range(n)]
+    usable = _Usable(slices)
+    looked_at = usable.spread(_LOOKED_AT)
     before = fmean(_error(trained, *each) for each in looked_at)
     try:
-        examples = _Examples(slices, steps, seed)
+        examples = _Examples(usable, steps, seed)
         found = solver.solve(trained.control, steps=steps, batches=examples).control
     except DivergenceError:
         return Adaptation(trained, before, math.inf)
@@ -90,19 +92,56 @@ def adapted(
     return Adaptation(better if after < before else trained, before, after)
 
 
+class _Usable:
+    """The slices that are neither zero nor damaged, as far as they have been looked at."""
+
+    def __init__(self, slices: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._slices, self._left = slices, [*range(len(slices))]
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    def at(self, place: int) -> tuple[Tensor, Tensor] | None:
+        """The slice at a place among those that are left; None if it has just been left out."""
+        try:
+            return self._slices[self._left[place]]
+        except UnusableSliceError:
+            del self._left[place]
+            if not self._left:
+                raise
+            return None
+
+    def spread(self, n: int) -> list[tuple[Tensor, Tensor]]:
+        """Some slices from the whole of the scan."""
+        found, k = [], 0
+        while k < min(n, len(self)):
+            one = self.at((2 * k + 1) * len(self) // (2 * min(n, len(self))))
+            if one is None:  # with one slice less the others lie elsewhere
+                found, k = [], 0
+            else:
+                found, k = [*found, one], k + 1
+        return found
+
+    def drawn(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A slice at random."""
+        while True:
+            one = self.at(int(torch.randint(len(self), (), generator=generator)))
+            if one is not None:
+                return one
+
+
 @dataclass(frozen=True, eq=False)
 class _Examples:
     """Slices in random order, split anew each time; read one at a time."""
 
-    slices: Sequence[tuple[Tensor, Tensor]]
+    slices: _Usable
     steps: int
     seed: int
 
     def __iter__(self) -> Iterator[SplitExample]:
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.steps):
-            index = int(torch.randint(len(self.slices), (), generator=generator))
-            kspace, mask = self.slices[index]
+            kspace, mask = self.slices.drawn(generator)
             known, _ = held_out(mask)
             given, held = SelfSupervision().split(known.cpu(), generator)
             example = SplitExample(kspace * known, given.to(mask.device), held.to(mask.device))

@@ -190,8 +190,9 @@ def test_what_is_no_regular_file_is_refused(home, tmp_path, what):
 
 def test_two_outputs_of_one_run_need_files_of_their_own(home, tmp_path):
     path = tmp_path / "x.h5"
-    found = refused(*reconstruct(home, path, "--png", tmp_path / "." / "x.h5"))
-    assert "each output needs a file of its own" in found
+    for option in ("--png", "--json"):
+        found = refused(*reconstruct(home, path, option, tmp_path / "." / "x.h5"))
+        assert "each output needs a file of its own" in found
     assert list(tmp_path.iterdir()) == []
 
 

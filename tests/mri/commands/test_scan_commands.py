@@ -13,7 +13,8 @@ from command_lines import call, refused, succeed
 from scan_files import header, lines_of, write_ismrmrd
 
 from applications.mri.bundled.paths import bundled_scan_path
-from applications.mri.data import SliceDataset, Volume, write_volume
+from applications.mri.data import SliceDataset, Volume, VolumeFile, write_volume
+from applications.mri.evaluation import scanning
 from applications.mri.evaluation.methods import network_methods
 from applications.mri.evaluation.metrics import score
 from applications.mri.formats.fastmri_header import minimal_header
@@ -371,13 +372,19 @@ def test_the_device_is_where_the_network_works(weights, tmp_path, monkeypatch):
     """The meta device computes nothing: what reaches the network there was sent there."""
     write_volume(tmp_path / "a.h5", Volume(full()))
     seen = set()
-    prepare = Network.prepare
 
-    def watched(self, kspace, mask, calibration=None):
-        seen.add((str(kspace.device), str(mask.device)))
-        return prepare(self, kspace, mask, calibration)
+    def watched(place):
+        plain = getattr(*place)
 
-    monkeypatch.setattr(Network, "prepare", watched)
+        def call(*given, **more):
+            tensors = [one for one in given if isinstance(one, torch.Tensor)]
+            seen.add(tuple(str(one.device) for one in tensors[:2]))
+            return plain(*given, **more)
+
+        monkeypatch.setattr(*place, call)
+
+    watched((scanning, "reconstruct"))
+    watched((Network, "prepare"))
     monkeypatch.setattr("applications.mri.commands.scans.check_device", lambda _: None)
     for command, *source in (
         ("reconstruct", "--scan", tmp_path / "a.h5"),
@@ -453,3 +460,23 @@ def test_a_network_is_adapted_to_the_scan_and_what_came_of_it_is_said(weights, t
     out = tmp_path / "wide_images.h5"
     said = reconstruct(weights, tmp_path / "wide.h5", out, "--adapt", 2)
     assert re.search(r"Adapted to the scan: held-out error \S+ to \S+; (not )?kept\.", said)
+
+
+def test_adapting_leaves_zero_slices_out_and_reads_no_slice_twice(weights, tmp_path, monkeypatch):
+    image = torch.nn.functional.pad(torch.full((30, 34), 0.7), (15, 15, 17, 17))
+    one = simulate(image, COILS, torch.Generator().manual_seed(0)).kspace
+    mask = SAMPLING.mask((64, 64), torch.Generator().manual_seed(1))
+    volume = torch.stack([0 * one, one, one * float("nan"), 0.9 * one, 0 * one]) * mask
+    write_volume(tmp_path / "ends.h5", Volume(volume, mask=mask))
+    read, plain = [], VolumeFile.read_slice
+    monkeypatch.setattr(
+        VolumeFile, "read_slice", lambda self, index: (read.append(index), plain(self, index))[1]
+    )
+    out = tmp_path / "images.h5"
+    said = reconstruct(weights, tmp_path / "ends.h5", out, "--adapt", 3)
+    images, attributes = images_of(out)
+    assert attributes["left_out"].tolist() == [0, 2, 4]
+    assert not images[[0, 2, 4]].any()
+    assert images[[1, 3]].flatten(1).any(1).all()
+    assert "Adapted to the scan" in said
+    assert max(read.count(k) for k in (1, 3)) == 1

@@ -9,7 +9,13 @@ import torch
 from scan_files import coil_images, kspace_of
 
 from applications.errors import InputError
-from applications.mri.data import SliceDataset, VolumeFile, fully_sampled
+from applications.mri.data import (
+    SliceDataset,
+    UnusableSliceError,
+    VolumeFile,
+    fully_sampled,
+    scans_in,
+)
 from applications.mri.formats.fastmri_header import minimal_header
 
 SLICES, COILS, ROWS, COLUMNS = 3, 2, 12, 10
@@ -163,3 +169,24 @@ def test_a_maximum_that_is_no_number_is_computed(tmp_path, stated):
     with h5py.File(path, "a") as file:
         file.attrs["max"] = stated
     assert VolumeFile(path).max == 5
+
+
+@pytest.mark.parametrize(("factor", "said"), [(1e60, r"up to \S+e\+60"), (1e-60, r"up to \S+e-6")])
+def test_values_beyond_single_precision_are_named_as_such(tmp_path, factor, said):
+    path = tmp_path / "scan.h5"
+    values = np.random.default_rng(0).standard_normal((2, 2, 8, 8)) * factor
+    with h5py.File(path, "w") as file:
+        file["kspace"] = values + 0j
+    with pytest.raises(
+        UnusableSliceError, match=rf"scan.h5: slice 1 has values {said}.* divide it"
+    ):
+        VolumeFile(path).read_slice(1)
+
+
+def test_a_link_to_nothing_in_a_folder_is_named_not_left_out(tmp_path):
+    written(tmp_path / "a.h5", kspace=KSPACE)
+    (tmp_path / "b.h5").symlink_to(tmp_path / "gone.h5")
+    (tmp_path / "c.h5").symlink_to(tmp_path)
+    assert [one.name for one in scans_in(tmp_path)] == ["a.h5", "b.h5"]
+    with pytest.raises(InputError, match=r"b\.h5: .*there is no such file"):
+        SliceDataset(tmp_path)

@@ -8,7 +8,8 @@ import torch
 from scan_files import coil_images, header, kspace_of, line, lines_of, write_ismrmrd
 
 from applications.errors import InputError
-from applications.mri.data import VolumeFile, open_scan
+from applications.mri.data import SliceDataset, VolumeFile, open_scan
+from applications.mri.evaluation.kept import KeptImages
 from applications.mri.physics.operators import centre_crop, ifft2c
 
 COILS, SAMPLES, COLUMNS = 2, 16, 10
@@ -101,6 +102,18 @@ def test_repetitions_and_contrasts_are_volumes_the_contrast_fastest(tmp_path):
     for volume, factor in zip(volumes, (1, 2, 11, 12), strict=True):
         assert volume.acquisition == "AXT2"
         assert_same(images_of(volume), factor * WIDE[:, 4:12])
+
+
+def test_a_data_set_has_the_slices_of_all_volumes_of_a_file(tmp_path):
+    lines = [one for k in range(3) for one in lines_of((1 + k) * KSPACE, repetition=k)]
+    slices = SliceDataset([written(tmp_path, lines)])
+    assert len(slices) == 3
+    for one, factor in zip(slices, (1, 2, 3), strict=False):
+        assert_same(ifft2c(one.kspace), factor * WIDE[:, 4:12])
+    assert [file.label for file in slices.files] == [f"scan_volume{k}" for k in range(3)]
+    outputs = KeptImages(tmp_path, slices.files).outputs
+    assert [one.path.stem for one in outputs[::2]] == [file.label for file in slices.files]
+    assert len(SliceDataset([slices.files[1]])) == 1
 
 
 @pytest.mark.parametrize(("mode", "used"), [("embedded", True), ("separate", False)])

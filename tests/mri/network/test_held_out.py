@@ -13,8 +13,8 @@ from applications.mri.network.architecture import light, narrow
 from applications.mri.network.certificate import HOPELESS, WORSE, SliceCertificate
 from applications.mri.network.held_out import calibration_kept, certified, held_out
 from applications.mri.network.reconstruction import L1_SPIRIT, NETWORK, Network
-from applications.mri.network.weights import Trained
-from applications.mri.physics.consistency import fully_sampled_centre
+from applications.mri.network.weights import Trained, pretrained
+from applications.mri.physics.consistency import fully_sampled_centre, towards_consistency
 from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.operators import fft2c, rss
 from applications.mri.sampling import CartesianEquispaced, CartesianRandom, PoissonDisc
@@ -205,13 +205,13 @@ def test_a_mask_of_columns_is_one_of_whole_columns():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda kspace, mask: (kspace.numpy(), mask), "kspace must be a tensor, got ndarray"),
-        (lambda kspace, mask: (kspace, mask.numpy()), "mask must be a tensor, got ndarray"),
+        (lambda kspace, mask: (kspace.tolist(), mask), "kspace must be a tensor or an array of"),
+        (lambda kspace, mask: (kspace, mask.tolist()), "mask must be a tensor or an array of"),
         (lambda kspace, mask: (kspace, mask.float()), "mask must be boolean, got torch.float32"),
         (lambda kspace, mask: (kspace, mask[:, :5]), r"shape \(64, 64\), got \(64, 5\)"),
         (lambda kspace, mask: (kspace, mask[0, :5]), r"shape \(64, 64\), got \(5,\)"),
     ],
-    ids=["array", "array of a mask", "numbers", "columns left out", "a short one"],
+    ids=["list", "list of a mask", "numbers", "columns left out", "a short one"],
 )
 def test_what_is_no_slice_or_mask_is_refused(change, message):
     kspace, mask, _ = scan()
@@ -228,3 +228,24 @@ def test_any_number_of_coils_is_taken(n_coils):
     narrow_one = Network(replace(narrow(COILS), n_phases=1, filters=2, features=2), 1)
     found = reconstruct(copies, mask, Trained(narrow_one, narrow_one.controls(), {}), check=False)
     assert found.image.shape == (1, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "times"), [(POINTS, 1), (CartesianRandom(2, 0.45), 2)], ids=repr
+)
+def test_coils_are_calibrated_once_unless_some_of_the_centre_is_held_out(
+    monkeypatch, sampling, times
+):
+    kspace, mask, _ = scan(0, sampling)
+    trained, calls = pretrained(), []
+    fresh = certified(trained, kspace, mask)
+
+    def counted(*given):
+        calls.append(1)
+        return towards_consistency(*given)
+
+    monkeypatch.setattr("applications.mri.network.scan.towards_consistency", counted)
+    found = reconstruct(kspace, mask, trained, fallback=False).certificate
+    assert len(calls) == times
+    assert found.error == pytest.approx(fresh.error, rel=1e-4)
+    assert found.classical == pytest.approx(fresh.classical, rel=1e-4)

@@ -371,5 +371,5 @@ def test_a_scan_of_zeros_has_no_scale(full, masks):
 
 def test_too_small_a_centre_for_self_consistency_is_refused(full):
     mask = CartesianRandom(3, 0.1).mask((SIZE, SIZE), seeded())
-    with pytest.raises(InputError, match="use a network without self_consistency"):
+    with pytest.raises(InputError, match="train a network of the preset paper"):
         network(narrow).prepare(full, mask)

@@ -9,7 +9,12 @@ from applications.errors import InputError
 from applications.files import write_whole
 from applications.mri.network.architecture import narrow, paper
 from applications.mri.network.reconstruction import Network
-from applications.mri.network.weights import Trained, load_weights, save_weights
+from applications.mri.network.weights import (
+    EarlierWeightsWarning,
+    Trained,
+    load_weights,
+    save_weights,
+)
 from bilevel import tree
 
 PRESETS = {"paper": paper, "narrow": narrow}
@@ -178,3 +183,17 @@ def test_a_file_is_written_whole_and_readable_by_others(tmp_path):
     write_whole(tmp_path / "w", content)
     assert (tmp_path / "w").read_bytes() == content
     assert (tmp_path / "w").stat().st_mode & 0o777 == 0o644
+
+
+def test_weights_of_the_light_of_before_are_read_with_a_word(tmp_path):
+    network = Network(narrow(3))
+    save_weights(tmp_path / "old.safetensors", Trained(network, network.controls(), {}))
+    with pytest.warns(EarlierWeightsWarning, match=r"old.safetensors: these are weights of"):
+        found = load_weights(tmp_path / "old.safetensors")
+    assert found.network.architecture == narrow(3)
+
+
+def test_other_weights_of_the_same_kind_are_read_without_a_word(tmp_path, recwarn):
+    save_weights(tmp_path / "w.safetensors", small(narrow))
+    load_weights(tmp_path / "w.safetensors")
+    assert not recwarn

@@ -6,6 +6,7 @@ import torch
 from applications.errors import InputError
 from applications.mri.evaluation.metrics import score
 from applications.mri.physics.consistency import (
+    _image_domain,
     bounded,
     calibrate,
     consistent_image,
@@ -13,6 +14,7 @@ from applications.mri.physics.consistency import (
     fully_sampled_centre,
     inconsistency_normal,
     low_resolution_phase,
+    normal_of,
     times,
     towards_consistency,
 )
@@ -309,3 +311,12 @@ def test_the_map_towards_consistency_is_the_inverse_at_every_pixel(full, shape):
     eigenvalues = torch.linalg.eigvalsh(found)
     assert float(eigenvalues.min()) > -1e-3
     assert float(eigenvalues.max()) < 1 + 1e-3
+
+
+@pytest.mark.parametrize("shape", [(40, 33), (90, 128), (7, 6), (8, 100)])
+def test_the_normal_matrices_of_kernels_are_those_of_their_transform(full, shape):
+    kernels = fitted_kernels(full.kspace, everything())
+    exact = inconsistency_normal(_image_domain(kernels, shape)).to(torch.complex64)
+    found = normal_of(kernels, shape)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
+    torch.testing.assert_close(found, found.mH, rtol=0, atol=0)

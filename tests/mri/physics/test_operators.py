@@ -4,13 +4,13 @@ import torch
 
 from applications.errors import InputError
 from applications.mri.physics.operators import (
+    between,
     centre_crop,
     fft2c,
     ifft2c,
     rss,
     sample,
     sample_adjoint,
-    sample_normal,
 )
 
 SHAPES = [(6, 8), (5, 8), (6, 7), (5, 7), (1, 3)]
@@ -123,10 +123,14 @@ def test_what_does_not_fit_is_refused(call, message):
         call()
 
 
-@pytest.mark.parametrize("shape", [(8, 10), (8, 6), (7, 8), (9, 5)])
-def test_what_sampling_leaves_is_sampling_and_its_adjoint(shape):
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, *shape, dtype=torch.complex128, generator=generator)
-    mask = torch.rand(shape, generator=generator) < 0.5
-    expected = sample_adjoint(sample(image, mask), mask)
-    torch.testing.assert_close(sample_normal(image, mask), expected)
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, 1.7, torch.tensor(0.3, dtype=torch.float64)])
+def test_what_lies_between_two_images_is_a_line_through_both(weight):
+    one, other = draw(2, 3, 4), draw(2, 3, 4, seed=1)
+    torch.testing.assert_close(between(one, other, weight), one + weight * (other - one))
+
+
+def test_what_lies_between_is_differentiated_in_all_of_it():
+    weight = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    ends = [draw(2, 3, seed=k).requires_grad_() for k in (0, 1)]
+    assert torch.autograd.gradcheck(between, (*ends, weight))
+    assert torch.autograd.gradgradcheck(between, (*ends, weight))

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from applications.errors import InputError
+from applications.mri.physics import wavelets
 from applications.mri.physics.wavelets import Wavelets, spread
 
 SIZES = [(32, 48), (33, 47), (5, 6), (1, 16), (100, 90)]
@@ -101,3 +102,16 @@ def test_what_is_cached_serves_gradients_whoever_asked_first(around):
     image = torch.ones(2, *shape, requires_grad=True)
     sum(band.square().sum() for band in Wavelets(shape).forward(image)).backward()
     torch.testing.assert_close(image.grad, 2 * image.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(96, 130), (33, 47), (5, 6), (200, 64)], ids=str)
+def test_blocks_change_nothing(monkeypatch, shape):
+    """One block multiplies by whole matrices, as on a GPU."""
+    images, transform = random(2, *shape), Wavelets(shape, shift=(3, 7))
+    blocks = transform.forward(images)
+    back = transform.adjoint([2 * one for one in blocks])
+    monkeypatch.setattr(wavelets, "_SIDE", wavelets._WHOLE)
+    whole = transform.forward(images)
+    for one, other in zip(blocks, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+    torch.testing.assert_close(transform.adjoint([2 * one for one in whole]), back)

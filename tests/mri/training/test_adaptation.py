@@ -1,9 +1,12 @@
 """Adaptation to a scan: kept where samples that it never saw are predicted better."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from applications.errors import InputError
+from applications.mri.data import UnusableSliceError
 from applications.mri.network.architecture import light
 from applications.mri.network.held_out import held_out
 from applications.mri.network.reconstruction import Network
@@ -80,3 +83,32 @@ def test_nothing_to_do_is_refused():
 def test_errors_that_are_equal_keep_the_first():
     trained = off()
     assert not Adaptation(trained, 0.3, 0.3).kept
+
+
+class Spoilt(Sequence):
+    """Slices some of which cannot be used."""
+
+    def __init__(self, given, bad):
+        self.given, self.bad, self.read = given, bad, []
+
+    def __len__(self):
+        return len(self.given)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        if index in self.bad:
+            raise UnusableSliceError(f"slice {index} is zero throughout")
+        return self.given[index]
+
+
+@pytest.mark.parametrize("bad", [{0}, {2}, {0, 1, 3}, {3}])
+def test_slices_that_cannot_be_used_are_left_out(bad):
+    given = Spoilt(slices(4), bad)
+    found = adapted(off(), given, 6)
+    assert found.kept
+    assert all(given.read.count(index) <= 1 for index in bad)
+
+
+def test_a_scan_without_any_slice_that_can_be_used_is_refused():
+    with pytest.raises(UnusableSliceError, match="zero throughout"):
+        adapted(off(), Spoilt(slices(3), {0, 1, 2}), 2)

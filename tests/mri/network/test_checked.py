@@ -1,0 +1,120 @@
+"""The one call for a slice: what it takes, and what it says to what does not fit."""
+
+import numpy as np
+import pytest
+import torch
+
+from applications.errors import InputError
+from applications.mri import reconstruct
+from applications.mri.network.weights import pretrained
+from applications.mri.physics.l1_spirit import l1_spirit
+from applications.mri.sampling import CartesianRandom, PoissonDisc
+from applications.mri.simulation.simulate import simulate
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def scan(shape=(48, 40), n_coils=3, sampling=None):
+    rows, columns = ((torch.arange(n) - n // 2)[:, None] / n for n in shape)
+    image = ((rows**2 + columns.mT**2) < 0.16).float() * 0.7
+    kspace = simulate(image, n_coils, seeded(), 0.005).kspace
+    mask = (sampling or PoissonDisc(3, 14)).mask(shape, seeded(1))
+    return kspace * mask, mask
+
+
+KSPACE, MASK = scan()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return reconstruct(KSPACE, MASK)
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128, ">c8"])
+def test_arrays_of_numpy_are_taken(plain, dtype):
+    found = reconstruct(KSPACE.numpy().astype(dtype), MASK.numpy())
+    torch.testing.assert_close(found.image, plain.image)
+    assert found.certificate == plain.certificate
+
+
+def test_arrays_in_any_order_and_those_that_cannot_be_written_are_taken(plain):
+    reversed_ = KSPACE.numpy()[:, ::-1].copy()[:, ::-1]
+    reversed_.flags.writeable = False
+    torch.testing.assert_close(reconstruct(reversed_, np.asfortranarray(MASK)).image, plain.image)
+
+
+@pytest.mark.parametrize("factor", [2.0**67, 2.0**-80])
+def test_extreme_values_are_scaled_and_the_images_scaled_back(plain, factor):
+    found = reconstruct(KSPACE * factor, MASK)
+    torch.testing.assert_close(found.image / factor, plain.image)
+    assert found.certificate.error == pytest.approx(plain.certificate.error, rel=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "n_coils"), [((63, 47), 1), ((48, 41), 2)])
+@pytest.mark.parametrize("sampling", [CartesianRandom(2, 0.2), PoissonDisc(3, 12)], ids=repr)
+def test_odd_sizes_and_one_coil_are_taken(shape, n_coils, sampling):
+    kspace, mask = scan(shape, n_coils, sampling)
+    found = reconstruct(kspace.to(torch.complex128), mask)
+    assert found.image.shape == (1, *shape)
+    assert bool(torch.isfinite(found.image).all())
+    assert found.certificate.n_held_out > 0
+
+
+NOT_FINITE = torch.where(MASK, torch.nan, 0) + 0j * KSPACE
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((MASK, KSPACE), r"kspace, complex, and then mask, .* swapped; call reconstruct\(kspace"),
+        ((MASK.numpy(), KSPACE.numpy()), "they are swapped"),
+        ((KSPACE[0], MASK), r"complex of shape \(coils, rows, columns\), .* pass one slice"),
+        ((KSPACE[None], MASK), r"got torch.complex64 \(1, 3, 48, 40\); pass one slice"),
+        ((KSPACE.abs(), MASK), r"kspace must be complex .* got torch.float32 \(3, 48, 40\)"),
+        ((KSPACE, MASK.mT), r"mask must have shape \(48, 40\), got \(40, 48\)"),
+        ((KSPACE, MASK[None]), r"mask must have shape \(48, 40\), got \(1, 48, 40\)"),
+        ((KSPACE, MASK[:, 0]), r"mask must have shape \(48, 40\), got \(48,\)"),
+        ((KSPACE, MASK.float()), "mask must be boolean, got torch.float32; convert it with"),
+        ((KSPACE, ~MASK & MASK), "mask must keep at least one position"),
+        ((0 * KSPACE,), "mask must keep at least one position"),
+        ((0 * KSPACE, MASK), "kspace is zero wherever the mask samples"),
+        ((NOT_FINITE, MASK), r"kspace must be finite, \d+ of its values are not; leave out"),
+        (([[1j]], MASK), "kspace must be a tensor or an array of numpy, got list"),
+        ((KSPACE, "mask.npy"), "mask must be a tensor or an array of numpy, got str"),
+        ((np.array([[["a"]]]), MASK), "kspace must hold numbers that torch takes, got an array of"),
+        ((KSPACE[:0], MASK), "at least one coil"),
+    ],
+)
+def test_what_does_not_fit_is_one_error_that_says_so(given, message):
+    with pytest.raises(InputError, match=message):
+        reconstruct(*given)
+
+
+def test_a_calibration_of_another_shape_is_refused():
+    with pytest.raises(InputError, match=r"calibration must be complex of the shape of kspace"):
+        reconstruct(KSPACE, MASK, calibration=KSPACE[:, :20])
+
+
+def test_values_outside_the_mask_are_ignored_even_where_they_are_not_finite(plain):
+    dirty = torch.where(MASK, KSPACE, torch.nan + 0j)
+    torch.testing.assert_close(reconstruct(dirty, MASK).image, plain.image)
+
+
+def test_weights_are_those_given(plain):
+    network = pretrained()
+    found = reconstruct(KSPACE, MASK, network, check=False)
+    torch.testing.assert_close(found.image, plain.image)
+    assert found.certificate is None
+    with pytest.raises(InputError, match="trained must be network and weights, got str"):
+        reconstruct(KSPACE, MASK, "weights.safetensors")
+
+
+@pytest.mark.parametrize("factor", [2.0**67, 2.0**-80])
+def test_l1_spirit_and_preparing_take_extreme_values_too(factor):
+    torch.testing.assert_close(l1_spirit(KSPACE * factor, MASK) / factor, l1_spirit(KSPACE, MASK))
+    network = pretrained().network
+    scans = [network.prepare(KSPACE[None] * one, MASK) for one in (1.0, factor)]
+    torch.testing.assert_close(scans[1].start, scans[0].start)
+    torch.testing.assert_close(scans[1].scale / factor, scans[0].scale)
