@@ -266,7 +266,7 @@ def test_the_settings_change_the_mask():
         (lambda: GaussianPoints(4, -1), "calibration must be >= 0, got -1"),
         (lambda: GaussianPoints(8, 24).mask((48, 48), seeded()), "leaves 288 samples of a 48 x 48"),
         (lambda: PoissonDisc(4, -1), "calibration must be >= 0, got -1"),
-        (lambda: Radial(0), "spokes must be >= 1, got 0"),
+        (lambda: Radial(0), "spokes must lie in 1 to 10000, got 0"),
         (lambda: PoissonDisc(8, 24).mask((48, 48), seeded()), "leaves 288 samples of a 48 x 48"),
         (lambda: PoissonDisc(2, 24).mask((20, 400), seeded()), "24 x 24 calibration square"),
         (lambda: CartesianRandom(4, 0.08).mask((8, 4), seeded()), "of 4 columns acceleration 4"),
