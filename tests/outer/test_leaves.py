@@ -174,7 +174,10 @@ def test_named_leaves_are_taken_by_torch(optimizer):
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (torch.optim.SGD([torch.zeros(1)], 0.1), "optimizer must be a function that makes .* got torch.optim.SGD"),
+        (
+            torch.optim.SGD([torch.zeros(1)], 0.1),
+            "optimizer must be a function that makes .* got torch.optim.SGD",
+        ),
         (bl.optim.SGD(0.1), "optimizer must be a function that makes"),
         (lambda: None, r"optimizer is called as optimizer\(leaves\)"),
         (lambda p: None, "what optimizer returns must be a torch.optim.Optimizer, got NoneType"),
