@@ -472,7 +472,8 @@ def test_scans_are_simulated_from_nifti(tmp_path):
     assert "a plane can be chosen for NIfTI only" in found
 
 
-@pytest.mark.parametrize("trains", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow  # the demo itself is one of the checks of a commit
+@pytest.mark.parametrize("trains", [True, False])
 def test_the_demo_leaves_figure_and_results_and_weights_of_its_own(tmp_path, monkeypatch, trains):
     few = {"brain_t1_axial": load_anatomies()["brain_t1_axial"][4:13]}
     loading = "applications.mri.simulation.phantoms.load_anatomies"
