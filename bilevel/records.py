@@ -34,6 +34,8 @@ def brief(value: Any) -> str:
         return f"<{'' if value.trustworthy else 'not '}trustworthy, {value.error_estimate:.1e}>"
     if isinstance(value, list) and value and all(isinstance(x, float) for x in value):
         return f"[{len(value)} from {value[0]:.4g} to {value[-1]:.4g}]"
+    if isinstance(value, list) and value and all(type(x) is int for x in value):
+        return f"[{len(value)}, {sum(value)} in all]"
     if isinstance(value, list) and value and all(hasattr(x, "trustworthy") for x in value):
         return f"[{len(value)}, {sum(x.trustworthy for x in value)} trustworthy]"
     tensors = [x for x in tree.leaves_of(value) if isinstance(x, Tensor)]

@@ -278,6 +278,7 @@ def test_the_gradient_of_the_accepted_trial_serves_the_next_iteration():
     # gradient within the tolerance evaluates nothing.
     assert len(counted) - sum(products) == 5 * 4
     assert found.products == [1]  # the gradient is an eigenvector
+    assert "products=[1, 1 in all]" in repr(found)
     assert len(products) == 1 + 2  # two more tell a minimum: there are two curvatures
 
 
