@@ -107,6 +107,12 @@ class RandomState:
             torch.cuda.set_rng_state(state, device)
 
 
+def default_device() -> torch.device:
+    """Where tensors are made that say nothing of a device."""
+    # `torch.get_default_device` does not see a device as a context in torch 2.6.
+    return torch.empty(0).device
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """Autocast and the default device.
@@ -117,13 +123,13 @@ class Surroundings:
     """
 
     casts: list[autodiff.Cast] = field(default_factory=autodiff.autocasts)
-    device: torch.device = field(default_factory=torch.get_default_device)
+    device: torch.device = field(default_factory=default_device)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside, both are as they were."""
         # A device as a context sees every call of torch, which costs as much as a small kernel.
-        same = torch.get_default_device() == self.device
+        same = default_device() == self.device
         with nullcontext() if same else self.device, autodiff.autocast_as(self.casts):
             yield
 

@@ -9,7 +9,7 @@ from problems import real
 from torch import nn
 
 import bilevel as bl
-from bilevel.errors import StructureError, UnsupportedError
+from bilevel.errors import LostGradientError, StructureError, UnsupportedError
 
 HALVE = bl.Map(lambda u, c, t: u * c)
 
@@ -131,5 +131,8 @@ def test_a_compiled_inner_objective_has_no_second_derivative(method):
     inner = torch.compile(lambda w, a, _: (w - a).square().sum(), backend="aot_eager")
     problem = bl.BilevelProblem(inner, lambda w, a, _: w.square().sum())
     solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 3, method, certificate=None)
-    with pytest.raises(UnsupportedError, match="second derivative of a function"):
+    # torch 2.6 leaves no trace of it where the gradient is linearised: an error of another name.
+    first = torch.__version__.startswith("2.6.") and isinstance(method, bl.Implicit)
+    words = "is cut|cuts it off" if first else "second derivative of a function"
+    with pytest.raises(LostGradientError if first else UnsupportedError, match=words):
         solver.hypergradient(torch.ones(2), torch.ones(2))
