@@ -140,3 +140,9 @@ def test_a_subclass_of_tensors_is_differentiated_by_its_own_rules():
     (slope,) = gradients.grad([(x * x).sum()], [x], None)
     assert torch.autograd.grad in calls
     assert_same(slope.as_subclass(torch.Tensor), 2 * x.detach().as_subclass(torch.Tensor), rtol=0)
+
+
+def test_a_cotangent_is_left_out_of_scalars_alone():
+    x = real(0, 3).requires_grad_()
+    with pytest.raises(RuntimeError, match="only for scalar outputs"):
+        gradients.grad([x * 2], [x], None)

@@ -12,6 +12,7 @@ from bilevel import shards, tree
 from bilevel.autodiff.graphs import (
     autocast_as,
     autocasts,
+    forget_casts,
     is_taped,
     recording,
     refuse_hidden,
@@ -57,7 +58,7 @@ def grad(
             with autocast_as([]):
                 gradients = pulled(outputs, wanted, cotangents, **how)
             if not create_graph:
-                torch.clear_autocast_cache()  # it keeps a copy of each leaf until its context ends
+                forget_casts()
         else:
             gradients = pulled(outputs, wanted, cotangents, **how)
         for i, gradient in zip(places, gradients, strict=True):

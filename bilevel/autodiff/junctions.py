@@ -242,7 +242,8 @@ def _grad(
     batched: bool,
 ) -> Sequence[Tensor | None]:
     ys, xs = tuple(outputs), tuple(inputs)
-    if batched or _engine is None or has_torch_function(ys + xs):
+    unfit = cotangents is None and any(y.ndim for y in ys)  # which is refused there
+    if batched or unfit or _engine is None or has_torch_function(ys + xs):
         return torch.autograd.grad(
             *(ys, xs, cotangents, retain_graph, create_graph),
             allow_unused=True,
