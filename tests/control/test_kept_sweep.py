@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuses import PowerCutError
 from problems import cplx, real, square
 from torch import nn
 
@@ -20,10 +21,6 @@ D = torch.float64
 T = 5
 U = real(3, 4)
 FOLDER = tempfile.gettempdir()
-
-
-class PowerCutError(Exception):
-    """Ends a sweep at once."""
 
 
 class Fuse:

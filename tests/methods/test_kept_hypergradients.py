@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from fuses import Fuse, PowerCutError
 from problems import real, square
 
 import bilevel as bl
@@ -14,22 +15,6 @@ from bilevel.errors import ArgumentError
 D = torch.float64
 X, Y = real(1, 12, 3), real(2, 12)
 W, A = torch.zeros(3, dtype=D), {"d": torch.zeros(3, dtype=D), "s": torch.zeros((), dtype=D)}
-
-
-class PowerCutError(Exception):
-    """Ends it at once."""
-
-
-class Fuse:
-    made, at = 0, 0
-
-    def set(self, at):
-        self.made, self.at = 0, at
-
-    def __call__(self):
-        self.made += 1
-        if self.made == self.at:
-            raise PowerCutError
 
 
 fuse = Fuse()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fuses import PowerCutError
 from problems import real, square
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,10 +19,6 @@ from bilevel.errors import ArgumentError, DivergenceError, StorageError, Unsuppo
 
 D = torch.float64
 X, Y = real(1, 12, 3), real(2, 12)
-
-
-class PowerCutError(Exception):
-    """Ends a run at once."""
 
 
 def ending(step, how=PowerCutError):

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from fuses import Fuse, PowerCutError
 from problems import real, square
 
 import bilevel as bl
@@ -12,22 +13,6 @@ from bilevel.errors import ArgumentError, UnsupportedError
 
 D = torch.float64
 X, Y = real(1, 12, 3), real(2, 12)
-
-
-class PowerCutError(Exception):
-    """Ends a solve at once."""
-
-
-class Fuse:
-    made, at = 0, 0
-
-    def set(self, at):
-        self.made, self.at = 0, at
-
-    def __call__(self):
-        self.made += 1
-        if self.made == self.at:
-            raise PowerCutError
 
 
 fuse = Fuse()

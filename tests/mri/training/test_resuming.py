@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fuses import PowerCutError
 from training_cases import BASE, network, same, trained, write_scans
 
 import bilevel as bl
@@ -21,10 +22,6 @@ SETTINGS = replace(BASE, steps=6, crop=8, whole=0.3, validation=Validation(every
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
     return write_scans(tmp_path_factory.mktemp("scans"))
-
-
-class PowerCutError(Exception):
-    """Ends a training at once."""
 
 
 def keep(folder, settings=SETTINGS):
