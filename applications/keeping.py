@@ -150,13 +150,20 @@ def going_on(
         Where parts are kept.
 
     Raises:
-        InputError: if an interrupted command left something there, and `resume` is False.
+        InputError: if an interrupted command left something there, and `resume` is False; or if the
+            folder holds files that are no state.
     """
     left = folder.is_dir() and any(folder.rglob("update-*"))
     if left and not resume:
         raise InputError(
             f"{folder}: an interrupted run left its state there; go on with it by --resume, or "
             "remove the folder to begin anew."
+        )
+    foreign = sorted(p.name for p in folder.glob("*") if p.is_file() and p.name[0] != ".")
+    if foreign and not left:
+        raise InputError(
+            f"{folder} is no folder of an interrupted run: it holds {foreign[0]!r} and no state; "
+            "move that elsewhere, or choose another output."
         )
     try:
         yield Kept(folder, conditions, records, every)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import applications.mri.commands.meta as meta_commands
 import bilevel as bl
+from applications.errors import InputError
 from applications.keeping import going_on
 from applications.mri.commands.app import app as mri
 from applications.toy.cli import app as toy
@@ -94,3 +95,16 @@ def test_a_command_goes_on_where_it_was_interrupted(name, tmp_path, monkeypatch)
     for file, tensors in weights.items():
         assert all(torch.equal(x, others[file][n]) for n, x in tensors.items())
     assert not (tmp_path / "cut" / "state").exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_is_no_state_is_refused_and_left(tmp_path, resume):
+    notes = tmp_path / "state" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    with (
+        pytest.raises(InputError, match=r"no folder of an interrupted run: it holds 'notes.txt'"),
+        going_on(notes.parent, {}, resume=resume),
+    ):
+        pass
+    assert notes.read_text() == "mine"
