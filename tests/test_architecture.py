@@ -85,6 +85,7 @@ ROOMS = {
         "operators",
         "measured",
         "coil_counts",
+        "products",
         "consistency",
         "wavelets",
         "l1_spirit",

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from applications.mri.network.architecture import Architecture
 from applications.mri.network.layers import complex_net, soft_threshold, to_complex, to_planes
-from applications.mri.physics.consistency import times
 from applications.mri.physics.operators import ifft2c, sample, sample_adjoint
+from applications.mri.physics.products import times
 
 
 class InitialNet(nn.Module):

@@ -252,9 +252,14 @@ class Network:
             state = bl.rollout(self.dynamics(scan), self.observation(scan), control, horizon)
             image = self.image(scan, state, control)
             state = self.coil_images(state)
-            defect = (sample(state, scan.mask) - scan.kspace).flatten(1).norm(dim=1)
-            residual = defect / scan.kspace.flatten(1).norm(dim=1).clamp_min(1e-30)
+            defect = _norms(sample(state, scan.mask) - scan.kspace)
+            residual = defect / _norms(scan.kspace).clamp_min(1e-30)
         return Reconstruction(image * scan.scale[:, 0], state * scan.scale, residual)
+
+
+def _norms(values: Tensor) -> Tensor:
+    """One a sample; by real and imaginary parts, of which torch takes it 20 times as fast."""
+    return torch.view_as_real(values).flatten(1).norm(dim=1)
 
 
 def classical_reconstruction(
@@ -275,6 +280,7 @@ def classical_reconstruction(
         A batch of one.
     """
     images = l1_spirit(kspace, mask, threshold, calibration=calibration)
-    defect = torch.linalg.vector_norm(sample(images, mask) - kspace)
-    residual = defect / torch.linalg.vector_norm(kspace).clamp_min(1e-30)
-    return Reconstruction(rss(images)[None], images[None], residual[None], method=L1_SPIRIT)
+    measured = kspace.to(images)[None].resolve_conj()
+    defect = _norms(sample(images, mask) - measured)
+    residual = defect / _norms(measured).clamp_min(1e-30)
+    return Reconstruction(rss(images)[None], images[None], residual, method=L1_SPIRIT)

@@ -145,7 +145,9 @@ def _consistent(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         towards_consistency(fitted_kernels(x, m), (x.shape[1], x.shape[2]), CONSISTENCY)
         for x, m in pairs
     ]
-    # As they lie in memory, see `consistency.times`.
+    if len(each) == 1:
+        return each[0][None]
+    # As they lie in memory, see `products.times`.
     return torch.stack([one.movedim((-2, -1), (-4, -3)) for one in each]).movedim(
         (-4, -3), (-2, -1)
     )

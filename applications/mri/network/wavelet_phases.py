@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from applications.mri.network.architecture import Architecture
-from applications.mri.physics.consistency import times
 from applications.mri.physics.l1_spirit import momenta
 from applications.mri.physics.measured import Measured
 from applications.mri.physics.operators import between, ifft2c
+from applications.mri.physics.products import times
 from applications.mri.physics.wavelets import Wavelets, spread
 
 STEPS = 3  # towards data and consistency, a phase

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from applications.errors import InputError
 from applications.mri.physics.operators import ifft2c, sample, sample_adjoint
+from applications.mri.physics.products import times
 
-_BLOCK = 1 << 16  # complex values
 _COARSE = 63  # positions an axis where inverses are taken, odd
 _KERNEL = 5  # side of the kernels [positions], where the centre is large enough to fit them
 
@@ -244,23 +244,23 @@ def normal_of(kernels: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _finer(matrices: Tensor, shape: tuple[int, int]) -> Tensor:
     """Hermitian matrices on more positions, by their Fourier series; complex64."""
-    coils = torch.arange(matrices.shape[-1], device=matrices.device)
-    upper, lower = torch.triu_indices(len(coils), len(coils), device=matrices.device)
-    # Those below the diagonal follow. Products with coil images are quicker where pixels lie
-    # together in memory.
+    coils, device = matrices.shape[-1], matrices.device
+    upper, lower = torch.triu_indices(coils, coils, device=device)
     planes = torch.view_as_real(matrices[..., upper, lower].to(torch.complex64)).movedim(
         (-1, -2), (0, 1)
     )
     down, across = (
-        _interpolation(old, new, planes.device)
-        for old, new in zip(matrices.shape[:2], shape, strict=True)
+        _interpolation(old, new, device) for old, new in zip(matrices.shape[:2], shape, strict=True)
     )
-    real, imaginary = (down @ planes @ across.mT).unbind()
-    place = torch.zeros(len(coils), len(coils), dtype=torch.long, device=planes.device)
-    place[upper, lower] = place[lower, upper] = torch.arange(len(upper), device=planes.device)
-    sign = (coils > coils[:, None]).float() - (coils < coils[:, None]).float()
-    found = torch.complex(real[place], imaginary[place] * sign[..., None, None])
-    return found.movedim((0, 1), (2, 3))
+    rows = (down @ planes @ across.mT).split([*range(coils, 0, -1)], dim=1)
+    # Products with coil images are quicker where pixels lie together in memory.
+    found = torch.empty(coils, coils, *shape, 2, device=device)
+    for o, row in enumerate(rows):  # from the diagonal on, and the column below it follows
+        found[o, o:] = row.movedim(0, -1)
+        found[o:, o, ..., 0] = row[0]
+        found[o:, o, ..., 1] = -row[1]
+        found[o, o, ..., 1] = 0
+    return torch.view_as_complex(found).movedim((0, 1), (2, 3))
 
 
 def _interpolation(old: int, new: int, device: torch.device) -> Tensor:
@@ -274,34 +274,6 @@ def _interpolation(old: int, new: int, device: torch.device) -> Tensor:
     angle = 2 * math.pi * (here[:, None] - there)
     series = 1 + 2 * (waves * angle[..., None]).cos().sum(-1)
     return (series / old).float().to(device)
-
-
-def times(matrices: Tensor, state: Tensor) -> Tensor:
-    """One matrix-vector product a pixel.
-
-    Args:
-        matrices: shape ``(..., rows, columns, coils, coils)``.
-        state: shape ``(..., coils, rows, columns)``.
-
-    Returns:
-        ``sum_i matrices_oi state_i``, the shape of ``state``.
-    """
-    planes = matrices.movedim((-2, -1), (-4, -3))  # (..., coils out, coils in, rows, columns)
-    # Rows in blocks that stay in the cache while the coils are added up.
-    height = max(1, _BLOCK // (state.shape[-3] * state.shape[-1]))
-    blocks = [
-        _times(planes[..., top : top + height, :], state[..., top : top + height, :])
-        for top in range(0, state.shape[-2], height)
-    ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)
-
-
-def _times(planes: Tensor, state: Tensor) -> Tensor:
-    columns = planes.unbind(-3)  # one a coil that is multiplied
-    total = columns[0] * state[..., :1, :, :]
-    for i, column in enumerate(columns[1:], start=1):
-        total.addcmul_(column, state[..., i : i + 1, :, :])
-    return total
 
 
 def consistent_image(kspace: Tensor, mask: Tensor, normal: Tensor, iterations: int) -> Tensor:

@@ -22,11 +22,11 @@ from applications.mri.physics.consistency import (
     fitted_kernels,
     noise_level,
     normal_of,
-    times,
 )
 from applications.mri.physics.masks import check_mask
 from applications.mri.physics.measured import Measured
 from applications.mri.physics.operators import between, ifft2c, rss, unit_of
+from applications.mri.physics.products import times
 from applications.mri.physics.wavelets import Wavelets, spread
 
 CONSISTENCY = 0.5  # c

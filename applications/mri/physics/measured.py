@@ -63,8 +63,10 @@ class Measured:
         axes = _COLUMNS if self.mask.shape[-2] == 1 else _ALL
         found = torch.fft.fftn(coil_images, dim=axes, norm="ortho")
         kept = 1 - length * self.mask.to(found.real.dtype)
-        if isinstance(length, Tensor):
+        if isinstance(length, Tensor) and torch.is_grad_enabled():
             found = found * kept + length * self.samples
-        else:  # in place, which saves the time of making room
-            found = found.mul_(kept).add_(self.samples, alpha=length)
+        elif isinstance(length, Tensor):  # in place, which saves the time of making room
+            found.mul_(kept).addcmul_(self.samples, length.to(self.samples))
+        else:
+            found.mul_(kept).add_(self.samples, alpha=length)
         return torch.fft.ifftn(found, dim=axes, norm="ortho")

@@ -8,8 +8,8 @@ from applications.errors import InputError
 from applications.mri.network.architecture import Architecture, narrow, paper
 from applications.mri.network.modules import InitialNet, Phase
 from applications.mri.network.reconstruction import Network
-from applications.mri.physics.consistency import times
 from applications.mri.physics.operators import fft2c, ifft2c
+from applications.mri.physics.products import times
 
 COILS, SHAPE = 2, (12, 10)
 OPTIONS = {
