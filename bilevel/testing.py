@@ -36,6 +36,14 @@ class DotProductTest:
         forward: the first.
         adjoint: the second.
         difference: of the two, relative to |A v| |w|.
+
+    Example:
+        >>> matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+        >>> found = dot_product_test(
+        ...     lambda v: matrix @ v, lambda w: matrix.T @ w, torch.zeros(2), torch.zeros(3)
+        ... )
+        >>> found.difference < 1e-6
+        True
     """
 
     forward: float
@@ -89,6 +97,12 @@ class TaylorTest:
         remainders: |f(x + h d) - f(x) - h Re<g, d>|.
         order: at which they fall with h, from those above rounding: 2 for a right gradient, 1 for
             a wrong one; infinite if all are rounding.
+
+    Example:
+        >>> point = torch.tensor([1.0, 2.0], dtype=torch.float64)
+        >>> found = taylor_test(lambda x: (x**3).sum(), 3 * point**2, point)
+        >>> round(found.order)
+        2
     """
 
     steps: tuple[float, ...]
@@ -183,6 +197,15 @@ class GradientCheck:
         slope: Re<gradient, direction>, by `adjoint`; or Re<e, H d>, by `hvp`.
         difference: the central difference of J, or of Re<e, gradient>.
         noise: what doubling the step changes, and rounding.
+
+    Example:
+        >>> import bilevel as bl
+        >>> problem = bl.ControlProblem(
+        ...     bl.Map(lambda u, c, t: u * c), lambda u, c: u, horizon=3
+        ... )
+        >>> found = check_gradient(problem, torch.tensor(1.0), torch.tensor(2.0))
+        >>> abs(found.slope), found.agrees  # 3 c^2
+        (12.0, True)
     """
 
     slope: float
@@ -225,7 +248,9 @@ def check_gradient(
         >>> import bilevel as bl
         >>> terminal = lambda state, control: state**2
         >>> whole = bl.ControlProblem(bl.Map(lambda u, c, t: u * c), terminal, horizon=3)
-        >>> cut = bl.ControlProblem(bl.Map(lambda u, c, t: u * c.detach() + c), terminal, horizon=3)
+        >>> cut = bl.ControlProblem(
+        ...     bl.Map(lambda u, c, t: u * c.detach() + c), terminal, horizon=3
+        ... )
         >>> one, two = torch.tensor(1.0), torch.tensor(2.0)
         >>> check_gradient(whole, one, two).agrees, check_gradient(cut, one, two).agrees
         (True, False)
@@ -324,6 +349,18 @@ class MethodCheck:
         estimate: relative error against the exact inner minimiser, as the certificate estimates
             it; NaN without certificate.
         note: why it does not apply, or what the linear solver said.
+
+    Example:
+        >>> import bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.5), inner_steps=40)
+        >>> found = check_hypergradient(solver, torch.tensor(0.0), torch.tensor(3.0))
+        >>> row = next(one for one in found.rows if one.method == bl.MLM())
+        >>> type(row.method).__name__, row.gradient, row.error < 1e-3
+        ('MLM', tensor(4.), True)
     """
 
     method: HypergradientMethod
@@ -342,6 +379,17 @@ class HypergradientCheck:
         rows: one a method.
         difference_error: of the finite differences, relative: what doubling their step changes.
         recommendation: which method to take, and why.
+
+    Example:
+        >>> import bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.5), inner_steps=40)
+        >>> found = check_hypergradient(solver, torch.tensor(0.0), torch.tensor(3.0))
+        >>> found.recommendation.split()[0], str(found).splitlines()[0].split()[0]
+        ('Take', 'method')
     """
 
     rows: tuple[MethodCheck, ...]

@@ -32,7 +32,9 @@ class AgainstSteps(Certifier):
         ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
         ...     outer=lambda w, a, batch: (w - 1) ** 2,
         ... )
-        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 3, certificate=bl.AgainstSteps())
+        >>> solver = bl.BilevelSolver(
+        ...     problem, bl.optim.SGD(0.2), 3, certificate=bl.AgainstSteps()
+        ... )
         >>> zero = torch.tensor(0.0)
         >>> print(solver.hypergradient(zero, zero).certificate)
         no error but rounding against the inner steps made; trustworthy.

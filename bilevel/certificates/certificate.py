@@ -92,7 +92,32 @@ class Certificate:
 
 
 class Certifier(ABC):
-    """How a certificate is made, and against what; a frozen dataclass."""
+    """How a certificate is made, and against what; a frozen dataclass.
+
+    Example:
+        A certifier of one's own, here one that trusts what is small:
+
+        >>> import dataclasses, torch, bilevel as bl
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Small(Certifier):
+        ...     most: float
+        ...
+        ...     def certify(self, instance, found):
+        ...         size = float(found.gradient.abs())
+        ...         return Certificate(
+        ...             f"a gradient of at most {self.most}", size, size < self.most
+        ...         )
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(
+        ...     problem, bl.optim.SGD(0.5), inner_steps=40, certificate=Small(10.0)
+        ... )
+        >>> found = solver.hypergradient(torch.tensor(0.0), torch.tensor(3.0))
+        >>> found.certificate.trustworthy
+        True
+    """
 
     @abstractmethod
     def certify(self, instance: Instance, found: Found) -> Certificate:

@@ -40,6 +40,15 @@ class Adjoint:
         states: u(0), ..., u(T) if asked for.
         multipliers: lambda_0, ..., lambda_T if asked for; lambda_t = -dJ/du(t).
         forward_steps: steps evaluated, the recomputed ones included.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.ControlProblem(
+        ...     bl.Map(lambda u, c, t: u * c), lambda u, c: u, horizon=3
+        ... )
+        >>> swept = bl.adjoint(problem, torch.tensor(1.0), torch.tensor(2.0))
+        >>> swept.cost, swept.gradient, swept.observation_gradient  # c^3, 3 c^2, c^3
+        (tensor(8.), tensor(12.), tensor(8.))
     """
 
     cost: Tensor
@@ -59,6 +68,25 @@ class Swept:
         steps: `range(a, b)`.
         multiplier: lambda_a, None in it standing for zero.
         gradient: of (8) gathered so far, None where nothing was.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.ControlProblem(
+        ...     bl.Map(lambda u, c, t: u * c), lambda u, c: u, horizon=4
+        ... )
+        >>> seen = []
+        >>> def stop(swept):
+        ...     seen.append((swept.steps, float(swept.multiplier)))
+        ...     return False  # go on
+        >>> swept = bl.adjoint(
+        ...     problem,
+        ...     torch.tensor(1.0),
+        ...     torch.tensor(2.0),
+        ...     checkpointing=bl.Checkpointing(block=2),
+        ...     stop=stop,
+        ... )
+        >>> seen  # lambda_2 = -c^2, lambda_0 = -c^4
+        [(range(2, 4), -4.0), (range(0, 2), -16.0)]
     """
 
     steps: range
@@ -113,7 +141,9 @@ def adjoint(
     Example:
         >>> import bilevel as bl
         >>> walk = bl.Map(lambda state, control, t: state + control)
-        >>> problem = bl.ControlProblem(walk, lambda state, control: state**2 / 2, horizon=3)
+        >>> problem = bl.ControlProblem(
+        ...     walk, lambda state, control: state**2 / 2, horizon=3
+        ... )
         >>> found = bl.adjoint(
         ...     problem, torch.tensor(1.0), torch.tensor(2.0), keep_multipliers=True
         ... )

@@ -55,7 +55,9 @@ def lagrangian(
         ...     running=lambda x, u, t: u**2,
         ... )
         >>> start, control = torch.tensor(1.0), torch.tensor(0.5)
-        >>> swept = bl.adjoint(walk, start, control, keep_states=True, keep_multipliers=True)
+        >>> swept = bl.adjoint(
+        ...     walk, start, control, keep_states=True, keep_multipliers=True
+        ... )
         >>> bl.lagrangian(walk, start, control, swept.states, swept.multipliers)  # J
         tensor(4.5000)
     """
@@ -80,6 +82,18 @@ class KKT:
         feasibility: of (5c), grad_Lambda L: how far the states are from the dynamics.
         costate: of (5a), grad_U L: how far the multipliers are from the sweep (7).
         stationarity: of (5b), grad_Theta L: at a swept point, the gradient of J.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.ControlProblem(
+        ...     bl.Map(lambda u, c, t: u + c), lambda u, c: (u - 3) ** 2 / 2, horizon=3
+        ... )
+        >>> start, control = torch.tensor(0.0), torch.tensor(1.0)  # u(3) = 3
+        >>> swept = bl.adjoint(
+        ...     problem, start, control, keep_states=True, keep_multipliers=True
+        ... )
+        >>> bl.kkt(problem, start, control, swept.states, swept.multipliers)
+        KKT(feasibility=0.0, costate=0.0, stationarity=0.0)
     """
 
     feasibility: float
@@ -120,7 +134,9 @@ def kkt(
         ...     running=lambda x, u, t: u**2,
         ... )
         >>> start, control = torch.tensor(1.0), torch.tensor(0.5)
-        >>> swept = bl.adjoint(walk, start, control, keep_states=True, keep_multipliers=True)
+        >>> swept = bl.adjoint(
+        ...     walk, start, control, keep_states=True, keep_multipliers=True
+        ... )
         >>> bl.kkt(walk, start, control, swept.states, swept.multipliers).feasibility
         0.0
     """

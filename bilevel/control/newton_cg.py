@@ -74,7 +74,9 @@ class NewtonCG:
         ...     running=lambda x, u, t: u**2,
         ... )
         >>> idle = bl.PerStep([torch.tensor(0.0), torch.tensor(0.0)])
-        >>> found = bl.ControlSolver(walk, bl.NewtonCG()).solve(idle, torch.tensor(3.0), steps=1)
+        >>> found = bl.ControlSolver(walk, bl.NewtonCG()).solve(
+        ...     idle, torch.tensor(3.0), steps=1
+        ... )
         >>> [round(u.item(), 4) for u in found.control.steps]
         [-1.0, -1.0]
     """

@@ -38,6 +38,23 @@ class Optimum(Record):
         states: u(0), ..., u(T).
         cost: J; its derivative is that of the Lagrangian, by the envelope theorem.
         solution: how it was found, detached; under `torch.func.vmap` a list of them.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> def build(target):
+        ...     return bl.ControlProblem(
+        ...         bl.Map(lambda u, c, t: u + c),
+        ...         lambda u, c: ((u - target) ** 2).sum(),
+        ...         horizon=2,
+        ...         running=lambda u, c, t: 0.5 * (c**2).sum(),
+        ...     )
+        >>> target = torch.tensor(1.0, requires_grad=True)
+        >>> solver = bl.ControlSolver(build, bl.Riccati())
+        >>> start = bl.PerStep([torch.zeros(1)] * 2)
+        >>> found = solver.optimum(target, torch.zeros(1), start)
+        >>> found.states[-1].sum().backward()
+        >>> target.grad  # u(2) = 0.8 target
+        tensor(0.8000)
     """
 
     control: Tree

@@ -185,7 +185,10 @@ def total_cost(
         >>> import torch, bilevel as bl
         >>> walk = bl.Map(lambda state, control, t: state + control)
         >>> problem = bl.ControlProblem(
-        ...     walk, lambda state, control: state**2, 3, lambda state, control, t: control**2
+        ...     walk,
+        ...     lambda state, control: state**2,
+        ...     3,
+        ...     lambda state, control, t: control**2,
         ... )
         >>> total_cost(problem, torch.tensor(1.0), torch.tensor(2.0))  # 7^2 + 3 2^2
         tensor(61.)

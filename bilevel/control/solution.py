@@ -25,6 +25,21 @@ class ConstraintReport(Record):
         end_equality: multipliers, ``(k,)``.
         violation: the largest.
         weight: of squared violations, at the end.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.ControlProblem(
+        ...     bl.Map(lambda u, c, t: u + c),
+        ...     lambda u, c: ((u - 2) ** 2).sum(),
+        ...     horizon=2,
+        ...     running=lambda u, c, t: 0.1 * (c**2).sum(),
+        ... )
+        >>> limits = bl.control.Constraints(end_equality=lambda u, c: u - 1)
+        >>> solver = bl.ControlSolver(problem, bl.Riccati(constraints=limits))
+        >>> zero = torch.zeros(1, dtype=torch.float64)
+        >>> found = solver.solve(bl.PerStep([zero, zero]), zero)
+        >>> found.adjoint.final_state, bool(found.constraints.violation < 1e-6)
+        (tensor([1.0000], dtype=torch.float64), True)
     """
 
     inequality: Tensor
@@ -55,6 +70,17 @@ class ControlSolution(Record):
         shifts: of the Hessian before each update; None but by `Riccati`.
         constraints: their multipliers and violation; None without. With them, gradient and
             multipliers are those of the Lagrangian that the constraints are a part of.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.ControlProblem(
+        ...     bl.Map(lambda u, c, t: u + c), lambda u, c: (u - 3) ** 2, horizon=3
+        ... )
+        >>> found = bl.ControlSolver(problem, bl.NewtonCG()).solve(
+        ...     torch.tensor(0.0), torch.tensor(0.0), steps=20, tolerance=1e-5
+        ... )
+        >>> found.control, found.converged, found.kkt.stationarity < 1e-5
+        (tensor(1.), True, True)
     """
 
     control: Tree
@@ -102,6 +128,20 @@ class BatchSolution(Record):
         kkt: residuals of the optimality conditions, of all problems together; None likewise.
         shifts: of the Hessians before each round of updates, ``(B,)`` each.
         constraints: their multipliers and violation; None without.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.ControlProblem(
+        ...     bl.Map(lambda u, c, t: u + c),
+        ...     lambda u, c: ((u - 1) ** 2).sum(),
+        ...     horizon=2,
+        ...     running=lambda u, c, t: 0.5 * (c**2).sum(),
+        ... )
+        >>> solver = bl.ControlSolver(problem, bl.Riccati(batched=True))
+        >>> starts = torch.tensor([[0.0], [1.0], [3.0]])
+        >>> found = solver.solve(bl.PerStep([torch.zeros(3, 1)] * 2), starts)
+        >>> found.converged, found.cost
+        (tensor([True, True, True]), tensor([0.2000, 0.0000, 0.8000]))
     """
 
     control: Tree

@@ -116,6 +116,16 @@ class HessianProduct:
         product: the Hessian of J in Theta, times the direction; None for leaves without gradient.
         gradient: grad_Theta J; None for leaves without gradient.
         cost: J, real scalar.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.ControlProblem(
+        ...     bl.Map(lambda u, c, t: u * c), lambda u, c: u, horizon=3
+        ... )
+        >>> one = torch.tensor(1.0)
+        >>> found = bl.hvp(problem, one, torch.tensor(2.0), one)
+        >>> found.cost, found.gradient, found.product  # c^3, 3 c^2, 6 c
+        (tensor(8.), tensor(12.), tensor(12.))
     """
 
     product: Tree

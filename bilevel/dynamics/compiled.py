@@ -40,7 +40,9 @@ class Compiled(Dynamics):
     Example:
         >>> import bilevel as bl
         >>> step = bl.Map(lambda x, u, t: x + u)
-        >>> problem = bl.ControlProblem(bl.Compiled(step), lambda x, control: x**2, horizon=2)
+        >>> problem = bl.ControlProblem(
+        ...     bl.Compiled(step), lambda x, control: x**2, horizon=2
+        ... )
     """
 
     dynamics: Dynamics

@@ -29,6 +29,12 @@ class ModuleFunction:
             module's own as they are: a BatchNorm layer normalises by them or by the batch, as its
             mode says, and never updates them.
         shapes: of the parameters that a call needs, by name.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> params, call = bl.functional(torch.nn.Linear(2, 1))
+        >>> type(call).__name__, call(params, torch.ones(3, 2)).shape
+        ('ModuleFunction', torch.Size([3, 1]))
     """
 
     model: nn.Module

@@ -61,7 +61,9 @@ class BilevelProblem:
     Example:
         >>> import torch
         >>> ridge = BilevelProblem(
-        ...     inner=lambda w, alpha, batch: ((w - 1) ** 2).sum() + alpha.exp() * (w**2).sum(),
+        ...     inner=lambda w, alpha, batch: (
+        ...         ((w - 1) ** 2).sum() + alpha.exp() * (w**2).sum()
+        ...     ),
         ...     outer=lambda w, alpha, batch: ((w - 0.5) ** 2).sum(),
         ... )
         >>> ridge.inner(torch.ones(2), torch.tensor(0.0), None)

@@ -27,7 +27,9 @@ class Neumann(LinearSolver):
 
     Example:
         >>> import torch
-        >>> found = Neumann(terms=3, step=0.5).solve(Operator(lambda v: v), torch.tensor(1.0))
+        >>> found = Neumann(terms=3, step=0.5).solve(
+        ...     Operator(lambda v: v), torch.tensor(1.0)
+        ... )
         >>> found.solution, found.residual
         (tensor(0.8750), 0.125)
     """

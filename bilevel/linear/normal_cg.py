@@ -33,7 +33,8 @@ class NormalCG(Conjugate):
         >>> import torch
         >>> turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
         >>> found = NormalCG().solve(
-        ...     Operator(lambda v: turn @ v, adjoint=lambda v: turn.T @ v), torch.tensor([1.0, 2.0])
+        ...     Operator(lambda v: turn @ v, adjoint=lambda v: turn.T @ v),
+        ...     torch.tensor([1.0, 2.0]),
         ... )
         >>> found.solution, found.products
         (tensor([ 2., -1.]), 4)

@@ -67,6 +67,14 @@ class LinearResult:
         column_converged: which columns converged.
         column_indefinite: which columns met a direction of non-positive curvature.
         find_ritz: what `ritz` is found by when it is asked for; None where the method gives none.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> operator = bl.linear.Operator(lambda v: matrix @ v, symmetric=True)
+        >>> found = bl.linear.CG().solve(operator, torch.tensor([3.0, 4.0]))
+        >>> found.solution, found.converged, found.steps
+        (tensor([1.0000, 1.0000]), True, 2)
     """
 
     solution: Tree
@@ -125,7 +133,29 @@ def _listed(places: list[int]) -> str:
 
 
 class LinearSolver(ABC):
-    """How a linear system is solved."""
+    """How a linear system is solved.
+
+    Example:
+        A solver of one's own, here a dense one:
+
+        >>> import dataclasses, torch, bilevel as bl
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Dense(LinearSolver):
+        ...     def solve(self, operator, rhs, start=None):
+        ...         columns = [operator.apply(one) for one in torch.eye(len(rhs))]
+        ...         solution = torch.linalg.solve(torch.stack(columns, 1), rhs)
+        ...         return LinearResult(solution, 0.0, 1, len(rhs), converged=True)
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: ((w - a) ** 2).sum() / 2,
+        ...     outer=lambda w, a, batch: ((w - 1) ** 2).sum(),
+        ... )
+        >>> method = bl.Implicit(Dense())
+        >>> solver = bl.BilevelSolver(
+        ...     problem, bl.optim.SGD(0.5), inner_steps=40, method=method
+        ... )
+        >>> solver.hypergradient(torch.zeros(2), torch.tensor([3.0, 0.0])).gradient
+        tensor([ 4., -2.])
+    """
 
     @abstractmethod
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:

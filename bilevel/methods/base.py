@@ -34,6 +34,19 @@ class Warm:
         state: of the inner optimiser: params, and momentum or moments.
         steps: inner steps made so far, those before a warm start included.
         linear: solution of the linear system, None if none was solved.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.5), inner_steps=40)
+        >>> zero, three = torch.tensor(0.0), torch.tensor(3.0)
+        >>> found = solver.hypergradient(zero, three)
+        >>> again = solver.hypergradient(zero, three, warm=found.warm)  # goes on
+        >>> found.warm.steps, again.warm.steps
+        (40, 80)
     """
 
     state: Tree
@@ -102,6 +115,17 @@ class Instance:
 
     Raises:
         StructureError: if the warm start does not fit the params.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> zero, three = torch.tensor(0.0), torch.tensor(3.0)
+        >>> instance = Instance(problem, bl.optim.SGD(0.5), 40, params=zero, control=three)
+        >>> bl.MLM().find(instance).gradient  # 2 (a - 1)
+        tensor(4.)
     """
 
     problem: BilevelProblem
@@ -321,6 +345,17 @@ class Truncation:
         steps: inner steps whose terms were left out.
         error: bound of the norm of what they add up to, relative to that of the whole
             hypergradient; None if nothing is known about it.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> zero, three = torch.tensor(0.0), torch.tensor(3.0)
+        >>> instance = Instance(problem, bl.optim.SGD(0.5), 40, params=zero, control=three)
+        >>> bl.MLM(last=10).find(instance).truncation.steps  # of 40, 10 were swept
+        30
     """
 
     steps: int
@@ -336,6 +371,18 @@ class Comparison:
         unsettled: what further inner steps would still change, as the last ones tell.
         residual: relative residual of the worst inner problem.
         reason: why the comparison says nothing; empty if it does.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> zero, three = torch.tensor(0.0), torch.tensor(3.0)
+        >>> instance = Instance(problem, bl.optim.SGD(0.5), 40, params=zero, control=three)
+        >>> found = bl.Penalty().find(instance)
+        >>> abs(float(found.compare().better) - 4) < 0.1  # 2 (a - 1)
+        True
     """
 
     better: Tree
@@ -358,6 +405,18 @@ class Found:
         truncation: what was left out; None if nothing was.
         flaw: why the gradient is not that of the problem, whatever it is judged against; empty if
             nothing speaks against it.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> zero, three = torch.tensor(0.0), torch.tensor(3.0)
+        >>> instance = Instance(problem, bl.optim.SGD(0.5), 40, params=zero, control=three)
+        >>> found = bl.Implicit().find(instance)
+        >>> found.value, found.gradient, found.linear.converged
+        (tensor(4.), tensor(4.), True)
     """
 
     value: Tensor
@@ -372,7 +431,32 @@ class Found:
 
 
 class HypergradientMethod(ABC):
-    """How the multipliers of the inner iteration are found; a frozen dataclass."""
+    """How the multipliers of the inner iteration are found; a frozen dataclass.
+
+    Example:
+        A method of one's own, here that of another under a clock:
+
+        >>> import dataclasses, time, torch, bilevel as bl
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Timed(HypergradientMethod):
+        ...     method: HypergradientMethod
+        ...
+        ...     def find(self, instance):
+        ...         begun = time.perf_counter()
+        ...         found = self.method.find(instance)
+        ...         print("more than 0 s:", time.perf_counter() > begun)
+        ...         return found
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(
+        ...     problem, bl.optim.SGD(0.5), inner_steps=40, method=Timed(bl.MLM())
+        ... )
+        >>> solver.hypergradient(torch.tensor(0.0), torch.tensor(3.0)).gradient
+        more than 0 s: True
+        tensor(4.)
+    """
 
     # Whether it differentiates or makes inner steps of its own, beside those to the solution.
     steps: ClassVar[bool] = True

@@ -31,8 +31,11 @@ class FirstOrder(HypergradientMethod):
         ...     outer=lambda w, a, batch: w**2,
         ...     start=lambda w, a: a,
         ... )
-        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.5), 1, FirstOrder(), certificate=None)
-        >>> solver.hypergradient(torch.tensor(0.0), torch.tensor(1.0)).gradient  # MLM: half of it
+        >>> solver = bl.BilevelSolver(
+        ...     problem, bl.optim.SGD(0.5), 1, FirstOrder(), certificate=None
+        ... )
+        >>> found = solver.hypergradient(torch.tensor(0.0), torch.tensor(1.0))
+        >>> found.gradient  # MLM: half of it
         tensor(2.)
     """
 

@@ -46,7 +46,9 @@ class Implicit(HypergradientMethod):
         ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
         ...     outer=lambda w, a, batch: (w - 1) ** 2,
         ... )
-        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 60, bl.Implicit(bl.linear.CG()))
+        >>> solver = bl.BilevelSolver(
+        ...     problem, bl.optim.SGD(0.2), 60, bl.Implicit(bl.linear.CG())
+        ... )
         >>> zero = torch.tensor(0.0)
         >>> hyper = solver.hypergradient(zero, zero)
         >>> round(hyper.gradient.item(), 4)

@@ -87,7 +87,9 @@ class MLM(HypergradientMethod):
         ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
         ...     outer=lambda w, a, batch: (w - 1) ** 2,
         ... )
-        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 60, bl.MLM(bl.Budget("1 MiB")))
+        >>> solver = bl.BilevelSolver(
+        ...     problem, bl.optim.SGD(0.2), 60, bl.MLM(bl.Budget("1 MiB"))
+        ... )
         >>> zero = torch.tensor(0.0)
         >>> hyper = solver.hypergradient(zero, zero)
         >>> round(hyper.gradient.item(), 4)

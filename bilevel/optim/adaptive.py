@@ -139,9 +139,11 @@ class AdamW(_ByMoments):
         ...     inner=lambda w, a, batch: (w - a) ** 2 / 2 + w**2,  # w(a) = a / 3
         ...     outer=lambda w, a, batch: (w - 1) ** 2,
         ... )
-        >>> rule = bl.optim.AdamW(lambda a: 0.1, weight_decay=0.0)  # any number may be a function
+        >>> # Any number may be a function of the control.
+        >>> rule = bl.optim.AdamW(lambda a: 0.1, weight_decay=0.0)
         >>> solver = bl.BilevelSolver(problem, rule, 20, certificate=bl.AgainstSteps())
-        >>> solver.hypergradient(torch.tensor(0.5), torch.tensor(0.0)).certificate.trustworthy
+        >>> found = solver.hypergradient(torch.tensor(0.5), torch.tensor(0.0))
+        >>> found.certificate.trustworthy
         True
     """
 

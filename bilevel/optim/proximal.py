@@ -68,7 +68,10 @@ class ProximalGradient(InnerOptimizer):
         ... )
         >>> rule = bl.optim.ProximalGradient(0.5, bl.prox.L1(lambda a: a))  # w(a) = 2 - a
         >>> solver = bl.BilevelSolver(problem, rule, inner_steps=60)
-        >>> round(solver.hypergradient(torch.tensor(0.0), torch.tensor(0.5)).gradient.item(), 4)
+        >>> round(
+        ...     solver.hypergradient(torch.tensor(0.0), torch.tensor(0.5)).gradient.item(),
+        ...     4,
+        ... )
         -0.5
     """
 

@@ -71,7 +71,8 @@ class Keep:
         ...     terminal=lambda state, control: state**2 / 2 + control**2,
         ...     horizon=3,
         ... )
-        >>> solver, start = bl.ControlSolver(problem), (torch.tensor(0.0), torch.tensor(4.0))
+        >>> solver = bl.ControlSolver(problem)
+        >>> start = torch.tensor(0.0), torch.tensor(4.0)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     keep = bl.Keep(folder, every=5)
         ...     half = solver.solve(*start, steps=10, keep=keep)
@@ -132,6 +133,26 @@ class Restore:
 
     Raises:
         ArgumentError: if a setting is out of range.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: (w - a) ** 2 / 2,
+        ...     outer=lambda w, a, batch: (w - 1) ** 2,
+        ... )
+        >>> solver = bl.BilevelSolver(
+        ...     problem, bl.optim.SGD(0.5), inner_steps=40, on_failure="ignore"
+        ... )
+        >>> found = solver.solve(
+        ...     torch.tensor(0.0),
+        ...     torch.tensor(3.0),
+        ...     # Too large by far.
+        ...     optimizer=lambda leaves: torch.optim.SGD(leaves, lr=1e30),
+        ...     steps=50,
+        ...     on_divergence=bl.Restore(factor=1e-31),  # 0.1 from then on
+        ... )
+        >>> round(float(found.control), 2)
+        1.0
     """
 
     factor: float = 0.5

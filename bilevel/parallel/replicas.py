@@ -58,13 +58,15 @@ class Replicas:
     Example:
         >>> import torch, torch.distributed as dist
         >>> import bilevel as bl
-        >>> known = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # not with torchrun
-        >>> dist.init_process_group("gloo", **known)
+        >>> store = dist.HashStore()  # torchrun has one of its own
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         >>> problem = bl.BilevelProblem(
         ...     inner=lambda w, alpha, batch: ((w - batch) ** 2).mean() + alpha * w**2,
         ...     outer=lambda w, alpha, batch: ((w - batch) ** 2).mean(),
         ... )
-        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 50, replicas=bl.Replicas())
+        >>> solver = bl.BilevelSolver(
+        ...     problem, bl.optim.SGD(0.1), 50, replicas=bl.Replicas()
+        ... )
         >>> batch = torch.tensor([1.0, 3.0])
         >>> found = solver.hypergradient(torch.tensor(0.0), torch.tensor(1.0), batch, batch)
         >>> round(float(found.gradient), 3)

@@ -21,7 +21,31 @@ from bilevel.tree import Tree
 
 
 class Prox(ABC):
-    """A penalty p and its proximal operator."""
+    """A penalty p and its proximal operator.
+
+    Example:
+        A set of one's own, here whole numbers' nearest half line:
+
+        >>> import dataclasses, torch, bilevel as bl
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class AtLeast(Prox):
+        ...     bound: float
+        ...
+        ...     def __call__(self, params, step_size, control):
+        ...         return params.clamp_min(self.bound)
+        ...
+        ...     def value(self, params, control):
+        ...         return torch.where((params >= self.bound).all(), 0.0, torch.inf)
+        >>> problem = bl.BilevelProblem(
+        ...     inner=lambda w, a, batch: ((w - a) ** 2).sum() / 2,
+        ...     outer=lambda w, a, batch: (w**2).sum(),
+        ... )
+        >>> rule = bl.optim.ProximalGradient(0.5, AtLeast(1.0))
+        >>> solver = bl.BilevelSolver(problem, rule, inner_steps=60)
+        >>> found = solver.hypergradient(torch.zeros(2), torch.tensor([-3.0, 2.0]))
+        >>> found.gradient + 0  # the first stays at its bound
+        tensor([0., 4.])
+    """
 
     @abstractmethod
     def __call__(self, params: Tree, step_size: Any, control: Tree) -> Tree:

@@ -218,7 +218,9 @@ class Affine(Prox):
         ArgumentError: if they are empty, do not fit, or no x has A x = b.
 
     Example:
-        >>> Affine(torch.ones(1, 2), torch.tensor([1.0]))(torch.tensor([3.0, 1.0]), 0.1, None)
+        >>> Affine(torch.ones(1, 2), torch.tensor([1.0]))(
+        ...     torch.tensor([3.0, 1.0]), 0.1, None
+        ... )
         tensor([ 1.5000, -0.5000])
     """
 

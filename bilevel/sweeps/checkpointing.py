@@ -42,7 +42,9 @@ class Checkpointing:
         ...     running=lambda x, u, t: u**2,
         ... )
         >>> kept = bl.Checkpointing(block=None)  # the graph of every step
-        >>> bl.adjoint(walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept).gradient
+        >>> bl.adjoint(
+        ...     walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept
+        ... ).gradient
         tensor(10.)
     """
 

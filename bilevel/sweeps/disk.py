@@ -35,7 +35,9 @@ class OnDisk(Storage):
         ... )
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     kept = bl.Checkpointing(storage=bl.OnDisk(folder))
-        ...     bl.adjoint(walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept).gradient
+        ...     bl.adjoint(
+        ...         walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept
+        ...     ).gradient
         tensor(10.)
     """
 

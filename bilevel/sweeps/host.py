@@ -29,7 +29,9 @@ class OnHost(Storage):
         ...     running=lambda x, u, t: u**2,
         ... )
         >>> kept = bl.Checkpointing(storage=bl.OnHost())
-        >>> bl.adjoint(walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept).gradient
+        >>> bl.adjoint(
+        ...     walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept
+        ... ).gradient
         tensor(10.)
     """
 

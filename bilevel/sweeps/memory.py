@@ -92,6 +92,16 @@ class Measurement:
         graph_bytes: alive after taping a step, and its own control's gradient.
         working_bytes: alive at once beyond that while a step is pulled back: the final state,
             the multiplier, and what passes through.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> step = bl.Map(lambda state, control, t: torch.tanh(control * state))
+        >>> problem = bl.ControlProblem(
+        ...     step, lambda state, control: state.sum(), horizon=100
+        ... )
+        >>> found = bl.sweeps.measure(problem, torch.ones(1000), torch.tensor(0.5))
+        >>> found.state_bytes  # 1000 numbers of 4 bytes
+        4000
     """
 
     state_bytes: int
@@ -141,7 +151,9 @@ def measure(
     Example:
         >>> import bilevel as bl
         >>> step = bl.Map(lambda state, control, t: torch.tanh(control * state))
-        >>> problem = bl.ControlProblem(step, lambda state, control: state.sum(), horizon=100)
+        >>> problem = bl.ControlProblem(
+        ...     step, lambda state, control: state.sum(), horizon=100
+        ... )
         >>> found = bl.sweeps.measure(problem, torch.ones(1000), torch.tensor(0.5))
         >>> found.state_bytes, found.graph_bytes
         (4000, 4000)

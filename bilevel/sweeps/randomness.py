@@ -35,7 +35,7 @@ def is_look() -> bool:
         True inside of a look.
 
     Example:
-        >>> is_look()  # what counts the evaluations of its sweeps counts where this is False
+        >>> is_look()  # who counts evaluations counts where this is False
         False
     """
     return _LOOKING.get()

@@ -69,6 +69,11 @@ class Schedule:
         horizon: number of steps, T >= 0.
         block: steps in a block, at least 1.
         snapshots: states kept at most, u(0) among them, at least 1.
+
+    Example:
+        >>> schedule = Schedule(horizon=1000, block=10, snapshots=4)
+        >>> schedule.n_blocks, schedule.forward_steps / 1000  # evaluations a step
+        (100, 4.74)
     """
 
     horizon: int

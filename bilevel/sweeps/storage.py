@@ -10,7 +10,16 @@ from bilevel.tree import Tree
 
 
 class Snapshots(ABC):
-    """States put away under the number of their block; opened by a `Storage`, used by one sweep."""
+    """States put away under the number of their block; opened by a `Storage`, used by one sweep.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> snapshots = bl.InMemory().open()
+        >>> snapshots.put(3, torch.tensor(1.0))
+        >>> snapshots.get(3)
+        tensor(1.)
+        >>> snapshots.close()
+    """
 
     @abstractmethod
     def put(self, block: int, state: Tree) -> None:
@@ -30,7 +39,30 @@ class Snapshots(ABC):
 
 
 class Storage(ABC):
-    """Where snapshots wait."""
+    """Where snapshots wait.
+
+    Example:
+        A place of one's own, here one that counts:
+
+        >>> import dataclasses, torch, bilevel as bl
+        >>> class Counted(Storage):
+        ...     opened = 0
+        ...
+        ...     def open(self):
+        ...         self.opened += 1
+        ...         return bl.InMemory().open()
+        ...
+        ...     def resident(self, snapshots):
+        ...         return snapshots
+        >>> storage = Counted()
+        >>> walk = bl.ControlProblem(
+        ...     bl.Map(lambda x, u, t: x * u), lambda x, control: x, horizon=3
+        ... )
+        >>> kept = bl.Checkpointing(storage=storage)
+        >>> one, two = torch.tensor(1.0), torch.tensor(2.0)
+        >>> bl.adjoint(walk, one, two, checkpointing=kept).gradient, storage.opened
+        (tensor(12.), 1)
+    """
 
     @abstractmethod
     def open(self) -> Snapshots:
@@ -58,7 +90,9 @@ class InMemory(Storage):
         ...     running=lambda x, u, t: u**2,
         ... )
         >>> kept = bl.Checkpointing(storage=bl.InMemory())
-        >>> bl.adjoint(walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept).gradient
+        >>> bl.adjoint(
+        ...     walk, torch.tensor(1.0), torch.tensor(0.5), checkpointing=kept
+        ... ).gradient
         tensor(10.)
     """
 

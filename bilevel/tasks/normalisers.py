@@ -11,7 +11,17 @@ from bilevel.checks import check_range
 
 
 class Normaliser(ABC):
-    """A map of R^N to the simplex, along the first axis."""
+    """A map of R^N to the simplex, along the first axis.
+
+    Example:
+        A map of one's own, here squares over their sum:
+
+        >>> class Squares(Normaliser):
+        ...     def __call__(self, alpha):
+        ...         return alpha**2 / (alpha**2).sum(0)
+        >>> Squares()(torch.tensor([1.0, 2.0]))
+        tensor([0.2000, 0.8000])
+    """
 
     @abstractmethod
     def __call__(self, alpha: Tensor) -> Tensor:

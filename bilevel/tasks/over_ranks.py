@@ -30,6 +30,24 @@ class OverRanks(Evaluation):
 
     Raises:
         ArgumentError: if a field is not what it should be.
+
+    Example:
+        >>> import torch.distributed as dist, bilevel as bl
+        >>> store = dist.HashStore()  # torchrun has one of its own
+        >>> dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> replicas = bl.Replicas(split=False)
+        >>> def loss(goal):
+        ...     return lambda w, batch: (w - goal) ** 2
+        >>> problem = bl.weighted_problem(
+        ...     [loss(1.0), loss(-1.0)],  # a process evaluates its share of them
+        ...     lambda w, batch: (w - 1) ** 2,
+        ...     bl.TaskWeights(2),
+        ...     evaluate=bl.tasks.OverRanks(replicas),
+        ... )
+        >>> solver = bl.BilevelSolver(problem, bl.optim.SGD(0.25), 40, replicas=replicas)
+        >>> solver.hypergradient(torch.tensor(0.0), torch.zeros(2)).gradient
+        tensor([-1.,  1.])
+        >>> dist.destroy_process_group()
     """
 
     replicas: Replicas

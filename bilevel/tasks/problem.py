@@ -31,7 +31,17 @@ Loss = Callable[[Tree, Any], Tensor]  # (params, batch) -> the loss of one task,
 
 
 class Evaluation(ABC):
-    """How the losses of M independent params are evaluated."""
+    """How the losses of M independent params are evaluated.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> params = torch.tensor([[1.0], [2.0], [3.0]])  # of 3 columns
+        >>> losses = lambda w, batch: torch.stack([w.sum(), (w**2).sum()])
+        >>> bl.Looped().losses(losses, params, None, 3)
+        tensor([[1., 1.],
+                [2., 4.],
+                [3., 9.]])
+    """
 
     @abstractmethod
     def losses(self, losses: Losses, params: Tree, batch: Any, columns: int) -> Tensor:
@@ -181,7 +191,9 @@ def weighted_problem(
         >>> import bilevel as bl
         >>> goals = torch.tensor([1.0, -1.0])
         >>> problem = weighted_problem(
-        ...     lambda w, batch: (w - goals) ** 2, lambda w, batch: (w - 1) ** 2, TaskWeights(2)
+        ...     lambda w, batch: (w - goals) ** 2,
+        ...     lambda w, batch: (w - 1) ** 2,
+        ...     TaskWeights(2),
         ... )
         >>> problem.inner(torch.tensor(1.0), torch.zeros(2), None)
         tensor(2.)

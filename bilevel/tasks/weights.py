@@ -24,6 +24,14 @@ class Correlation:
         matrix: shape ``(N, M)``, columns of sum 1.
         tasks: names of the rows.
         validations: names of the columns.
+
+    Example:
+        >>> import torch, bilevel as bl
+        >>> weights = bl.TaskWeights(n_tasks=2, n_validations=2)
+        >>> found = weights.correlation(weights.initial(), ["a", "b"])
+        >>> found.tasks, found.matrix
+        (('a', 'b'), tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]]))
     """
 
     matrix: Tensor

@@ -54,7 +54,9 @@ def reconstruct(
         >>> from applications.mri.physics.operators import fft2c
         >>> places = torch.arange(64.0) - 32
         >>> disc = ((places[:, None] ** 2 + places**2) < 400).float()
-        >>> coils = torch.stack([torch.linspace(0, 1, 64), torch.linspace(1, 0, 64)])[:, None]
+        >>> coils = torch.stack([torch.linspace(0, 1, 64), torch.linspace(1, 0, 64)])[
+        ...     :, None
+        ... ]
         >>> kspace = fft2c((coils * disc).to(torch.complex64))
         >>> mask = torch.zeros(64, 64, dtype=torch.bool)
         >>> mask[:, ::2] = mask[:, 24:40] = True

@@ -165,7 +165,10 @@ def unit_of(kspace: Tensor) -> float:
         1, but for values so large or small that their squares leave the range of float32.
 
     Example:
-        >>> unit_of(torch.full((1, 2, 2), 3 + 4j)), unit_of(torch.full((1, 2, 2), 1e20 + 0j))
+        >>> (
+        ...     unit_of(torch.full((1, 2, 2), 3 + 4j)),
+        ...     unit_of(torch.full((1, 2, 2), 1e20 + 0j)),
+        ... )
         (1.0, 7.378697629483821e+19)
     """
     largest = float(torch.view_as_real(kspace.resolve_conj()).abs().max())

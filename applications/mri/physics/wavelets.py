@@ -44,7 +44,9 @@ class Wavelets:
     Example:
         >>> image = torch.arange(30.0).reshape(1, 5, 6)
         >>> wavelets = Wavelets((5, 6), shift=(1, 3))
-        >>> bool(torch.allclose(wavelets.adjoint(wavelets.forward(image)), image, atol=1e-4))
+        >>> bool(
+        ...     torch.allclose(wavelets.adjoint(wavelets.forward(image)), image, atol=1e-4)
+        ... )
         True
     """
 
