@@ -26,7 +26,9 @@ def cart_pole(state: Tensor, force: Tensor, _t: int) -> Tensor:
     position, angle, speed, rate = state
     sine, cosine = torch.sin(angle), torch.cos(angle)
     push = (force[0] + POLE * LENGTH * rate**2 * sine) / (CART + POLE)
-    turn = (GRAVITY * sine - cosine * push) / (LENGTH * (4 / 3 - POLE * cosine**2 / (CART + POLE)))
+    turn = (GRAVITY * sine - cosine * push) / (
+        LENGTH * (4 / 3 - POLE * cosine**2 / (CART + POLE))
+    )
     speed = speed + DT * (push - POLE * LENGTH * turn * cosine / (CART + POLE))
     rate = rate + DT * turn
     return torch.stack([position + DT * speed, angle + DT * rate, speed, rate])
@@ -48,23 +50,33 @@ plan_problem = bl.ControlProblem(
     bl.Map(cart_pole), lambda state, _control: 0 * state.sum(), N_PLAN, running
 )
 at_rest = Constraints(end_equality=lambda state, _control: state)
-planner = bl.ControlSolver(plan_problem, bl.Riccati(bounds=(-FORCE, FORCE), constraints=at_rest))
+planner = bl.ControlSolver(
+    plan_problem, bl.Riccati(bounds=(-FORCE, FORCE), constraints=at_rest)
+)
 begin = bl.PerStep.unstack(torch.zeros(N_PLAN, 1, dtype=torch.float64))
 plan = planner.solve(begin, start)
 planned = torch.stack(plan.adjoint.states)
 violation = float(plan.constraints.violation)
-print(f"{plan.steps} iterations, cost {plan.cost:.4f}, end constraint violated by {violation:.1e}")
-print(f"multipliers of the end {[round(x, 3) for x in plan.constraints.end_equality.tolist()]}")
+print(
+    f"{plan.steps} iterations, cost {plan.cost:.4f}, "
+    f"end constraint violated by {violation:.1e}"
+)
+at_the_end = plan.constraints.end_equality.tolist()
+print(f"multipliers of the end {[round(x, 3) for x in at_the_end]}")
 
 # %%
 # State, force with its active bounds, and multipliers.
 force = torch.stack(plan.control.steps)[:, 0]
 active = force.abs() == FORCE
 times = DT * torch.arange(N_PLAN + 1)
-figure, axes = plt.subplots(3, 1, figsize=(6, 7), sharex=True, layout="constrained")
+figure, axes = plt.subplots(
+    3, 1, figsize=(6, 7), sharex=True, layout="constrained"
+)
 axes[0].plot(times, planned[:, :2], label=["position [m]", "angle [rad]"])
 axes[1].step(times[:-1], force, where="post", color="C2", label="force [N]")
-axes[1].plot(times[:-1][active], force[active], ".", color="C3", label="at a bound")
+axes[1].plot(
+    times[:-1][active], force[active], ".", color="C3", label="at a bound"
+)
 names = ["of position", "of angle", "of speed", "of rate of turning"]
 axes[2].plot(times, torch.stack(plan.adjoint.multipliers), label=names)
 for ax, title in zip(axes, ("state", "control", "multipliers"), strict=True):

@@ -29,7 +29,9 @@ def cart_pole(state: Tensor, force: Tensor, _t: int) -> Tensor:
     position, angle, speed, rate = state
     sine, cosine = torch.sin(angle), torch.cos(angle)
     push = (force[0] + POLE * LENGTH * rate**2 * sine) / (CART + POLE)
-    turn = (GRAVITY * sine - cosine * push) / (LENGTH * (4 / 3 - POLE * cosine**2 / (CART + POLE)))
+    turn = (GRAVITY * sine - cosine * push) / (
+        LENGTH * (4 / 3 - POLE * cosine**2 / (CART + POLE))
+    )
     speed = speed + DT * (push - POLE * LENGTH * turn * cosine / (CART + POLE))
     rate = rate + DT * turn
     return torch.stack([position + DT * speed, angle + DT * rate, speed, rate])
@@ -42,10 +44,14 @@ WEIGHTS = torch.tensor([1.0, 10.0, 0.1, 0.1], dtype=torch.float64)
 problem = bl.ControlProblem(
     bl.Map(cart_pole),
     terminal=lambda state, _control: 5 * (WEIGHTS @ state**2),
-    running=lambda state, force, _t: DT * (WEIGHTS @ state**2 + 0.01 * force @ force),
+    running=lambda state, force, _t: (
+        DT * (WEIGHTS @ state**2 + 0.01 * force @ force)
+    ),
     horizon=20,
 )
-solver = bl.ControlSolver(problem, bl.Riccati(bounds=(-FORCE, FORCE)), on_failure="ignore")
+solver = bl.ControlSolver(
+    problem, bl.Riccati(bounds=(-FORCE, FORCE)), on_failure="ignore"
+)
 
 # %%
 # The loop. The pole is unstable: forces planned from another state let it fall from this one, so
@@ -63,20 +69,27 @@ for k in range(N_LOOP):
     iterations.append(solution.steps)
     force = solution.control.steps[0]
     pushed = noise * torch.randn(4, generator=generator, dtype=torch.float64)
-    state = cart_pole(state, force, k) + pushed + (blow if k == N_LOOP // 2 else 0)
+    state = (
+        cart_pole(state, force, k) + pushed + (blow if k == N_LOOP // 2 else 0)
+    )
     plan = solution.control.shifted()
     states.append(state)
     forces.append(force[0])
 path, forces = torch.stack(states), torch.stack(forces)
 tilt = float(path[-N_LOOP // 4 :, 1].abs().max())
 took = 1e3 * statistics.median(seconds)
-print(f"medians of a step: {took:.0f} ms, {statistics.median(iterations):.0f} iterations")
+print(
+    f"medians of a step: {took:.0f} ms, "
+    f"{statistics.median(iterations):.0f} iterations"
+)
 print(f"in the last quarter the pole stays within {tilt:.3f} rad of upright")
 
 # %%
 # The cart goes a metre to the right, first backwards to tilt the pole, and takes the blow at 2.5 s.
 times = DT * torch.arange(N_LOOP + 1)
-figure, (above, below) = plt.subplots(2, 1, figsize=(6, 5), sharex=True, layout="constrained")
+figure, (above, below) = plt.subplots(
+    2, 1, figsize=(6, 5), sharex=True, layout="constrained"
+)
 above.plot(times, path[:, 0], label="position [m]")
 above.plot(times, path[:, 1], label="angle [rad]")
 above.axvline(DT * (N_LOOP // 2 + 1), color="grey", ls=":", label="blow")

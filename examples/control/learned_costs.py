@@ -23,7 +23,7 @@ LIMIT = 2.0
 
 
 def build(logs: Tensor) -> bl.ControlProblem:
-    """A regulator with weights of position, velocity and force; the force's is 1."""
+    """A regulator with weights of position, velocity and force, the last 1."""
     weights = logs.exp()
     return bl.ControlProblem(
         bl.Map(lambda x, u, _t: A @ x + B @ u),
@@ -33,8 +33,12 @@ def build(logs: Tensor) -> bl.ControlProblem:
     )
 
 
-solver = bl.ControlSolver(build, bl.Riccati(bounds=(-LIMIT, LIMIT), batched=True))
-begin = bl.PerStep([torch.zeros(N_SHOWN, 1, dtype=torch.float64) for _ in range(N_STEPS)])
+solver = bl.ControlSolver(
+    build, bl.Riccati(bounds=(-LIMIT, LIMIT), batched=True)
+)
+begin = bl.PerStep(
+    [torch.zeros(N_SHOWN, 1, dtype=torch.float64) for _ in range(N_STEPS)]
+)
 
 # %%
 # The demonstrations, some of them at the bounds of the force.

@@ -18,8 +18,13 @@ import bilevel as bl
 
 A = torch.tensor([[1.0, 0.1], [0.0, 1.0]], dtype=torch.float64)
 B = torch.tensor([[0.005], [0.1]], dtype=torch.float64)
-Q, R = torch.eye(2, dtype=torch.float64), 0.1 * torch.eye(1, dtype=torch.float64)
-P = torch.as_tensor(solve_discrete_are(A.numpy(), B.numpy(), Q.numpy(), R.numpy()))
+Q, R = (
+    torch.eye(2, dtype=torch.float64),
+    0.1 * torch.eye(1, dtype=torch.float64),
+)
+P = torch.as_tensor(
+    solve_discrete_are(A.numpy(), B.numpy(), Q.numpy(), R.numpy())
+)
 N_STEPS = 50
 
 problem = bl.ControlProblem(
@@ -45,14 +50,21 @@ multipliers = torch.stack(solution.adjoint.multipliers)
 control_error = float((controls + states[:-1] @ K.mT).abs().max())
 cost_error = abs(solution.cost - float(start @ P @ start) / 2)
 multiplier_error = float((multipliers + states @ P).abs().max())
-print(f"controls differ from -K x by {control_error:.1e}, the cost by {cost_error:.1e},")
+print(
+    f"controls differ from -K x by {control_error:.1e}, "
+    f"the cost by {cost_error:.1e},"
+)
 print(f"multipliers from -P x by {multiplier_error:.1e}")
 
 # %%
 # States, controls and multipliers over the steps.
-figure, axes = plt.subplots(3, 1, figsize=(6, 7), sharex=True, layout="constrained")
+figure, axes = plt.subplots(
+    3, 1, figsize=(6, 7), sharex=True, layout="constrained"
+)
 axes[0].plot(states, label=["position", "velocity"])
-axes[1].step(range(N_STEPS), controls[:, 0], where="post", color="C2", label="force")
+axes[1].step(
+    range(N_STEPS), controls[:, 0], where="post", color="C2", label="force"
+)
 axes[2].plot(multipliers, label=["of position", "of velocity"])
 for ax, title in zip(axes, ("states", "control", "multipliers"), strict=True):
     ax.set(ylabel=title)

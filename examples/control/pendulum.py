@@ -34,7 +34,9 @@ def torque(control: Tensor) -> Tensor:
 def step(state: Tensor, control: Tensor, _t: int) -> Tensor:
     """One step of length DT: first the velocity, then the angle."""
     angle, velocity = state
-    velocity = velocity + DT * (torque(control) - GRAVITY * angle.sin() - DAMPING * velocity)
+    velocity = velocity + DT * (
+        torque(control) - GRAVITY * angle.sin() - DAMPING * velocity
+    )
     return torch.stack([angle + DT * velocity, velocity])
 
 
@@ -54,7 +56,9 @@ def effort(_state: Tensor, control: Tensor, _t: int) -> Tensor:
 
 problem = bl.ControlProblem(bl.Map(step), missed, N_STEPS, running=effort)
 hanging = torch.zeros(2, dtype=torch.float64)
-idle = bl.PerStep([torch.full((), 0.01, dtype=torch.float64) for _ in range(N_STEPS)])
+idle = bl.PerStep(
+    [torch.full((), 0.01, dtype=torch.float64) for _ in range(N_STEPS)]
+)
 
 
 # %%
@@ -63,7 +67,10 @@ idle = bl.PerStep([torch.full((), 0.01, dtype=torch.float64) for _ in range(N_ST
 # L-BFGS, with the gradient from two sweeps. Sixty steps are few, so all their graphs are kept.
 def lbfgs(leaves: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.LBFGS(
-        leaves, max_iter=ITERATIONS, history_size=20, line_search_fn="strong_wolfe"
+        leaves,
+        max_iter=ITERATIONS,
+        history_size=20,
+        line_search_fn="strong_wolfe",
     )
 
 
@@ -83,7 +90,9 @@ states = torch.stack(solution.adjoint.states)
 torques = torque(torch.stack(solution.control.steps))
 time = torch.arange(N_STEPS + 1) * DT
 
-figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 7.5), height_ratios=[2, 3])
+figure, (top, bottom) = plt.subplots(
+    2, 1, figsize=(6, 7.5), height_ratios=[2, 3]
+)
 top.plot(time, torch.rad2deg(states[:, 0]), color="C0")
 top.axhline(math.copysign(180, angle), color="C0", linewidth=0.8, linestyle=":")
 top.set(xlabel="time [s]")
@@ -93,9 +102,13 @@ right.stairs(torques, time, color="C1", linewidth=1.8)
 right.set_ylabel("torque [N m]", color="C1")
 right.set_ylim(-2.5 * STRONGEST, 2.5 * STRONGEST)
 
-colours = plt.get_cmap("viridis")(torch.linspace(0.15, 0.9, N_STEPS + 1).tolist())
+colours = plt.get_cmap("viridis")(
+    torch.linspace(0.15, 0.9, N_STEPS + 1).tolist()
+)
 for x, colour in zip(states[:, 0], colours, strict=True):
-    bottom.plot([0, x.sin()], [0, -x.cos()], color=colour, linewidth=1, alpha=0.5)
+    bottom.plot(
+        [0, x.sin()], [0, -x.cos()], color=colour, linewidth=1, alpha=0.5
+    )
     bottom.plot(x.sin(), -x.cos(), "o", color=colour)
 bottom.set(aspect="equal", xlabel="x [m]", ylabel="height [m]")
 # sphinx_gallery_alt = "Angle and torque over four seconds; the pendulum swings twice, then stands"

@@ -52,20 +52,34 @@ states = torch.stack(solution.adjoint.states)
 torques = torch.stack(solution.control.steps)[:, 0]
 active = torques.abs() == TORQUE
 angle_error = abs(abs(float(states[-1, 0])) - torch.pi)
-print(f"{solution.steps} iterations, cost {solution.cost:.4f}, converged: {solution.converged}")
+print(
+    f"{solution.steps} iterations, cost {solution.cost:.4f}, "
+    f"converged: {solution.converged}"
+)
 print(f"{int(active.sum())} of {N_STEPS} torques are at a bound")
-print(f"largest shift of a Hessian on the way {max(solution.shifts):.1e}, at the end 0")
+print(
+    f"largest shift of a Hessian on the way {max(solution.shifts):.1e}, "
+    "at the end 0"
+)
 
 # %%
 # States, torques with the bounds that are active, and multipliers.
 times = DT * torch.arange(N_STEPS + 1)
-figure, axes = plt.subplots(3, 1, figsize=(6, 7), sharex=True, layout="constrained")
+figure, axes = plt.subplots(
+    3, 1, figsize=(6, 7), sharex=True, layout="constrained"
+)
 axes[0].plot(times, states, label=["angle [rad]", "speed [rad/s]"])
 for upright in (-torch.pi, torch.pi):
     axes[0].axhline(upright, color="grey", linewidth=0.5)
 axes[1].step(times[:-1], torques, where="post", color="C2", label="torque")
-axes[1].plot(times[:-1][active], torques[active], ".", color="C3", label="at a bound")
-axes[2].plot(times, torch.stack(solution.adjoint.multipliers), label=["of angle", "of speed"])
+axes[1].plot(
+    times[:-1][active], torques[active], ".", color="C3", label="at a bound"
+)
+axes[2].plot(
+    times,
+    torch.stack(solution.adjoint.multipliers),
+    label=["of angle", "of speed"],
+)
 for ax, title in zip(axes, ("states", "control", "multipliers"), strict=True):
     ax.set(ylabel=title)
     ax.legend()

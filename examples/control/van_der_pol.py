@@ -35,7 +35,7 @@ def field(x: Tensor, u: Tensor) -> Tensor:
 
 
 def runge_kutta(x: Tensor, u: Tensor, _t: int) -> Tensor:
-    """One step of length DT; the oscillator does not depend on the time itself."""
+    """One step of length DT; the oscillator does not depend on the time."""
     k1 = field(x, u)
     k2 = field(x + DT / 2 * k1, u)
     k3 = field(x + DT / 2 * k2, u)
@@ -43,7 +43,9 @@ def runge_kutta(x: Tensor, u: Tensor, _t: int) -> Tensor:
     return x + DT / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
-problem = bl.ControlProblem(bl.Map(runge_kutta), terminal=lambda x, _control: x[2], horizon=N_STEPS)
+problem = bl.ControlProblem(
+    bl.Map(runge_kutta), terminal=lambda x, _control: x[2], horizon=N_STEPS
+)
 
 # %%
 # The best force
@@ -51,7 +53,9 @@ problem = bl.ControlProblem(bl.Map(runge_kutta), terminal=lambda x, _control: x[
 # The control has one force a step. A solver takes its gradient, found by a forward sweep and a
 # multiplier sweep, to any optimiser of ``torch.optim``; here L-BFGS.
 start = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-no_force = bl.PerStep([torch.zeros((), dtype=torch.float64) for _ in range(N_STEPS)])
+no_force = bl.PerStep(
+    [torch.zeros((), dtype=torch.float64) for _ in range(N_STEPS)]
+)
 
 
 def lbfgs(leaves: list[Tensor]) -> torch.optim.Optimizer:
@@ -65,8 +69,13 @@ def lbfgs(leaves: list[Tensor]) -> torch.optim.Optimizer:
     )
 
 
-solution = bl.ControlSolver(problem, lbfgs).solve(no_force, start, steps=2, tolerance=1e-7)
-print(f"cost {solution.costs[0]:.6f} without force, {solution.cost:.12f} with the best one")
+solution = bl.ControlSolver(problem, lbfgs).solve(
+    no_force, start, steps=2, tolerance=1e-7
+)
+print(
+    f"cost {solution.costs[0]:.6f} without force, "
+    f"{solution.cost:.12f} with the best one"
+)
 
 # %%
 # The solution carries the residuals of the optimality conditions: the dynamics hold, the
@@ -103,7 +112,10 @@ pushed = torch.tensor(
     dtype=torch.float64,
 )
 multiplier_error = float((pushed - torch.stack(multipliers)).abs().max())
-print(f"largest difference between a multiplier and the effect of a push: {multiplier_error:.1e}")
+print(
+    "largest difference between a multiplier and the effect of a push: "
+    f"{multiplier_error:.1e}"
+)
 
 # %%
 # The figure
@@ -124,7 +136,12 @@ top.stairs(forces, time, color="C2", linewidth=1.8, label="force")
 top.set(ylabel="state, force (dotted: no force)")
 top.legend(loc="lower left")
 for i, name in enumerate(["position", "velocity"]):
-    bottom.plot(time, torch.stack(multipliers)[:, i], color=f"C{i}", label=f"of the {name}")
+    bottom.plot(
+        time,
+        torch.stack(multipliers)[:, i],
+        color=f"C{i}",
+        label=f"of the {name}",
+    )
     bottom.plot(time, pushed[:, i], "o", color=f"C{i}", markersize=4)
 bottom.stairs(forces, time, color="C2", linewidth=1.8, label="force")
 bottom.set(xlabel="time [s]", ylabel="multiplier [cost per unit of state]")

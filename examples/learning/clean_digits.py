@@ -27,9 +27,14 @@ images, labels = images[order].float() / 16, labels[order]
 
 noisy, true = images[:N_NOISY], labels[:N_NOISY]
 random = torch.randint(10, (N_NOISY,), generator=generator)
-given = torch.where(torch.rand(N_NOISY, generator=generator) < 0.5, random, true)
+given = torch.where(
+    torch.rand(N_NOISY, generator=generator) < 0.5, random, true
+)
 wrong = given != true  # nobody tells the solver
-checked = images[N_NOISY : N_NOISY + N_CHECKED], labels[N_NOISY : N_NOISY + N_CHECKED]
+checked = (
+    images[N_NOISY : N_NOISY + N_CHECKED],
+    labels[N_NOISY : N_NOISY + N_CHECKED],
+)
 test = images[N_NOISY + N_CHECKED :], labels[N_NOISY + N_CHECKED :]
 
 
@@ -38,17 +43,23 @@ test = images[N_NOISY + N_CHECKED :], labels[N_NOISY + N_CHECKED :]
 # -----------
 # The control is one number a sample, whose sigmoid is the weight. The params are those of a linear
 # classifier.
-def losses(params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+def losses(
+    params: dict[str, Tensor], inputs: Tensor, targets: Tensor
+) -> Tensor:
     scores = inputs @ params["weight"] + params["bias"]
     return F.cross_entropy(scores, targets, reduction="none")
 
 
-def training(params: dict[str, Tensor], alpha: Tensor, _batch: object) -> Tensor:
+def training(
+    params: dict[str, Tensor], alpha: Tensor, _batch: object
+) -> Tensor:
     decay = 1e-3 * params["weight"].square().sum()
     return (alpha.sigmoid() * losses(params, noisy, given)).mean() + decay
 
 
-def validating(params: dict[str, Tensor], _alpha: Tensor, _batch: object) -> Tensor:
+def validating(
+    params: dict[str, Tensor], _alpha: Tensor, _batch: object
+) -> Tensor:
     return losses(params, *checked).mean()
 
 
@@ -66,7 +77,9 @@ solver = bl.BilevelSolver(
 )
 blank = {"weight": torch.zeros(64, 10), "bias": torch.zeros(10)}
 equal = torch.zeros(N_NOISY)
-solution = solver.solve(blank, equal, lambda leaves: torch.optim.Adam(leaves, 0.2), UPDATES)
+solution = solver.solve(
+    blank, equal, lambda leaves: torch.optim.Adam(leaves, 0.2), UPDATES
+)
 weights = solution.control.sigmoid()
 
 # %%
@@ -91,14 +104,19 @@ def accuracy(params: dict[str, Tensor]) -> float:
 def trained(alpha: Tensor) -> dict[str, Tensor]:
     """The classifier of given weights, from nothing."""
     return bl.adapt(
-        bl.optim.SGD(1.0, momentum=0.9), blank, lambda params: training(params, alpha, None), 200
+        bl.optim.SGD(1.0, momentum=0.9),
+        blank,
+        lambda params: training(params, alpha, None),
+        200,
     )
 
 
 checked_alone = bl.adapt(
     bl.optim.SGD(1.0, momentum=0.9),
     blank,
-    lambda params: losses(params, *checked).mean() + 1e-3 * params["weight"].square().sum(),
+    lambda params: (
+        losses(params, *checked).mean() + 1e-3 * params["weight"].square().sum()
+    ),
     200,
 )
 accuracies = {
@@ -121,13 +139,23 @@ chosen = torch.cat([judged.nonzero()[:8, 0], (~judged).nonzero()[:8, 0]])
 for axes, k in zip(shown.subplots(2, 8).flat, chosen.tolist(), strict=True):
     axes.imshow(noisy[k].reshape(8, 8).numpy(), cmap="gray")
     axes.set_title(
-        f"“{given[k]}”\n{weights[k]:.2f}", fontsize="small", color="C1" if wrong[k] else "C0"
+        f"“{given[k]}”\n{weights[k]:.2f}",
+        fontsize="small",
+        color="C1" if wrong[k] else "C0",
     )
     axes.axis("off")
 axes = histogram.subplots()
 bins = torch.linspace(0, 1, 21).tolist()
-axes.hist(weights[~wrong].tolist(), bins, color="C0", alpha=0.6, label="label is right")
-axes.hist(weights[wrong].tolist(), bins, color="C1", alpha=0.6, label="label is wrong")
+axes.hist(
+    weights[~wrong].tolist(),
+    bins,
+    color="C0",
+    alpha=0.6,
+    label="label is right",
+)
+axes.hist(
+    weights[wrong].tolist(), bins, color="C1", alpha=0.6, label="label is wrong"
+)
 axes.set(xlabel="learned weight", ylabel="digits")
 axes.legend()
 # sphinx_gallery_alt = "Digits with their labels and weights; weights of wrong labels are near zero"

@@ -32,7 +32,10 @@ def label(points: Tensor) -> Tensor:
     return (points[:, 1] > (1.5 * points[:, 0]).sin()).double()
 
 
-frequencies, phases = 1.2 * normal(2, 60), 6.28 * torch.rand(60, generator=generator).double()
+frequencies, phases = (
+    1.2 * normal(2, 60),
+    6.28 * torch.rand(60, generator=generator).double(),
+)
 
 
 def features(points: Tensor) -> Tensor:
@@ -75,10 +78,15 @@ problem = bl.BilevelProblem(
     outer=lambda w, _a, _batch: FusedLoss.apply(V @ w, z).mean(),
 )
 rule = bl.optim.SGD(8.0, momentum=0.9)
-weights, params = torch.zeros(240, dtype=torch.float64), torch.zeros(60, dtype=torch.float64)
+weights, params = (
+    torch.zeros(240, dtype=torch.float64),
+    torch.zeros(60, dtype=torch.float64),
+)
 
 try:
-    bl.BilevelSolver(problem, rule, 150, bl.Implicit()).hypergradient(params, weights)
+    bl.BilevelSolver(problem, rule, 150, bl.Implicit()).hypergradient(
+        params, weights
+    )
 except bl.BilevelError as error:
     print(f"Implicit: {error}")
 
@@ -91,13 +99,19 @@ reference = bl.BilevelProblem(
     inner=lambda w, a, _batch: (
         (
             a.sigmoid()
-            * torch.nn.functional.binary_cross_entropy_with_logits(X @ w, y, reduction="none")
+            * torch.nn.functional.binary_cross_entropy_with_logits(
+                X @ w, y, reduction="none"
+            )
         ).mean()
         + 1e-3 * (w**2).sum()
     ),
-    outer=lambda w, _a, _batch: torch.nn.functional.binary_cross_entropy_with_logits(V @ w, z),
+    outer=lambda w, _a, _batch: (
+        torch.nn.functional.binary_cross_entropy_with_logits(V @ w, z)
+    ),
 )
-exact = bl.BilevelSolver(reference, rule, 600, bl.Implicit()).hypergradient(params, weights)
+exact = bl.BilevelSolver(reference, rule, 600, bl.Implicit()).hypergradient(
+    params, weights
+)
 strengths = [2.0**k for k in range(3, 13, 2)]
 errors: dict[int, list[float]] = {}
 estimates: dict[int, list[float]] = {}
@@ -105,13 +119,17 @@ for order in (1, 2, 3):
     errors[order], estimates[order] = [], []
     for strength in strengths:
         method = bl.Penalty(strength, order)
-        found = bl.BilevelSolver(problem, rule, 150, method, on_failure="ignore").hypergradient(
-            params, weights
-        )
-        difference = (found.gradient - exact.gradient).norm() / exact.gradient.norm()
+        found = bl.BilevelSolver(
+            problem, rule, 150, method, on_failure="ignore"
+        ).hypergradient(params, weights)
+        difference = (
+            found.gradient - exact.gradient
+        ).norm() / exact.gradient.norm()
         errors[order].append(float(difference))
         estimates[order].append(found.certificate.error_estimate)
-chosen = bl.BilevelSolver(problem, rule, 150, bl.Penalty()).hypergradient(params, weights)
+chosen = bl.BilevelSolver(problem, rule, 150, bl.Penalty()).hypergradient(
+    params, weights
+)
 difference = (chosen.gradient - exact.gradient).norm() / exact.gradient.norm()
 print(f"strength left to the method: relative error {float(difference):.1e}")
 print("certificate:", chosen.certificate)
@@ -120,7 +138,9 @@ print("certificate:", chosen.certificate)
 # Learning the weights
 # --------------------
 solver = bl.BilevelSolver(problem, rule, 150, bl.Penalty(256.0))
-found = solver.solve(params, weights, lambda leaves: torch.optim.Adam(leaves, 0.5), steps=15)
+found = solver.solve(
+    params, weights, lambda leaves: torch.optim.Adam(leaves, 0.5), steps=15
+)
 learned = found.control.sigmoid()
 print(
     f"mean weight of wrong labels {learned[wrong].mean():.2f}, of the others "
@@ -131,7 +151,9 @@ print(
 # Above: points are true errors, lines what the certificate says. Below: the learned weights.
 figure, (above, below) = plt.subplots(2, 1, figsize=(6, 7))
 for order, colour in zip((1, 2, 3), ("C0", "C1", "C2"), strict=True):
-    above.loglog(strengths, estimates[order], colour, label=f"order {order}, estimate")
+    above.loglog(
+        strengths, estimates[order], colour, label=f"order {order}, estimate"
+    )
     above.loglog(strengths, errors[order], "o", color=colour)
 above.set(xlabel="strength", ylabel="relative error")
 above.legend()

@@ -28,10 +28,16 @@ def points(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(x, dtype=torch.float32), torch.tensor(y)
 
 
-train, validation, test = points(40, seed=0), points(200, seed=1), points(4000, seed=2)
+train, validation, test = (
+    points(40, seed=0),
+    points(200, seed=1),
+    points(4000, seed=2),
+)
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+model = nn.Sequential(
+    nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
+)
 
 # %%
 # Two objectives
@@ -43,13 +49,19 @@ params, call = bl.functional(model)
 matrices = [name for name in params if name.endswith("weight")]
 
 
-def training(params: dict[str, Tensor], control: dict[str, Tensor], batch: tuple) -> Tensor:
+def training(
+    params: dict[str, Tensor], control: dict[str, Tensor], batch: tuple
+) -> Tensor:
     inputs, labels = batch
-    decay = sum(control[name].exp() * params[name].square().sum() for name in matrices)
+    decay = sum(
+        control[name].exp() * params[name].square().sum() for name in matrices
+    )
     return F.cross_entropy(call(params, inputs), labels) + decay / 2
 
 
-def validating(params: dict[str, Tensor], _control: dict[str, Tensor], batch: tuple) -> Tensor:
+def validating(
+    params: dict[str, Tensor], _control: dict[str, Tensor], batch: tuple
+) -> Tensor:
     inputs, labels = batch
     return F.cross_entropy(call(params, inputs), labels)
 
@@ -78,7 +90,9 @@ solution = solver.solve(
     lambda leaves: torch.optim.Adam(leaves, lr=0.4, betas=(0.5, 0.9)),
     steps=UPDATES,
     batches=[(batches, validation)],
-    callback=lambda progress: path.append([float(progress.control[name]) for name in matrices]),
+    callback=lambda progress: path.append(
+        [float(progress.control[name]) for name in matrices]
+    ),
 )
 print(solution)
 
@@ -96,7 +110,10 @@ def accuracy(params: dict[str, Tensor]) -> float:
     return float((call(params, inputs).argmax(1) == labels).float().mean())
 
 
-print(f"test accuracy {accuracy(before):.1%} with little decay, {accuracy(after):.1%} with learned")
+print(
+    f"test accuracy {accuracy(before):.1%} with little decay, "
+    f"{accuracy(after):.1%} with learned"
+)
 
 # %%
 # The figure
@@ -104,22 +121,37 @@ print(f"test accuracy {accuracy(before):.1%} with little decay, {accuracy(after)
 # With little decay one class is an island in the other, drawn around the samples at hand. With
 # learned decays it is one region again, near the half moon that the points come from. Below, the
 # decays on their way: the second layer needs three times as much as the first.
-grid = torch.cartesian_prod(torch.linspace(-2, 3, 120), torch.linspace(-1.6, 2.1, 120))
+grid = torch.cartesian_prod(
+    torch.linspace(-2, 3, 120), torch.linspace(-1.6, 2.1, 120)
+)
 figure = plt.figure(figsize=(6, 6.5))
 panels = figure.subplot_mosaic([["before", "after"], ["path", "path"]])
 for name, found in (("before", before), ("after", after)):
     share = call(found, grid).softmax(1)[:, 1].reshape(120, 120).T.numpy()
     panels[name].contourf(
-        share, [0, 0.5, 1], extent=(-2, 3, -1.6, 2.1), colors=["C0", "C1"], alpha=0.25
+        share,
+        [0, 0.5, 1],
+        extent=(-2, 3, -1.6, 2.1),
+        colors=["C0", "C1"],
+        alpha=0.25,
     )
     for label in (0, 1):
         inside = train[0][train[1] == label]
-        panels[name].plot(inside[:, 0], inside[:, 1], "o", color=f"C{label}", markersize=4)
-    panels[name].set(title=f"{name}: {accuracy(found):.1%}", xlabel="input 1", ylabel="input 2")
+        panels[name].plot(
+            inside[:, 0], inside[:, 1], "o", color=f"C{label}", markersize=4
+        )
+    panels[name].set(
+        title=f"{name}: {accuracy(found):.1%}",
+        xlabel="input 1",
+        ylabel="input 2",
+    )
 updates = range(1, UPDATES + 1)
 for k, layer in enumerate(("first", "second", "third")):
     panels["path"].semilogy(
-        updates, torch.tensor(path)[:, k].exp(), f"C{k + 2}", label=f"{layer} layer"
+        updates,
+        torch.tensor(path)[:, k].exp(),
+        f"C{k + 2}",
+        label=f"{layer} layer",
     )
 panels["path"].set(xlabel="update", ylabel="weight decay")
 panels["path"].legend()

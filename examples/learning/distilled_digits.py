@@ -55,7 +55,9 @@ blank = {"weight": torch.zeros(64, 10), "bias": torch.zeros(10)}
 # -------------------
 # They begin as ten real ones.
 chosen = torch.stack([real[0][real[1] == digit][0] for digit in range(10)])
-solution = solver.solve(blank, chosen, lambda leaves: torch.optim.Adam(leaves, 0.05), UPDATES)
+solution = solver.solve(
+    blank, chosen, lambda leaves: torch.optim.Adam(leaves, 0.05), UPDATES
+)
 
 
 # %%
@@ -71,7 +73,9 @@ def taught(images: Tensor) -> dict[str, Tensor]:
     return solver.optimizer.params(solver.advance(blank, images).state)
 
 
-everything = bl.adapt(bl.optim.SGD(1.0), blank, lambda params: loss(params, *real), steps=500)
+everything = bl.adapt(
+    bl.optim.SGD(1.0), blank, lambda params: loss(params, *real), steps=500
+)
 accuracies = {
     "ten real images": accuracy(taught(chosen)),
     "ten learned images": accuracy(taught(solution.control)),
@@ -91,13 +95,20 @@ for part, name, shown in (
     (above, "ten real images", chosen),
     (below, "ten learned images", solution.control),
 ):
-    part.suptitle(f"{name}: test accuracy {accuracies[name]:.1%}", fontsize="medium")
+    part.suptitle(
+        f"{name}: test accuracy {accuracies[name]:.1%}", fontsize="medium"
+    )
     for k, axes in enumerate(part.subplots(2, 5).flat):
-        axes.imshow(shown[k].reshape(8, 8).numpy(), cmap="gray", vmin=-0.3, vmax=1)
+        axes.imshow(
+            shown[k].reshape(8, 8).numpy(), cmap="gray", vmin=-0.3, vmax=1
+        )
         axes.axis("off")
 # sphinx_gallery_alt = "Ten real digits and the ten images that were learned from them"
 plt.show()
 
 # %%
 assert accuracies["ten learned images"] > accuracies["ten real images"] + 0.15
-assert accuracies["ten learned images"] > accuracies["six hundred real images"] - 0.02
+assert (
+    accuracies["ten learned images"]
+    > accuracies["six hundred real images"] - 0.02
+)

@@ -52,7 +52,9 @@ begin = torch.linspace(0, 2, N_STEPS, dtype=torch.float64)
 
 
 def lbfgs(leaves: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.LBFGS(leaves, max_iter=UPDATES, line_search_fn="strong_wolfe")
+    return torch.optim.LBFGS(
+        leaves, max_iter=UPDATES, line_search_fn="strong_wolfe"
+    )
 
 
 solution = solver.solve(zero, begin, lbfgs, steps=1)
@@ -66,10 +68,13 @@ learned = solution.control.exp()
 # :math:`p(0) = 1`. The one with the least mean square over all curvatures solves a linear least
 # squares problem, and its roots are the inverse best rates.
 powers = curvature[:, None] ** torch.arange(1, N_STEPS + 1)
-coefficients = torch.linalg.lstsq(powers, -torch.ones_like(curvature)[:, None]).solution
+coefficients = torch.linalg.lstsq(
+    powers, -torch.ones_like(curvature)[:, None]
+).solution
 least = float((1 + powers @ coefficients).square().mean())
 
-# The roots are the inverse eigenvalues of the companion matrix of the reversed polynomial.
+# The roots are the inverse eigenvalues of the companion matrix of the reversed
+# polynomial.
 companion = torch.diag(torch.ones(N_STEPS - 1, dtype=torch.float64), -1)
 companion[0] = -coefficients[:, 0]
 best = torch.linalg.eigvals(companion).real.sort().values
@@ -88,15 +93,35 @@ print(f"best constant rate                {float(constant.min()):.10f}")
 # After ten they are a hundred times nearer.
 plain = trials[constant.argmin()].expand(N_STEPS)
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 6.5))
-for name, rates, colour in (("best constant rate", plain, "C1"), ("learned rates", learned, "C0")):
-    left = torch.cumprod(1 - rates[:, None] * curvature, 0)  # errors after each step
+for name, rates, colour in (
+    ("best constant rate", plain, "C1"),
+    ("learned rates", learned, "C0"),
+):
+    left = torch.cumprod(
+        1 - rates[:, None] * curvature, 0
+    )  # errors after each step
     distances = torch.cat([torch.ones(1), left.square().mean(1)])
     top.semilogy(distances, "o-", color=colour, label=name)
 top.set(xlabel="step", ylabel="mean squared distance")
 top.legend()
 steps = range(1, N_STEPS + 1)
-bottom.semilogy(steps, best, "o", color="C2", markersize=10, alpha=0.5, label="from the polynomial")
-bottom.semilogy(steps, learned.sort().values, "o-", color="C0", markersize=4, label="learned")
+bottom.semilogy(
+    steps,
+    best,
+    "o",
+    color="C2",
+    markersize=10,
+    alpha=0.5,
+    label="from the polynomial",
+)
+bottom.semilogy(
+    steps,
+    learned.sort().values,
+    "o-",
+    color="C0",
+    markersize=4,
+    label="learned",
+)
 bottom.semilogy(steps, plain, color="C1", label="best constant")
 bottom.set(xlabel="rate, in ascending order", ylabel="learning rate")
 bottom.legend()

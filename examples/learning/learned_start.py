@@ -33,7 +33,9 @@ def normal(*shape: int) -> Tensor:
 def waves(x: Tensor) -> Tensor:
     """1, sin(k x) and cos(k x): shape (..., points, 13)."""
     angle = x[..., None] * torch.arange(1, N_WAVES + 1)
-    return torch.cat([torch.ones_like(x)[..., None], angle.sin(), angle.cos()], -1)
+    return torch.cat(
+        [torch.ones_like(x)[..., None], angle.sin(), angle.cos()], -1
+    )
 
 
 MEAN = torch.zeros(1 + 2 * N_WAVES, dtype=torch.float64)
@@ -41,9 +43,14 @@ MEAN[1], MEAN[1 + N_WAVES], MEAN[2] = 2.0, 1.0, 0.7
 
 
 def draw(n: int) -> dict[str, Tensor]:
-    """n tasks: the points that are seen, and the coefficients of the true curves."""
-    truth = MEAN + 0.25 * normal(n, len(MEAN)) / (1 + torch.arange(len(MEAN)) % N_WAVES)
-    x = math.pi * (2 * torch.rand(n, N_POINTS, generator=generator, dtype=torch.float64) - 1)
+    """n tasks: points that are seen, and coefficients of the true curves."""
+    truth = MEAN + 0.25 * normal(n, len(MEAN)) / (
+        1 + torch.arange(len(MEAN)) % N_WAVES
+    )
+    x = math.pi * (
+        2 * torch.rand(n, N_POINTS, generator=generator, dtype=torch.float64)
+        - 1
+    )
     y = (waves(x) @ truth[..., None])[..., 0] + 0.2 * normal(n, N_POINTS)
     return {"x": x, "y": y, "truth": truth}
 
@@ -57,8 +64,10 @@ def fit(params: Tensor, tasks: dict[str, Tensor]) -> Tensor:
     return (predicted - tasks["y"]).square().mean(-1).sum() / 2
 
 
-def distance(params: Tensor, _start: Tensor, tasks: dict[str, Tensor]) -> Tensor:
-    """Mean squared distance of a fitted curve from the true one, which judges the start."""
+def distance(
+    params: Tensor, _start: Tensor, tasks: dict[str, Tensor]
+) -> Tensor:
+    """Mean squared distance of a fitted curve from the true one."""
     return (params - tasks["truth"]).square().sum(-1).mean() / 2
 
 
@@ -115,9 +124,15 @@ print(implicit.hypergradient.certificate)
 # -----------------------------
 errors = {
     "MAML, from zero": float(maml.value(zeros, zero, unseen, unseen)),
-    "MAML, learned start": float(maml.value(zeros, solution.control, unseen, unseen)),
-    "implicit, from zero": float(implicit_maml.value(zeros, zero, unseen, unseen)),
-    "implicit, learned start": float(implicit_maml.value(zeros, implicit.control, unseen, unseen)),
+    "MAML, learned start": float(
+        maml.value(zeros, solution.control, unseen, unseen)
+    ),
+    "implicit, from zero": float(
+        implicit_maml.value(zeros, zero, unseen, unseen)
+    ),
+    "implicit, learned start": float(
+        implicit_maml.value(zeros, implicit.control, unseen, unseen)
+    ),
 }
 for name, error in errors.items():
     print(f"{name:24} mean squared distance {error:.3f}")
@@ -128,16 +143,41 @@ for name, error in errors.items():
 # Two unseen tasks: the true curve, its six points, and what five steps make of them.
 fits = {
     "from zero": maml.advance(zeros, zero, unseen).state,
-    "from the learned start": maml.advance(zeros, solution.control, unseen).state,
+    "from the learned start": maml.advance(
+        zeros, solution.control, unseen
+    ).state,
 }
 grid = torch.linspace(-math.pi, math.pi, 200, dtype=torch.float64)
 figure, panels = plt.subplots(2, 1, figsize=(6, 6), sharex=True)
 for k, panel in enumerate(panels):
-    panel.plot(grid, waves(grid) @ unseen["truth"][k], color="0.5", linewidth=4, alpha=0.5)
-    panel.plot(unseen["x"][k], unseen["y"][k], "o", color="0.5", label="the points seen")
-    panel.plot(grid, waves(grid) @ solution.control, ":", color="C0", label="learned start")
+    panel.plot(
+        grid,
+        waves(grid) @ unseen["truth"][k],
+        color="0.5",
+        linewidth=4,
+        alpha=0.5,
+    )
+    panel.plot(
+        unseen["x"][k],
+        unseen["y"][k],
+        "o",
+        color="0.5",
+        label="the points seen",
+    )
+    panel.plot(
+        grid,
+        waves(grid) @ solution.control,
+        ":",
+        color="C0",
+        label="learned start",
+    )
     for name, colour in (("from zero", "C1"), ("from the learned start", "C0")):
-        panel.plot(grid, waves(grid) @ fits[name][k], color=colour, label=f"5 steps {name}")
+        panel.plot(
+            grid,
+            waves(grid) @ fits[name][k],
+            color=colour,
+            label=f"5 steps {name}",
+        )
     panel.set(ylabel="y")
 panels[0].legend(fontsize="small")
 panels[1].set(xlabel="x [rad]")

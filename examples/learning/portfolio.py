@@ -31,7 +31,9 @@ loadings, mean = normal(N_ASSETS, 3), 0.5 + 0.25 * normal(N_ASSETS)
 
 def returns(months: int) -> Tensor:
     """In percent a month, shape (months, assets)."""
-    return mean + normal(months, 3) @ loadings.T + 1.5 * normal(months, N_ASSETS)
+    return (
+        mean + normal(months, 3) @ loadings.T + 1.5 * normal(months, N_ASSETS)
+    )
 
 
 def estimates(months: Tensor) -> dict[str, Tensor]:
@@ -57,7 +59,9 @@ def utility(shares: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     return mean @ shares - RISK / 2 * shares @ covariance @ shares
 
 
-def believed(control: dict[str, Tensor], known: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def believed(
+    control: dict[str, Tensor], known: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Shrunk estimates."""
     m, S = known["mean"], known["covariance"]
     a, b = control["mean"].sigmoid(), control["covariance"].sigmoid()
@@ -66,13 +70,22 @@ def believed(control: dict[str, Tensor], known: dict[str, Tensor]) -> tuple[Tens
 
 
 problem = bl.BilevelProblem(
-    inner=lambda shares, control, known: -utility(shares, *believed(control, known)),
-    outer=lambda shares, _control, months: -utility(shares, months.mean(0), torch.cov(months.T)),
+    inner=lambda shares, control, known: (
+        -utility(shares, *believed(control, known))
+    ),
+    outer=lambda shares, _control, months: (
+        -utility(shares, months.mean(0), torch.cov(months.T))
+    ),
 )
 rule = bl.optim.ProximalGradient(0.2, bl.prox.Simplex(), accelerated=True)
-solver = bl.BilevelSolver(problem, rule, inner_steps=60, method=bl.Implicit(bl.linear.GMRES()))
+solver = bl.BilevelSolver(
+    problem, rule, inner_steps=60, method=bl.Implicit(bl.linear.GMRES())
+)
 equal = torch.full((N_ASSETS,), 1 / N_ASSETS, dtype=torch.float64)
-start = {name: torch.tensor(2.0, dtype=torch.float64) for name in ("mean", "covariance")}
+start = {
+    name: torch.tensor(2.0, dtype=torch.float64)
+    for name in ("mean", "covariance")
+}
 one = solver.hypergradient(equal, start, *windows[0])
 print(f"{int((one.params > 0).sum())} of {N_ASSETS} shares are not zero")
 print("certificate:", one.certificate)
@@ -97,7 +110,11 @@ def score(control: dict[str, Tensor]) -> float:
     return -float(torch.stack(values).mean())
 
 
-even = -float(torch.stack([problem.outer(equal, None, months) for _, months in unseen]).mean())
+even = -float(
+    torch.stack(
+        [problem.outer(equal, None, months) for _, months in unseen]
+    ).mean()
+)
 scores = {
     "estimates as they are": score({n: 0 * x + 20 for n, x in start.items()}),
     "equal shares": even,
@@ -114,7 +131,11 @@ for name, number in scores.items():
 beliefs = torch.linspace(-4, 4, 25, dtype=torch.float64)
 paths = torch.stack(
     [
-        rule.params(solver.advance(equal, {**found.control, "mean": belief}, windows[0][0]).state)
+        rule.params(
+            solver.advance(
+                equal, {**found.control, "mean": belief}, windows[0][0]
+            ).state
+        )
         for belief in beliefs
     ]
 )
@@ -129,4 +150,6 @@ plt.show()
 # %%
 assert one.certificate.trustworthy
 assert found.values[-1] < found.values[0]
-assert scores["learned"] > max(scores["estimates as they are"], scores["equal shares"])
+assert scores["learned"] > max(
+    scores["estimates as they are"], scores["equal shares"]
+)

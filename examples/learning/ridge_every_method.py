@@ -29,8 +29,12 @@ truth = torch.randn(N_FEATURES, generator=generator, dtype=torch.float64)
 
 
 def data() -> tuple[Tensor, Tensor]:
-    x = torch.randn(N_SAMPLES, N_FEATURES, generator=generator, dtype=torch.float64)
-    return x, x @ truth + torch.randn(N_SAMPLES, generator=generator, dtype=torch.float64)
+    x = torch.randn(
+        N_SAMPLES, N_FEATURES, generator=generator, dtype=torch.float64
+    )
+    return x, x @ truth + torch.randn(
+        N_SAMPLES, generator=generator, dtype=torch.float64
+    )
 
 
 train, validation = data(), data()
@@ -42,7 +46,9 @@ def error(w: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 problem = bl.BilevelProblem(
-    inner=lambda w, a, _batch: error(w, train) + (a.exp() * w.square()).sum() / 2,
+    inner=lambda w, a, _batch: (
+        error(w, train) + (a.exp() * w.square()).sum() / 2
+    ),
     outer=lambda w, _a, _batch: error(w, validation),
 )
 start = torch.zeros(N_FEATURES, dtype=torch.float64)
@@ -77,7 +83,12 @@ seconds: dict[str, list[float]] = {name: [] for name in methods}
 for name, method in methods.items():
     for steps in INNER_STEPS:
         solver = bl.BilevelSolver(
-            problem, bl.optim.SGD(0.4), steps, method, certificate=None, on_failure="ignore"
+            problem,
+            bl.optim.SGD(0.4),
+            steps,
+            method,
+            certificate=None,
+            on_failure="ignore",
         )
         taken = []
         for _ in range(REPEATS):
@@ -102,17 +113,28 @@ for name in methods:
 # steps, and stops where that matters. ``OneStep`` never comes near: it is at best a direction.
 figure, panels = plt.subplots(2, 1, figsize=(6, 7))
 for k, name in enumerate(methods):
-    style = {"color": f"C{k}", "linewidth": 4 if k == 0 else 1.8, "alpha": 0.4 if k == 0 else 1}
+    style = {
+        "color": f"C{k}",
+        "linewidth": 4 if k == 0 else 1.8,
+        "alpha": 0.4 if k == 0 else 1,
+    }
     panels[0].loglog(INNER_STEPS, errors[name], "o-", label=name, **style)
-    panels[1].loglog([1e3 * s for s in seconds[name]], errors[name], "o-", **style)
+    panels[1].loglog(
+        [1e3 * s for s in seconds[name]], errors[name], "o-", **style
+    )
 panels[0].set(xlabel="inner steps", ylabel="relative error")
-panels[1].set(xlabel="time of a hypergradient [ms of processor]", ylabel="relative error")
+panels[1].set(
+    xlabel="time of a hypergradient [ms of processor]", ylabel="relative error"
+)
 panels[0].legend()
 # sphinx_gallery_alt = "Relative error of five methods against inner steps and against time"
 plt.show()
 
 # %%
-assert max(errors[name][-1] for name in ("Unrolled()", "MLM()", "Implicit()")) < 1e-8
+assert (
+    max(errors[name][-1] for name in ("Unrolled()", "MLM()", "Implicit()"))
+    < 1e-8
+)
 pairs = zip(errors["Unrolled()"], errors["MLM()"], strict=True)
 assert max(abs(a - b) for a, b in pairs) < 1e-12  # Theorem 1
 assert errors["OneStep()"][-1] > 0.1

@@ -42,9 +42,15 @@ train = {
     "turned 1": draw(N_TRAIN, turned=N_TRAIN),
     "turned 2": draw(N_TRAIN, turned=N_TRAIN),
     "half turned": draw(N_TRAIN, turned=N_TRAIN // 2),
-    "random labels": (draw(N_TRAIN)[0], torch.randint(10, (N_TRAIN,), generator=generator)),
+    "random labels": (
+        draw(N_TRAIN)[0],
+        torch.randint(10, (N_TRAIN,), generator=generator),
+    ),
 }
-validation = {"upright": draw(N_VALIDATION), "turned": draw(N_VALIDATION, turned=N_VALIDATION)}
+validation = {
+    "upright": draw(N_VALIDATION),
+    "turned": draw(N_VALIDATION, turned=N_VALIDATION),
+}
 test = {"upright": draw(N_TEST), "turned": draw(N_TEST, turned=N_TEST)}
 
 # %%
@@ -58,20 +64,29 @@ Samples = dict[str, tuple[Tensor, Tensor]]
 
 def losses(params: Tensor, tasks: Samples) -> Tensor:
     """Cross-entropy of a linear classifier on each task, shape (tasks,)."""
-    return torch.stack([F.cross_entropy(x @ params, y) for x, y in tasks.values()])
+    return torch.stack(
+        [F.cross_entropy(x @ params, y) for x, y in tasks.values()]
+    )
 
 
-weights = bl.TaskWeights(n_tasks=len(train), n_validations=len(validation), entropy=0.1)
+weights = bl.TaskWeights(
+    n_tasks=len(train), n_validations=len(validation), entropy=0.1
+)
 problem = bl.weighted_problem(
     lambda params, _batch: losses(params, train) + 5e-3 * params.square().sum(),
     lambda params, _batch: losses(params, validation),
     weights,
 )
-solver = bl.BilevelSolver(problem, bl.optim.SGD(0.5, momentum=0.9), 80, bl.Implicit())
+solver = bl.BilevelSolver(
+    problem, bl.optim.SGD(0.5, momentum=0.9), 80, bl.Implicit()
+)
 blank = torch.zeros(64, 10, dtype=torch.float64)
 equal = weights.initial(torch.float64)
 solution = solver.solve(
-    weights.stacked(blank), equal, lambda leaves: torch.optim.Adam(leaves, 0.3), UPDATES
+    weights.stacked(blank),
+    equal,
+    lambda leaves: torch.optim.Adam(leaves, 0.3),
+    UPDATES,
 )
 print(solution.hypergradient.certificate)
 
@@ -80,8 +95,10 @@ print(solution.hypergradient.certificate)
 # What the weights are worth
 # --------------------------
 def accuracies(alpha: Tensor) -> dict[str, float]:
-    """Share of test digits that are classified right, each goal by its own model."""
-    found = solver.optimizer.params(solver.advance(weights.stacked(blank), alpha).state)
+    """Share of test digits classified right, each goal by its own model."""
+    found = solver.optimizer.params(
+        solver.advance(weights.stacked(blank), alpha).state
+    )
     return {
         goal: float(((x @ params).argmax(1) == y).double().mean())
         for params, (goal, (x, y)) in zip(found, test.items(), strict=True)
@@ -90,14 +107,19 @@ def accuracies(alpha: Tensor) -> dict[str, float]:
 
 before, after = accuracies(equal), accuracies(solution.control)
 for goal in test:
-    print(f"{goal}: {before[goal]:.1%} with equal weights, {after[goal]:.1%} with learned ones")
+    print(
+        f"{goal}: {before[goal]:.1%} with equal weights, "
+        f"{after[goal]:.1%} with learned ones"
+    )
 
 # %%
 # The figure
 # ----------
 # Each column sums to one. Sets of the other orientation and random labels get nothing; what is half
 # turned is worth something to both.
-correlation = weights.correlation(solution.control, list(train), list(validation))
+correlation = weights.correlation(
+    solution.control, list(train), list(validation)
+)
 figure, axes = plt.subplots(figsize=(5, 4.5))
 correlation.plot(axes)
 # sphinx_gallery_alt = "Weights of six training sets for two goals: own orientation only"

@@ -34,8 +34,16 @@ EVALUATIONS = 90
 scans = {"size": 48, "coils": 4, "acceleration": 4.0, "center": 0.1}
 settings = [
     TaskSettings("T1", anatomy="brain_t1_axial", **scans),
-    TaskSettings("bad 1", anatomy="brain_pd", roles=("train",), target_noise=0.5, **scans),
-    TaskSettings("bad 2", anatomy="brain_t1_sagittal", roles=("train",), target_noise=0.5, **scans),
+    TaskSettings(
+        "bad 1", anatomy="brain_pd", roles=("train",), target_noise=0.5, **scans
+    ),
+    TaskSettings(
+        "bad 2",
+        anatomy="brain_t1_sagittal",
+        roles=("train",),
+        target_noise=0.5,
+        **scans,
+    ),
 ]
 folder = tempfile.TemporaryDirectory()
 tasks = open_tasks(settings, Path(folder.name))
@@ -54,11 +62,18 @@ training = MetaSettings(
     checkpointing=bl.Checkpointing(block=None),
 )
 trained = {
-    "equal weights": learn(Ablation.UNIFORM, network, network.controls(), tasks, training),
-    "learned weights": learn(Ablation.VECTOR, network, network.controls(), tasks, training),
+    "equal weights": learn(
+        Ablation.UNIFORM, network, network.controls(), tasks, training
+    ),
+    "learned weights": learn(
+        Ablation.VECTOR, network, network.controls(), tasks, training
+    ),
 }
 for name, found in trained.items():
-    print(f"{name:16} {found.inner_steps} steps, weights {found.sigma.numpy().round(2)}")
+    print(
+        f"{name:16} {found.inner_steps} steps, "
+        f"weights {found.sigma.numpy().round(2)}"
+    )
 
 # %%
 # A test slice
@@ -66,7 +81,9 @@ for name, found in trained.items():
 # It was seen by neither level.
 (task,) = tasks.of("test")
 one = task.parts["test"][0]
-mask = task.sampling.mask(one.kspace.shape[-2:], torch.Generator().manual_seed(0))
+mask = task.sampling.mask(
+    one.kspace.shape[-2:], torch.Generator().manual_seed(0)
+)
 kspace = torch.where(mask, one.kspace, 0)
 
 
@@ -76,8 +93,13 @@ def reconstructed(control: bl.PerStep) -> Tensor:
 
 
 images = {"zero-filled": zero_filled(kspace)}
-images |= {name: reconstructed(found.models["all"]) for name, found in trained.items()}
-psnr = {name: score(one.reference[None], image[None]).psnr for name, image in images.items()}
+images |= {
+    name: reconstructed(found.models["all"]) for name, found in trained.items()
+}
+psnr = {
+    name: score(one.reference[None], image[None]).psnr
+    for name, image in images.items()
+}
 for name, decibels in psnr.items():
     print(f"{name:16} {decibels:.1f} dB")
 folder.cleanup()
@@ -89,12 +111,18 @@ folder.cleanup()
 # reconstruct, and the other to draw noise.
 figure = plt.figure(figsize=(6, 7.5))
 panels = figure.subplot_mosaic(
-    [["all data", "zero-filled"], ["equal weights", "learned weights"], ["bars", "bars"]],
+    [
+        ["all data", "zero-filled"],
+        ["equal weights", "learned weights"],
+        ["bars", "bars"],
+    ],
     height_ratios=[5, 5, 3],
 )
 brightest = float(one.reference.max())
 panels["all data"].set_title("all data")
-panels["all data"].imshow(one.reference.numpy(), cmap="gray", vmin=0, vmax=brightest)
+panels["all data"].imshow(
+    one.reference.numpy(), cmap="gray", vmin=0, vmax=brightest
+)
 for name, image in images.items():
     panels[name].set_title(f"{name}: {psnr[name]:.1f} dB")
     panels[name].imshow(image.numpy(), cmap="gray", vmin=0, vmax=brightest)
@@ -102,8 +130,12 @@ for name in ("all data", *images):
     panels[name].axis("off")
 for k, (name, found) in enumerate(trained.items()):
     places = [i + 0.4 * k for i in range(len(found.sigma))]
-    panels["bars"].bar(places, found.sigma.tolist(), 0.35, color=f"C{1 - k}", label=name)
-panels["bars"].set_xticks([0.2, 1.2, 2.2], [task.name for task in tasks.of("train")])
+    panels["bars"].bar(
+        places, found.sigma.tolist(), 0.35, color=f"C{1 - k}", label=name
+    )
+panels["bars"].set_xticks(
+    [0.2, 1.2, 2.2], [task.name for task in tasks.of("train")]
+)
 panels["bars"].set(xlabel="training task", ylabel="weight")
 panels["bars"].legend()
 # sphinx_gallery_alt = "A test slice by both networks, and the weights of the three tasks"

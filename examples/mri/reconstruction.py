@@ -21,7 +21,12 @@ from applications.mri import reconstruct
 from applications.mri.evaluation.baselines import zero_filled
 from applications.mri.evaluation.metrics import score
 from applications.mri.sampling import CartesianRandom
-from applications.mri.simulation.anatomy import load_anatomies, resize, split, wraps
+from applications.mri.simulation.anatomy import (
+    load_anatomies,
+    resize,
+    split,
+    wraps,
+)
 from applications.mri.simulation.simulate import simulate
 from applications.mri.simulation.views import columns_in_view, in_view
 
@@ -31,12 +36,14 @@ anatomies = load_anatomies()
 
 
 def scan(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Undersampled k-space (coils, rows, columns), its mask, and the image of all data."""
+    """Undersampled k-space, (coils, rows, columns); mask; image of all data."""
     generator = torch.Generator().manual_seed(seed)
     images = anatomies[name]
     image = resize(images[split(len(images)).test[0]], SIZE).clamp(0, 1)
     whole = simulate(image, N_COILS, generator)
-    kspace, reference = in_view(whole, columns_in_view(SIZE, wraps().get(name, 1.0)))
+    kspace, reference = in_view(
+        whole, columns_in_view(SIZE, wraps().get(name, 1.0))
+    )
     mask = SAMPLING.mask((SIZE, kspace.shape[-1]), generator)
     return torch.where(mask, kspace, 0), mask, reference
 
@@ -54,9 +61,14 @@ for title, name, seed in (
     kspace, mask, reference = scan(name, seed)
     found = reconstruct(kspace, mask)
     start = zero_filled(kspace)
-    psnr = [score(reference[None], image).psnr for image in (start[None], found.image)]
+    psnr = [
+        score(reference[None], image).psnr
+        for image in (start[None], found.image)
+    ]
     rows[title] = (reference, start, found.image[0], psnr, found.certificate)
-    print(f"{title}: {psnr[0]:.1f} dB zero-filled, {psnr[1]:.1f} dB reconstructed")
+    print(
+        f"{title}: {psnr[0]:.1f} dB zero-filled, {psnr[1]:.1f} dB reconstructed"
+    )
     print(f"    {found.certificate}")
 
 # %%
@@ -67,15 +79,28 @@ for title, name, seed in (
 # is wrong, worse than without any reconstruction. The check says so, and needs no reference for it:
 # samples that were held out are predicted no better than by zeros.
 figure, panels = plt.subplots(2, 3, figsize=(6, 5.4))
-for line, (title, (*images, psnr, certificate)) in zip(panels, rows.items(), strict=True):
-    names = ("all data", f"zero-filled: {psnr[0]:.1f} dB", f"network: {psnr[1]:.1f} dB")
+for line, (title, (*images, psnr, certificate)) in zip(
+    panels, rows.items(), strict=True
+):
+    names = (
+        "all data",
+        f"zero-filled: {psnr[0]:.1f} dB",
+        f"network: {psnr[1]:.1f} dB",
+    )
     for axes, name, image in zip(line, names, images, strict=True):
-        axes.imshow(image.numpy(), cmap="gray", vmin=0, vmax=0.7 * float(images[0].max()))
+        axes.imshow(
+            image.numpy(),
+            cmap="gray",
+            vmin=0,
+            vmax=0.7 * float(images[0].max()),
+        )
         axes.set_title(name, fontsize="small")
         axes.set(xticks=[], yticks=[])
     line[0].set_ylabel(title)
     verdict = "passes" if certificate.trustworthy else "does not pass"
-    line[2].set_xlabel(f"{verdict}: error {certificate.error:.2f}", fontsize="small")
+    line[2].set_xlabel(
+        f"{verdict}: error {certificate.error:.2f}", fontsize="small"
+    )
 # sphinx_gallery_alt = "Two slices of heads: all data, zero-filled, and reconstructed"
 plt.show()
 

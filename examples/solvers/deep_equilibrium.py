@@ -26,7 +26,9 @@ generator = torch.Generator().manual_seed(0)
 def spirals(n: int) -> tuple[Tensor, Tensor]:
     angle = 3 * math.pi * torch.rand(2, n, generator=generator) ** 0.5
     turn = angle + torch.tensor([[0.0], [math.pi]])
-    points = (angle / (3 * math.pi))[..., None] * torch.stack([turn.cos(), turn.sin()], -1)
+    points = (angle / (3 * math.pi))[..., None] * torch.stack(
+        [turn.cos(), turn.sin()], -1
+    )
     points = points + 0.015 * torch.randn(2, n, 2, generator=generator)
     labels = torch.arange(2.0)[:, None].expand(2, n)
     return 3 * points.reshape(-1, 2), labels.reshape(-1)
@@ -46,7 +48,9 @@ def layer(z: Tensor, theta: dict[str, Tensor], x: Tensor) -> Tensor:
     return torch.tanh(z @ inner.T + x @ theta["input"].T + theta["shift"])
 
 
-def loss(z: Tensor, theta: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+def loss(
+    z: Tensor, theta: dict[str, Tensor], batch: tuple[Tensor, Tensor]
+) -> Tensor:
     scores = z @ theta["output"] + theta["offset"]
     fit = torch.nn.functional.binary_cross_entropy_with_logits(scores, batch[1])
     return fit + 1e-4 * sum(part.square().sum() for part in theta.values())
@@ -55,7 +59,12 @@ def loss(z: Tensor, theta: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> T
 problem = bl.BilevelProblem(
     residual=lambda z, theta, batch: z - layer(z, theta, batch[0]), outer=loss
 )
-shapes = {"inner": (WIDTH, WIDTH), "input": (WIDTH, 2), "shift": (WIDTH,), "output": (WIDTH,)}
+shapes = {
+    "inner": (WIDTH, WIDTH),
+    "input": (WIDTH, 2),
+    "shift": (WIDTH,),
+    "output": (WIDTH,),
+}
 theta = {
     name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5
     for name, shape in shapes.items()
@@ -70,7 +79,10 @@ theta |= {"inner": 2 * theta["inner"], "offset": torch.tensor(0.0)}
 # little is to be gained.
 start = torch.zeros(2 * N_EACH, WIDTH)
 falls = {}
-for name, rule in {"plain": bl.optim.FixedPoint(), "Anderson": bl.optim.Anderson()}.items():
+for name, rule in {
+    "plain": bl.optim.FixedPoint(),
+    "Anderson": bl.optim.Anderson(),
+}.items():
     falls[name] = []
     solver = bl.BilevelSolver(problem, rule, 1, bl.Implicit(), certificate=None)
     warm = None
@@ -85,7 +97,11 @@ for name, rule in {"plain": bl.optim.FixedPoint(), "Anderson": bl.optim.Anderson
 # Each equilibrium begins where the last one ended. One certificate at the end looks whether the
 # gradient is that of the equilibrium, and not of some point on the way.
 solver = bl.BilevelSolver(
-    problem, bl.optim.Anderson(), inner_steps=40, method=bl.Implicit(), certificate=None
+    problem,
+    bl.optim.Anderson(),
+    inner_steps=40,
+    method=bl.Implicit(),
+    certificate=None,
 )
 solution = solver.solve(
     start,
@@ -95,9 +111,9 @@ solution = solver.solve(
     batches=[(train, train)],
     inner_tolerance=1e-3,
 )
-judged = bl.BilevelSolver(problem, bl.optim.Anderson(), 60, bl.Implicit()).hypergradient(
-    solution.params, solution.control, train, train
-)
+judged = bl.BilevelSolver(
+    problem, bl.optim.Anderson(), 60, bl.Implicit()
+).hypergradient(solution.params, solution.control, train, train)
 print(judged.certificate)
 
 
@@ -122,15 +138,23 @@ panels[0].legend()
 axis = torch.linspace(-3.2, 3.2, 80)
 grid = torch.cartesian_prod(axis, axis)
 height = scores(grid).sigmoid().reshape(80, 80).T.numpy()
-panels[1].contourf(axis.numpy(), axis.numpy(), height, levels=11, cmap="coolwarm")
+panels[1].contourf(
+    axis.numpy(), axis.numpy(), height, levels=11, cmap="coolwarm"
+)
 colours = train[1].numpy()
-panels[1].scatter(*train[0].T.numpy(), c=colours, cmap="coolwarm", edgecolors="black", s=14)
-panels[1].set(xlabel="first coordinate", ylabel="second coordinate", aspect="equal")
+panels[1].scatter(
+    *train[0].T.numpy(), c=colours, cmap="coolwarm", edgecolors="black", s=14
+)
+panels[1].set(
+    xlabel="first coordinate", ylabel="second coordinate", aspect="equal"
+)
 # sphinx_gallery_alt = "Residuals of two iterations, and the two spirals with the learned boundary"
 plt.show()
 
 # %%
-reached = {name: sum(x > 1e-4 for x in residuals) for name, residuals in falls.items()}
+reached = {
+    name: sum(x > 1e-4 for x in residuals) for name, residuals in falls.items()
+}
 assert reached["Anderson"] < reached["plain"]
 assert judged.certificate.trustworthy
 assert accuracy > 0.9

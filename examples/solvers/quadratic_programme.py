@@ -33,13 +33,15 @@ dual_matrix = G @ inverse @ G.T
 
 
 def multipliers_of(limits: Tensor, found: Tensor, steps: int) -> Tensor:
-    """Of all demands, by plain steps on the dual, and exactly for those that are not zero."""
+    """Of all demands: plain steps on the dual, then exactly where not 0."""
     slope = demands @ inverse @ G.T - limits
     size = 1 / torch.linalg.matrix_norm(dual_matrix, 2)
     for _ in range(steps):
         found = (found + size * (slope - found @ dual_matrix)).clamp_min(0)
     for k, active in enumerate(found > 1e-9):
-        found[k, active] = torch.linalg.solve(dual_matrix[active][:, active], slope[k, active])
+        found[k, active] = torch.linalg.solve(
+            dual_matrix[active][:, active], slope[k, active]
+        )
     return found
 
 
@@ -57,7 +59,9 @@ seen = choices(multipliers_of(true_limits, nothing, 3000)) + noise
 # ---------------------
 # The residual of the first is :math:`Q w - p + G^T \lambda`; of the second, in one equation,
 # :math:`\min(\lambda, h - G w)`, which is zero where a limit binds or its multiplier is zero.
-def kkt(pair: dict[str, Tensor], limits: Tensor, _batch: object) -> dict[str, Tensor]:
+def kkt(
+    pair: dict[str, Tensor], limits: Tensor, _batch: object
+) -> dict[str, Tensor]:
     w, multipliers = pair["w"], pair["multipliers"]
     return {
         "w": w @ Q - demands + multipliers @ G,
@@ -65,8 +69,11 @@ def kkt(pair: dict[str, Tensor], limits: Tensor, _batch: object) -> dict[str, Te
     }
 
 
-# A solver gets the last solution to start from: few steps do, once the first is found.
-def both(pair: dict[str, Tensor], limits: Tensor, _batch: object) -> dict[str, Tensor]:
+# A solver gets the last solution to start from: few steps do, once the first is
+# found.
+def both(
+    pair: dict[str, Tensor], limits: Tensor, _batch: object
+) -> dict[str, Tensor]:
     steps = 300 if pair["multipliers"].any() else 3000
     multipliers = multipliers_of(limits, pair["multipliers"], steps)
     return {"w": choices(multipliers), "multipliers": multipliers}
@@ -77,7 +84,9 @@ def miss(w: Tensor) -> Tensor:
 
 
 by_kkt = bl.BilevelSolver(
-    bl.BilevelProblem(residual=kkt, outer=lambda pair, _limits, _batch: miss(pair["w"])),
+    bl.BilevelProblem(
+        residual=kkt, outer=lambda pair, _limits, _batch: miss(pair["w"])
+    ),
     bl.Given(both),
     method=bl.Implicit(),
     on_failure="ignore",
@@ -97,7 +106,9 @@ def dual(multipliers: Tensor, limits: Tensor, _batch: object) -> Tensor:
 step_size = float(1 / torch.linalg.matrix_norm(dual_matrix, 2))
 rule = bl.optim.ProximalGradient(step_size, bl.prox.Box(lower=0.0))
 by_dual = bl.BilevelSolver(
-    bl.BilevelProblem(dual, lambda multipliers, _limits, _batch: miss(choices(multipliers))),
+    bl.BilevelProblem(
+        dual, lambda multipliers, _limits, _batch: miss(choices(multipliers))
+    ),
     rule,
     inner_steps=1000,
     method=bl.Implicit(bl.linear.GMRES(restart=100)),
@@ -105,8 +116,13 @@ by_dual = bl.BilevelSolver(
 )
 limits = torch.full((LIMITS,), 0.4, dtype=F64)
 pair = {"w": torch.zeros(DEMANDS, N, dtype=F64), "multipliers": nothing}
-first, second = by_kkt.hypergradient(pair, limits), by_dual.hypergradient(nothing, limits)
-difference = float((first.gradient - second.gradient).norm() / first.gradient.norm())
+first, second = (
+    by_kkt.hypergradient(pair, limits),
+    by_dual.hypergradient(nothing, limits),
+)
+difference = float(
+    (first.gradient - second.gradient).norm() / first.gradient.norm()
+)
 print(f"by KKT: {first.certificate}")
 print(f"by the dual: {second.certificate}")
 print(f"relative difference of the two hypergradients: {difference:.1e}")
@@ -128,12 +144,22 @@ print(f"limits found {solution.control.tolist()}, true {true_limits.tolist()}")
 # The miss falls to the noise of the choices, and the limits are those that were hidden.
 figure, panels = plt.subplots(2, 1, figsize=(6, 7))
 panels[0].semilogy(solution.values)
-panels[0].axhline(float(noise.square().sum(-1).mean()), color="grey", linestyle="--", label="noise")
+panels[0].axhline(
+    float(noise.square().sum(-1).mean()),
+    color="grey",
+    linestyle="--",
+    label="noise",
+)
 panels[0].set(xlabel="update", ylabel="mean squared miss")
 panels[0].legend()
 bars = {"true": true_limits, "found": solution.control, "at first": limits}
 for k, (name, heights) in enumerate(bars.items()):
-    panels[1].bar([i + 0.2 * (k - 1) for i in range(LIMITS)], heights.tolist(), 0.2, label=name)
+    panels[1].bar(
+        [i + 0.2 * (k - 1) for i in range(LIMITS)],
+        heights.tolist(),
+        0.2,
+        label=name,
+    )
 panels[1].set(xlabel="limit", ylabel="h")
 panels[1].legend()
 # sphinx_gallery_alt = "The miss along the descent down to the noise, and true and found limits"

@@ -25,7 +25,9 @@ truth = torch.randn(N_FEATURES, generator=generator, dtype=torch.float64)
 
 
 def data() -> tuple[Tensor, Tensor]:
-    x = torch.randn(N_SAMPLES, N_FEATURES, generator=generator, dtype=torch.float64)
+    x = torch.randn(
+        N_SAMPLES, N_FEATURES, generator=generator, dtype=torch.float64
+    )
     noise = torch.randn(N_SAMPLES, generator=generator, dtype=torch.float64)
     return x, (x @ truth + noise > 0).double()
 
@@ -39,7 +41,9 @@ def loss(w: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 problem = bl.BilevelProblem(
-    inner=lambda w, a, _batch: loss(w, train) + (a.exp() * w.square()).sum() / 2,
+    inner=lambda w, a, _batch: (
+        loss(w, train) + (a.exp() * w.square()).sum() / 2
+    ),
     outer=lambda w, _a, _batch: loss(w, validation),
 )
 start = torch.zeros(N_FEATURES, dtype=torch.float64)
@@ -47,7 +51,9 @@ control = torch.full((N_FEATURES,), -4.0, dtype=torch.float64)
 
 
 def hypergradient(inner_steps: int) -> bl.solution.Hypergradient:
-    solver = bl.BilevelSolver(problem, bl.optim.SGD(1.0), inner_steps, on_failure="ignore")
+    solver = bl.BilevelSolver(
+        problem, bl.optim.SGD(1.0), inner_steps, on_failure="ignore"
+    )
     return solver.hypergradient(start, control)
 
 
@@ -89,9 +95,19 @@ print(found[2].certificate)
 # line, ``trust``) a hypergradient is not trusted; ``solve`` would warn. The corrected one is right
 # long before.
 figure, axes = plt.subplots()
-axes.loglog(INNER_STEPS, estimated, "o-", color="C0", linewidth=5, alpha=0.4, label="estimated")
+axes.loglog(
+    INNER_STEPS,
+    estimated,
+    "o-",
+    color="C0",
+    linewidth=5,
+    alpha=0.4,
+    label="estimated",
+)
 axes.loglog(INNER_STEPS, true, "o-", color="C1", label="true")
-axes.loglog(INNER_STEPS, corrected, "s--", color="C2", label="true, of corrected()")
+axes.loglog(
+    INNER_STEPS, corrected, "s--", color="C2", label="true, of corrected()"
+)
 axes.axhline(0.02, color="C3", linestyle=":", label="trust")
 axes.set(xlabel="inner steps", ylabel="relative error of the hypergradient")
 axes.legend()
@@ -99,7 +115,9 @@ axes.legend()
 plt.show()
 
 # %%
-for estimate, error, better, verdict in zip(estimated, true, corrected, trusted, strict=True):
+for estimate, error, better, verdict in zip(
+    estimated, true, corrected, trusted, strict=True
+):
     assert 0.5 < estimate / error < 2
     assert better < 0.5 * error
     assert verdict == (estimate <= 0.02)

@@ -27,7 +27,10 @@ REPEATS = 3
 BUDGET = "1 MiB"
 generator = torch.Generator().manual_seed(0)
 start = torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
-weights = torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64) / SIZE**0.5
+weights = (
+    torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
+    / SIZE**0.5
+)
 
 
 def step(state: Tensor, weights: Tensor, _t: int) -> Tensor:
@@ -56,7 +59,9 @@ def sweep(horizon: int, kept: bl.Checkpointing | bl.Budget) -> Tensor:
 
 ways = {
     "autograd": autograd,
-    "all graphs kept": lambda horizon: sweep(horizon, bl.Checkpointing(block=None)),
+    "all graphs kept": lambda horizon: sweep(
+        horizon, bl.Checkpointing(block=None)
+    ),
     "all states kept": lambda horizon: sweep(horizon, bl.Checkpointing()),
     f'Budget("{BUDGET}")': lambda horizon: sweep(horizon, bl.Budget(BUDGET)),
 }
@@ -79,7 +84,9 @@ for horizon in HORIZONS:
             gradient = way(horizon)
             taken.append(time.process_time() - began)
         seconds[name].append(median(taken))
-        differences.append(float((gradient - expected).norm() / expected.norm()))
+        differences.append(
+            float((gradient - expected).norm() / expected.norm())
+        )
         with bl.sweeps.LiveBytes() as live:
             way(horizon)
         mebibytes[name].append(live.peak / MIB)
@@ -97,7 +104,11 @@ print(f"largest difference between two gradients: {max(differences):.1e}")
 # small as these saves more. All axes are logarithmic.
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(6, 6.5), sharex=True)
 for k, name in enumerate(ways):
-    style = {"color": f"C{k}", "linewidth": 5 if k == 0 else 1.8, "alpha": 0.4 if k == 0 else 1}
+    style = {
+        "color": f"C{k}",
+        "linewidth": 5 if k == 0 else 1.8,
+        "alpha": 0.4 if k == 0 else 1,
+    }
     top.loglog(HORIZONS, mebibytes[name], "o-", label=name, **style)
     bottom.loglog(HORIZONS, seconds[name], "o-", **style)
 top.set(ylabel="peak of live memory [MiB]")
