@@ -610,6 +610,14 @@ class BilevelSolver:
                 f"It came from an objective (params, control, batch) with params {params} and "
                 f"control {control}: are they in this order?"
             )
+            absent = [
+                name for name in ("inner", "outer") if getattr(instance, f"{name}_batch") is None
+            ]
+            if absent and "NoneType" in str(error):
+                error.add_note(
+                    f"No batch was given for the {' and the '.join(absent)} objective, whose third "
+                    "argument is then None: pass inner_batch and outer_batch, or batches= to solve."
+                )
             raise
         for found in answers:
             outer = found.outer

@@ -1,13 +1,15 @@
 """What a rule of the inner iteration is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
+from torch.nn import Module
 
 from bilevel import tree
+from bilevel.errors import ArgumentError
 from bilevel.settings import ByStep, Setting, check_setting, for_each, setting_at
 from bilevel.tree import Tree
 
@@ -47,6 +49,17 @@ class InnerOptimizer(ABC):
     of_roots: ClassVar[bool] = (
         False  # whether `update` may get a residual in the place of a gradient
     )
+
+    def __new__(cls, *arguments: Any, **settings: Any) -> Self:  # noqa: ARG004
+        """Refuse params, which optimisers of torch take first."""
+        first = arguments[0] if arguments else None
+        first_is_lr = getattr(cls, "__match_args__", ())[:1] == ("lr",)
+        if first_is_lr and isinstance(first, Iterator | Module | list | tuple | Mapping):
+            raise ArgumentError(
+                f"{cls.__name__} takes no params, and came with {type(first).__name__}: those that "
+                f"hypergradient or solve gets are trained. Write {cls.__name__}(0.1)."
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name, value in self._settings():

@@ -24,7 +24,6 @@ class Drawing(SphinxDirective):
     has_content = True
     option_spec: ClassVar = {
         "alt": directives.unchanged_required,
-        "class": directives.class_option,
     }
 
     def run(self) -> list[nodes.Node]:
@@ -39,10 +38,9 @@ class Drawing(SphinxDirective):
             text = text.replace(given, own)
         alt = nodes.Text(self.options["alt"]).astext().replace('"', "&quot;")
         text = text.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
-        classes = " ".join(["drawing", *self.options.get("class", [])])
         figure = nodes.container(classes=["drawing-figure"])
         figure += nodes.raw(
-            "", f'<div class="{classes}">{text}</div>', format="html"
+            "", f'<div class="drawing">{text}</div>', format="html"
         )
         if self.content:
             caption = nodes.container(classes=["drawing-caption"])

@@ -1,5 +1,9 @@
 """Inner optimisers against torch.optim, and their derivatives against finite differences."""
 
+import copy
+import pickle
+from dataclasses import dataclass
+
 import pytest
 import torch
 from bilevel_cases import ridge, trees
@@ -299,3 +303,31 @@ def test_a_decoupled_decay_has_no_residual():
     solver = bl.BilevelSolver(case.problem, bl.optim.AdamW(0.1), 3, bl.Implicit())
     with pytest.raises(UnsupportedError, match="use Adam, whose weight_decay is part of"):
         solver.hypergradient(case.params, case.control)
+
+
+@pytest.mark.parametrize("rule", [bl.optim.SGD, bl.optim.Adam, bl.optim.AdamW])
+@pytest.mark.parametrize("given", ["parameters", "list", "named", "module"])
+def test_params_where_torch_takes_them_are_refused_by_name(rule, given):
+    model = torch.nn.Linear(2, 1)
+    params = {
+        "parameters": model.parameters(),
+        "list": list(model.parameters()),
+        "named": dict(model.named_parameters()),
+        "module": model,
+    }[given]
+    for settings in ({}, {"lr": 0.1}):
+        with pytest.raises(ArgumentError, match="takes no params"):
+            rule(params, **settings)
+
+
+def test_a_rule_of_ones_own_may_begin_with_what_it_likes():
+    @dataclass(frozen=True)
+    class Learned(bl.optim.InnerOptimizer):
+        net: torch.nn.Module
+        lr: float = 0.1
+
+        def update(self, state, gradient, control, t):
+            return state - self.lr * self.net(gradient)
+
+    rule = Learned(torch.nn.Identity(), lr=0.2)
+    assert copy.deepcopy(rule).lr == pickle.loads(pickle.dumps(bl.optim.SGD(0.2))).lr == 0.2

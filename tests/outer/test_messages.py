@@ -201,3 +201,23 @@ def test_a_control_solution_and_a_progress_print_in_five_lines():
         assert len(repr(record).splitlines()) <= 5
         assert "<40 tensors, 4000 numbers of norm" in repr(record)
     assert math.isfinite(found.cost)
+
+
+@pytest.mark.parametrize("given", ["none", "inner"])
+def test_a_batch_that_was_not_given_is_said(given):
+    """An objective that reads its batch, as that of any data does."""
+    problem = bl.BilevelProblem(
+        inner=lambda w, a, batch: ((w * batch[0] - batch[1]) ** 2).sum() + a * w**2,
+        outer=lambda w, a, batch: ((w * batch[0] - batch[1]) ** 2).sum(),
+    )
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), inner_steps=3)
+    one, data = torch.tensor(1.0), (torch.ones(3), torch.zeros(3))
+    batches = {"none": (), "inner": (data,)}[given]
+    with pytest.raises(TypeError) as caught:
+        solver.hypergradient(one, one, *batches)
+    note = caught.value.__notes__[1]
+    assert ("inner and the outer" in note) == (given == "none")
+    assert "pass inner_batch and outer_batch, or batches= to solve" in note
+    with pytest.raises(TypeError) as caught:
+        solver.solve(one, one, steps=1)
+    assert any("No batch was given" in note for note in caught.value.__notes__)
