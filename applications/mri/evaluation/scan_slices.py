@@ -13,8 +13,10 @@ from applications.mri.sampling import Sampling
 _KEPT = 2**29  # bytes of slices that are kept for another time
 
 
-class ScanSlices(Sequence[tuple[Tensor, Tensor]]):
-    """k-space and mask of each slice, on a device; the slices of one volume after the other.
+class ScanSlices(Sequence[tuple[Tensor, ...]]):
+    """What is used of each slice, on a device; the slices of one volume after the other.
+
+    An item is k-space, mask, and what the coils are calibrated by if that is no part of the image.
 
     Args:
         volumes: of one scan.
@@ -36,7 +38,9 @@ class ScanSlices(Sequence[tuple[Tensor, Tensor]]):
     def __getitem__(self, k: Any) -> Any:
         one = self.read(k)
         mask = self.mask(k, one)
-        return torch.where(mask, one.kspace, 0).to(self.device), mask.to(self.device)
+        extra = () if one.calibration is None else (one.calibration,)
+        used = torch.where(mask, one.kspace, 0), mask, *extra
+        return tuple(x.to(self.device) for x in used)
 
     def keep(self) -> None:
         """From now on keep what is read, as far as there is room, until `forget`."""

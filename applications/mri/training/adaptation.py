@@ -48,7 +48,7 @@ class Adaptation:
 
 
 def adapted(
-    trained: Trained, slices: Sequence[tuple[Tensor, Tensor]], steps: int, seed: int = 0
+    trained: Trained, slices: Sequence[tuple[Tensor, ...]], steps: int, seed: int = 0
 ) -> Adaptation:
     """Steps of self-supervised training on the slices of a scan.
 
@@ -57,8 +57,9 @@ def adapted(
 
     Args:
         trained: where to begin.
-        slices: k-space ``(coils, rows, columns)`` and mask ``(rows, columns)`` of each, on the
-            device of the weights; read when they are asked for.
+        slices: k-space ``(coils, rows, columns)`` and mask ``(rows, columns)`` of each, and what
+            its coils are calibrated by if that is no part of the image, on the device of the
+            weights; read when they are asked for.
         steps: of Adam, one slice each.
         seed: of slices and splits.
 
@@ -95,13 +96,13 @@ def adapted(
 class _Usable:
     """The slices that are neither zero nor damaged, as far as they have been looked at."""
 
-    def __init__(self, slices: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, slices: Sequence[tuple[Tensor, ...]]) -> None:
         self._slices, self._left = slices, [*range(len(slices))]
 
     def __len__(self) -> int:
         return len(self._left)
 
-    def at(self, place: int) -> tuple[Tensor, Tensor] | None:
+    def at(self, place: int) -> tuple[Tensor, ...] | None:
         """The slice at a place among those that are left; None if it has just been left out."""
         try:
             return self._slices[self._left[place]]
@@ -111,7 +112,7 @@ class _Usable:
                 raise
             return None
 
-    def spread(self, n: int) -> list[tuple[Tensor, Tensor]]:
+    def spread(self, n: int) -> list[tuple[Tensor, ...]]:
         """Some slices from the whole of the scan."""
         found, k = [], 0
         while k < min(n, len(self)):
@@ -122,7 +123,7 @@ class _Usable:
                 found, k = [*found, one], k + 1
         return found
 
-    def drawn(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def drawn(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """A slice at random."""
         while True:
             one = self.at(int(torch.randint(len(self), (), generator=generator)))
@@ -141,14 +142,16 @@ class _Examples:
     def __iter__(self) -> Iterator[SplitExample]:
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.steps):
-            kspace, mask = self.slices.drawn(generator)
+            kspace, mask, *calibration = self.slices.drawn(generator)
             known, _ = held_out(mask)
-            given, held = SelfSupervision().split(known.cpu(), generator)
-            example = SplitExample(kspace * known, given.to(mask.device), held.to(mask.device))
-            yield example
+            split = SelfSupervision().split(known.cpu(), generator)
+            given, held = (one.to(mask.device) for one in split)
+            yield SplitExample(kspace * known, given, held, *calibration)
 
 
-def _error(trained: Trained, kspace: Tensor, mask: Tensor) -> float:
-    count = trained.network.architecture.coils_of(len(kspace))
-    fitted = with_coils(coil_matrix(kspace, count), kspace)
-    return certified(trained, fitted, mask).error
+def _error(
+    trained: Trained, kspace: Tensor, mask: Tensor, calibration: Tensor | None = None
+) -> float:
+    matrix = coil_matrix(kspace, trained.network.architecture.coils_of(len(kspace)))
+    extra = None if calibration is None else with_coils(matrix, calibration)
+    return certified(trained, with_coils(matrix, kspace), mask, extra).error

@@ -97,11 +97,14 @@ class SplitExample(Example):
         kspace: complex, ``(coils, rows, columns)``, zeros where nothing was measured.
         given: :math:`\Theta`, boolean, ``(rows, columns)``.
         held: :math:`\Lambda`, boolean, ``(rows, columns)``.
+        calibration: what the coils are calibrated by where that is no part of the image, see
+            `scan.prepared`; None: the centre of ``kspace``.
     """
 
     kspace: Tensor
     given: Tensor
     held: Tensor
+    calibration: Tensor | None = None
 
     def problem(self, network: Network, loss: Loss) -> tuple[bl.ControlProblem, Any]:
         r"""The control problem of the positions held out.
@@ -124,7 +127,8 @@ class SplitExample(Example):
             self.kspace * self.given, network.architecture.coils_of(len(self.kspace))
         )
         kspace = with_coils(matrix, self.kspace)
-        scan = network.prepare(kspace[None], self.given)
+        extra = None if self.calibration is None else with_coils(matrix, self.calibration)[None]
+        scan = network.prepare(kspace[None], self.given, extra)
         wanted = kspace * self.held / scan.scale
         norms = [float(torch.linalg.vector_norm(wanted, p)) for p in (2, 1)]
 
@@ -183,4 +187,4 @@ def draw_split(
             f"{one.path}: k-space of slice {one.index} is 0 wherever it was held out; the mask of "
             "the file does not fit, or the slice is empty: leave it out."
         )
-    return SplitExample(kspace, given, held)
+    return SplitExample(kspace, given, held, one.calibration)

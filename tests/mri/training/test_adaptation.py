@@ -112,3 +112,25 @@ def test_slices_that_cannot_be_used_are_left_out(bad):
 def test_a_scan_without_any_slice_that_can_be_used_is_refused():
     with pytest.raises(UnusableSliceError, match="zero throughout"):
         adapted(off(), Spoilt(slices(3), {0, 1, 2}), 2)
+
+
+def separate(n=2):
+    """Every second column, none of them calibrating, and calibration that is no part of it."""
+    mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    mask[:, ::2] = True
+    centre = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    centre[12:36, 12:36] = True
+    disc = torch.zeros(SIZE, SIZE)
+    disc[10:38, 12:36] = 0.6
+    scans = [simulate(disc, 4, seeded(k), 0.01).kspace for k in range(n)]
+    # The calibration was measured at another receiver gain: it must not be taken for samples.
+    return [(k * mask, mask, 5 * k * centre) for k in scans]
+
+
+def test_calibration_apart_from_the_image_calibrates_every_step():
+    given = separate()
+    with pytest.raises(InputError, match="fully sampled centre"):
+        adapted(off(), [one[:2] for one in given], 2)
+    found = adapted(off(), given, 6)
+    assert found.kept
+    assert found.after < found.before

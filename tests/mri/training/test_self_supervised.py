@@ -186,3 +186,20 @@ def test_what_cannot_be_split_is_refused(tmp_path):
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         SelfSupervision(**settings)
+
+
+def test_calibration_apart_from_the_image_calibrates(tmp_path):
+    slices, full, mask = undersampled(tmp_path)
+    centre = torch.zeros_like(mask)
+    middle = slice(SIZE // 2 - 6, SIZE // 2 + 6)
+    centre[middle, middle] = True
+    one = slices[0]
+    bare = replace(one, kspace=one.kspace * ~centre, mask=mask & ~centre)
+    net = Network(replace(light(), n_phases=1, gains=4, warm_up=3))
+    with pytest.raises(InputError, match="fully sampled centre"):
+        draw_split(bare, seeded(3), SPLIT).problem(net, Loss())
+    apart = full[0] * centre / one.unit
+    found = draw_split(replace(bare, calibration=apart), seeded(3), SPLIT)
+    _, start = found.problem(net, Loss())
+    expected = net.prepare(found.kspace[None], found.given, apart[None])
+    assert all(map(torch.equal, start, net.observation(expected)))
