@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from applications.errors import InputError, needing
+from applications.files import no_empty_folders
 from applications.options import with_options
 from applications.records import Report
 from bilevel.errors import BilevelError
@@ -79,7 +80,7 @@ def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
     def run(**arguments: object) -> None:
         try:
             _check_whole(arguments)
-            with needing(extra), _warnings_in_a_line():
+            with no_empty_folders(), needing(extra), _warnings_in_a_line():
                 command(**arguments)
         except (BilevelError, OSError, MemoryError) as error:
             raise _refused(str(error) or type(error).__name__) from None

@@ -6,11 +6,30 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from applications.errors import InputError
+
+_made: ContextVar[list[Path] | None] = ContextVar("made", default=None)
+
+
+@contextmanager
+def no_empty_folders() -> Iterator[None]:
+    """Where something goes wrong inside, folders that were made for files which never came go."""
+    made: list[Path] = []
+    token = _made.set(made)
+    try:
+        yield
+    except BaseException:
+        for folder in reversed(made):
+            with suppress(OSError):  # it holds something, or is gone
+                folder.rmdir()
+        raise
+    finally:
+        _made.reset(token)
 
 
 def make_folder(folder: Path) -> Path:
@@ -25,8 +44,11 @@ def make_folder(folder: Path) -> Path:
     Raises:
         InputError: if it cannot be made or written.
     """
+    lacking = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (made := _made.get()) is not None:
+            made += reversed(lacking)
         writable = os.access(folder, os.W_OK)
     except OSError as error:
         raise InputError(

@@ -255,6 +255,27 @@ def test_only_one_of_many_runs_gets_a_place(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["evaluate", "reconstruct", "train", "meta-train"])
+def test_folders_that_were_made_for_nothing_go(home, tmp_path, command):
+    """Those of outputs, of images and of a folder of outputs; what lay there before stays."""
+    (tmp_path / "there").mkdir()
+    new, mine = tmp_path / "new" / "deep", tmp_path / "there" / "mine"
+    spoilt = tmp_path / "spoilt"
+    spoilt.mkdir()
+    with h5py.File(spoilt / "a.h5", "w") as file:
+        file["kspace"] = np.zeros((2, COILS, SIZE, SIZE), np.complex64)
+    options = {
+        "evaluate": ("--data", spoilt, "--out", mine / "s.json", "--images", new),
+        "reconstruct": ("--scan", spoilt / "a.h5", "--out", new / "i.h5", "--png", mine / "i.png"),
+        "train": ("--data", spoilt, "--out", new / "w.safetensors", "--steps", 1),
+        "meta-train": ("--task", f"name=a,scans={spoilt}", "--out", new, "--evaluations", 1),
+    }[command]
+    refused(command, *options)
+    assert not new.parent.exists()
+    assert not mine.exists()
+    assert sorted(tmp_path.iterdir()) == [spoilt, tmp_path / "there"]
+
+
 def test_a_lock_that_a_killed_run_left_holds_nobody_up(tmp_path):
     (tmp_path / ".out.lock").write_bytes(b"")
     with claimed([Output(tmp_path / "out", PICTURE)]):
