@@ -62,9 +62,9 @@ ROOMS = {
         *("orders", "against_minimiser"),
     ],
     "bilevel.tasks": ["normalisers", "weights", "problem", "over_ranks", "adaptation", "stacked"],
-    "bilevel, above its rooms": [
-        *("solution", "kept_solution", "accumulated", "hessian", "history", "solver", "testing"),
-    ],
+    "bilevel, between its rooms": ["solution"],
+    "bilevel.updates": ["accumulated", "hessian", "asking", "tasks", "kept_solution", "history"],
+    "bilevel, above its rooms": ["solver", "testing"],
     "applications": [
         "errors",
         "inputs",

@@ -9,7 +9,6 @@ import torch
 
 from bilevel import tree
 from bilevel.certificates.certificate import Certificate
-from bilevel.kept_solution import KeptSolution
 from bilevel.methods.base import Warm
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.outer.descent import Descent
@@ -17,6 +16,7 @@ from bilevel.outer.encoding import columns, rows
 from bilevel.outer.watching import OnFailure, report
 from bilevel.solution import Hypergradient, Solution
 from bilevel.tree import Tree
+from bilevel.updates.kept_solution import KeptSolution
 
 NEGLIGIBLE = 1e-6  # error relative to trust and the largest hypergradient of a descent
 
