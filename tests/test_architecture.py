@@ -64,7 +64,8 @@ ROOMS = {
     "bilevel.tasks": ["normalisers", "weights", "problem", "over_ranks", "adaptation", "stacked"],
     "bilevel, between its rooms": ["solution"],
     "bilevel.updates": ["accumulated", "hessian", "asking", "tasks", "kept_solution", "history"],
-    "bilevel, above its rooms": ["solver", "testing"],
+    "bilevel, above its rooms": ["solver"],
+    "bilevel.testing": ["vectors", "maps", "gradients", "hypergradients"],
     "applications": [
         "errors",
         "inputs",

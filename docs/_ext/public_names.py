@@ -36,7 +36,6 @@ PACKAGES = ["bilevel"] + [
 
 # Handed on between rooms, and of no use to users.
 INNER = {"InnerIteration", "Interrupts", "Kept", "Loop", "Trees", "opened"}
-INNER |= {"random_like", "unit_like"}
 
 
 def public(package: str) -> Iterator[tuple[str, Any]]:
