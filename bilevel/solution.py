@@ -10,7 +10,8 @@ from bilevel.certificates.certificate import Certificate
 from bilevel.drawing import new_figure
 from bilevel.dynamics.modules import load_into
 from bilevel.linear.operator import LinearResult
-from bilevel.methods.base import Truncation, Warm
+from bilevel.methods.base import Truncation
+from bilevel.methods.instance import Warm
 from bilevel.records import Record
 from bilevel.tree import Tree
 

@@ -21,7 +21,8 @@ from bilevel.errors import (
     UnsupportedError,
 )
 from bilevel.inner.problem import BilevelProblem, Objective
-from bilevel.methods.base import HypergradientMethod, Warm
+from bilevel.methods.base import HypergradientMethod
+from bilevel.methods.instance import Warm
 from bilevel.methods.mlm import MLM
 from bilevel.methods.pairing import check_pairing, check_shared
 from bilevel.optim.rules import InnerOptimizer

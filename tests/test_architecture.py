@@ -55,7 +55,17 @@ ROOMS = {
     ],
     "bilevel.inner": ["problem", "residuals", "iteration", "batches"],
     "bilevel.methods": [
-        *("base", "pairing", "unrolled", "mlm", "implicit", "one_step", "penalty", "first_order"),
+        *(
+            "instance",
+            "base",
+            "pairing",
+            "unrolled",
+            "mlm",
+            "implicit",
+            "one_step",
+            "penalty",
+            "first_order",
+        ),
     ],
     "bilevel.certificates": [
         *("certificate", "against_steps", "curvature", "matrix", "correction", "judgement"),

@@ -44,7 +44,8 @@ from bilevel.certificates.orders import compared, curvature_of
 from bilevel.checks import check_range, check_whole
 from bilevel.dynamics.closures import buffers_kept
 from bilevel.errors import ArgumentError, DivergenceError, UnsupportedError
-from bilevel.methods.base import Comparison, Found, Instance
+from bilevel.methods.base import Comparison, Found
+from bilevel.methods.instance import Instance
 from bilevel.methods.mlm import relative
 from bilevel.optim.given import Given
 from bilevel.sweeps.randomness import devices_of, preserved

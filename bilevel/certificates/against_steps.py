@@ -6,7 +6,8 @@ from typing import final
 
 from bilevel.certificates.certificate import Certificate, Certifier
 from bilevel.checks import check_range
-from bilevel.methods.base import Found, Instance
+from bilevel.methods.base import Found
+from bilevel.methods.instance import Instance
 
 STEPS = "the inner steps made"
 

@@ -4,7 +4,8 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-from bilevel.methods.base import Found, Instance
+from bilevel.methods.base import Found
+from bilevel.methods.instance import Instance
 from bilevel.tree import Tree
 
 

@@ -13,8 +13,8 @@ from bilevel.certificates.matrix import applied, formed
 from bilevel.linear.cg import CG
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.operator import LinearResult, Operator
-from bilevel.methods.base import Instance, OuterGradient
 from bilevel.methods.implicit import transposed
+from bilevel.methods.instance import Instance, OuterGradient
 from bilevel.tree import Tree
 
 SOLVED = 1e-3  # relative residual up to which a linear system counts as solved

@@ -10,7 +10,7 @@ from bilevel import tree
 from bilevel.certificates.correction import Correction, Point, distance, ratio, smallest
 from bilevel.certificates.curvature import Curvature
 from bilevel.linear.operator import LinearResult
-from bilevel.methods.base import Instance
+from bilevel.methods.instance import Instance
 from bilevel.tree import Tree
 
 NEGLIGIBLE = 1e-6  # of the whole hypergradient: a leaf whose true derivative is zero

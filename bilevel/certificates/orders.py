@@ -14,7 +14,8 @@ from bilevel.certificates.correction import SOLVED, eps_of, ratio
 from bilevel.certificates.curvature import DIRECTIONS, Curvature, probe
 from bilevel.certificates.judgement import NEGLIGIBLE, parts
 from bilevel.linear.operator import Operator
-from bilevel.methods.base import Comparison, Found, Instance
+from bilevel.methods.base import Comparison, Found
+from bilevel.methods.instance import Instance
 from bilevel.tree import Tree
 
 

@@ -4,9 +4,10 @@ Read `base`, what a method is asked and answers; then `unrolled`, `mlm`, `implic
 those without second derivatives, `penalty` and `first_order`.
 """
 
-from bilevel.methods.base import Comparison, Found, HypergradientMethod, Instance, Truncation, Warm
+from bilevel.methods.base import Comparison, Found, HypergradientMethod, Truncation
 from bilevel.methods.first_order import FirstOrder
 from bilevel.methods.implicit import Implicit
+from bilevel.methods.instance import Instance, Warm
 from bilevel.methods.mlm import MLM, Bounds
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.penalty import Penalty

@@ -7,7 +7,8 @@ from bilevel import autodiff
 from bilevel.dynamics.per_step import GradientSum
 from bilevel.dynamics.steps import begun
 from bilevel.errors import ArgumentError, LostGradientError
-from bilevel.methods.base import Found, HypergradientMethod, Instance, Truncation
+from bilevel.methods.base import Found, HypergradientMethod, Truncation
+from bilevel.methods.instance import Instance
 
 
 @final

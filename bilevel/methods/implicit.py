@@ -23,7 +23,8 @@ from bilevel.linear.cg import CG
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.operator import LinearSolver, Operator
 from bilevel.linear.singular import shortcoming
-from bilevel.methods.base import Found, HypergradientMethod, Instance
+from bilevel.methods.base import Found, HypergradientMethod
+from bilevel.methods.instance import Instance
 from bilevel.tree import Tree
 
 

@@ -22,7 +22,8 @@ from bilevel.control.adjoint import Adjoint, Swept, adjoint
 from bilevel.control.many import adjoints
 from bilevel.dynamics.per_step import GradientSum
 from bilevel.errors import ArgumentError
-from bilevel.methods.base import Draws, Found, HypergradientMethod, Instance, Truncation
+from bilevel.methods.base import Found, HypergradientMethod, Truncation
+from bilevel.methods.instance import Draws, Instance
 from bilevel.outer.keeping import Keep, Stateful
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 

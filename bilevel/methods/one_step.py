@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from bilevel.methods.base import Found, HypergradientMethod, Instance
+from bilevel.methods.base import Found, HypergradientMethod
+from bilevel.methods.instance import Instance
 from bilevel.methods.mlm import MLM
 
 

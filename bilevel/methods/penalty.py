@@ -31,7 +31,8 @@ from bilevel.dynamics.steps import walk
 from bilevel.errors import ArgumentError, DivergenceError, LostGradientError
 from bilevel.inner.iteration import InnerIteration
 from bilevel.inner.problem import Objective
-from bilevel.methods.base import Comparison, Found, HypergradientMethod, Instance, Warm
+from bilevel.methods.base import Comparison, Found, HypergradientMethod
+from bilevel.methods.instance import Instance, Warm
 from bilevel.tree import Tree
 
 MOST_ORDERS = 6  # beyond, the weights of the extrapolation multiply rounding by thousands

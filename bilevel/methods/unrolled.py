@@ -11,7 +11,8 @@ from bilevel import autodiff, tree
 from bilevel.dynamics.per_step import GradientSum
 from bilevel.dynamics.problem import precise
 from bilevel.dynamics.steps import walk
-from bilevel.methods.base import Found, HypergradientMethod, Instance
+from bilevel.methods.base import Found, HypergradientMethod
+from bilevel.methods.instance import Instance
 from bilevel.tree import Tree
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.checks import check_arguments, check_kind, check_range, check_whole
 from bilevel.inner.problem import BilevelProblem
-from bilevel.methods.base import Instance
+from bilevel.methods.instance import Instance
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.tree import Tree
 

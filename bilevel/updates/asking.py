@@ -22,7 +22,8 @@ from bilevel.errors import (
 )
 from bilevel.inner.batches import refuse_loader, refuse_many
 from bilevel.inner.problem import BilevelProblem, Objective
-from bilevel.methods.base import Found, HypergradientMethod, Instance, Warm
+from bilevel.methods.base import Found, HypergradientMethod
+from bilevel.methods.instance import Instance, Warm
 from bilevel.methods.mlm import MLM
 from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled

@@ -4,8 +4,9 @@ from bilevel import autodiff, tree
 from bilevel.control.tangent import HessianProduct, hvp
 from bilevel.errors import UnsupportedError
 from bilevel.implicit_function import implicit
-from bilevel.methods.base import HypergradientMethod, Instance
+from bilevel.methods.base import HypergradientMethod
 from bilevel.methods.implicit import Implicit
+from bilevel.methods.instance import Instance
 from bilevel.methods.mlm import MLM
 from bilevel.methods.unrolled import Unrolled
 from bilevel.outer.watching import OnFailure

@@ -9,7 +9,7 @@ import torch
 
 from bilevel import tree
 from bilevel.certificates.certificate import Certificate
-from bilevel.methods.base import Warm
+from bilevel.methods.instance import Warm
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.outer.descent import Descent
 from bilevel.outer.encoding import columns, rows

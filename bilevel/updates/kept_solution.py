@@ -6,7 +6,8 @@ from typing import Any
 
 from bilevel.certificates.certificate import Certificate
 from bilevel.linear.operator import LinearResult
-from bilevel.methods.base import Truncation, Warm
+from bilevel.methods.base import Truncation
+from bilevel.methods.instance import Warm
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.outer.encoding import Records, Trees
 from bilevel.solution import Hypergradient

@@ -7,7 +7,7 @@ from bilevel import tree
 from bilevel.checks import check_kind, check_whole
 from bilevel.control.kept_sweep import check_within, inside
 from bilevel.errors import ArgumentError
-from bilevel.methods.base import Instance, Warm
+from bilevel.methods.instance import Instance, Warm
 from bilevel.methods.mlm import MLM
 from bilevel.outer.keeping import Keep
 from bilevel.solution import Hypergradient
