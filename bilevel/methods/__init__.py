@@ -1,6 +1,6 @@
 """The ways of finding the multipliers of an inner iteration, and so its hypergradient.
 
-Read `base`, what a method is asked and answers; then `unrolled`, `mlm`, `implicit`, `one_step`; and
+Read `instance`, what a method is asked, and `base`, what it answers; then `unrolled`, `mlm`, `implicit`, `one_step`; and
 those without second derivatives, `penalty` and `first_order`.
 """
 
