@@ -55,17 +55,8 @@ ROOMS = {
     ],
     "bilevel.inner": ["problem", "residuals", "iteration", "batches"],
     "bilevel.methods": [
-        *(
-            "instance",
-            "base",
-            "pairing",
-            "unrolled",
-            "mlm",
-            "implicit",
-            "one_step",
-            "penalty",
-            "first_order",
-        ),
+        *("instance", "base", "pairing", "unrolled", "mlm", "implicit", "one_step", "penalty"),
+        *("first_order",),
     ],
     "bilevel.certificates": [
         *("certificate", "against_steps", "curvature", "matrix", "correction", "judgement"),

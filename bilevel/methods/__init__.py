@@ -1,7 +1,7 @@
 """The ways of finding the multipliers of an inner iteration, and so its hypergradient.
 
-Read `instance`, what a method is asked, and `base`, what it answers; then `unrolled`, `mlm`, `implicit`, `one_step`; and
-those without second derivatives, `penalty` and `first_order`.
+Read `instance`, what a method is asked, and `base`, what it answers; then `unrolled`, `mlm`,
+`implicit`, `one_step`; and those without second derivatives, `penalty` and `first_order`.
 """
 
 from bilevel.methods.base import Comparison, Found, HypergradientMethod, Truncation
