@@ -28,7 +28,7 @@ from bilevel.methods.pairing import check_pairing, check_shared
 from bilevel.optim.rules import InnerOptimizer
 from bilevel.outer.batches import Grouped, paired
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory
-from bilevel.outer.keeping import Keep, OnDivergence
+from bilevel.outer.keep import Keep, OnDivergence
 from bilevel.outer.running import Around
 from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
 from bilevel.parallel import Replicas, decided, together

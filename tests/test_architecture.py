@@ -37,7 +37,7 @@ ROOMS = {
     ],
     "bilevel.outer": [
         *("watching", "generators", "batches", "leaves", "encoding", "checkpoints", "signals"),
-        *("keeping", "running", "descent"),
+        *("keep", "keeping", "running", "descent"),
     ],
     "bilevel.parallel": ["wire", "agreement", "parts", "replicas", "portions", "objectives"],
     "bilevel.implicit_function": ["question", "systems", "equations", "function"],

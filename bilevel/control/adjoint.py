@@ -21,7 +21,7 @@ from bilevel import autodiff, tree
 from bilevel.control.kept_sweep import KeptSweep, Reversal, kept_sweep
 from bilevel.dynamics.per_step import GradientSum, PerStep
 from bilevel.dynamics.problem import ControlProblem, precise
-from bilevel.outer.keeping import Keep
+from bilevel.outer.keep import Keep
 from bilevel.sweeps.block import Block, Costs, no_costs
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.trajectory import Trajectory

@@ -20,7 +20,8 @@ from bilevel.dynamics.steps import begun
 from bilevel.errors import ArgumentError, DivergenceError, UnsupportedError
 from bilevel.outer.encoding import described
 from bilevel.outer.generators import Generators, Standing
-from bilevel.outer.keeping import Keep, Kept, opened
+from bilevel.outer.keep import Keep
+from bilevel.outer.keeping import Kept, opened
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 from bilevel.sweeps.disk import entries
 from bilevel.sweeps.memory import Plans, bytes_of, planned

@@ -28,7 +28,7 @@ from bilevel.dynamics.steps import first_infinite
 from bilevel.errors import ArgumentError, LostGradientError, UnsupportedError
 from bilevel.outer.batches import Grouped
 from bilevel.outer.descent import Descent, Loop, MakeOptimizer, adam, check_factory, check_finite
-from bilevel.outer.keeping import Keep, OnDivergence
+from bilevel.outer.keep import Keep, OnDivergence
 from bilevel.outer.running import Around
 from bilevel.outer.watching import ON_FAILURE, OnFailure, Progress, carrying, report, told
 from bilevel.parallel import Portion, Replicas, Shares, check_mean, decided, own, together

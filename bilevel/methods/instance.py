@@ -18,7 +18,7 @@ from bilevel.errors import DivergenceError
 from bilevel.inner.iteration import InnerIteration
 from bilevel.inner.problem import BilevelProblem, Objective
 from bilevel.optim.rules import InnerOptimizer
-from bilevel.outer.keeping import Keep
+from bilevel.outer.keep import Keep
 from bilevel.settings import Stepwise, at_step
 from bilevel.sweeps.randomness import RandomState, devices_of, preserved
 from bilevel.tree import Tree

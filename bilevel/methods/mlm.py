@@ -24,7 +24,7 @@ from bilevel.dynamics.per_step import GradientSum
 from bilevel.errors import ArgumentError
 from bilevel.methods.base import Found, HypergradientMethod, Truncation
 from bilevel.methods.instance import Draws, Instance
-from bilevel.outer.keeping import Keep, Stateful
+from bilevel.outer.keep import Keep, Stateful
 from bilevel.sweeps.checkpointing import Budget, Checkpointing
 
 

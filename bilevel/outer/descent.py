@@ -12,7 +12,8 @@ from bilevel import autodiff, tree
 from bilevel.checks import check_arguments, check_kind, check_range, check_whole
 from bilevel.errors import ArgumentError, DivergenceError
 from bilevel.outer.batches import feed
-from bilevel.outer.keeping import Keep, OnDivergence, opened, restoring
+from bilevel.outer.keep import Keep, OnDivergence, restoring
+from bilevel.outer.keeping import opened
 from bilevel.outer.leaves import Leaves
 from bilevel.outer.running import Around, Running, Schedule
 from bilevel.outer.watching import Progress, above_tolerance, progress_bar

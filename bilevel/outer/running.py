@@ -11,7 +11,8 @@ from bilevel.errors import ArgumentError, DivergenceError
 from bilevel.outer.batches import Feed
 from bilevel.outer.encoding import Records, described
 from bilevel.outer.generators import Generators, Standing
-from bilevel.outer.keeping import Kept, Restore, Stateful, logger
+from bilevel.outer.keep import Restore, Stateful
+from bilevel.outer.keeping import Kept, logger
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a group of an optimiser, or its scheduler
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from bilevel import shards, tree
 from bilevel.checks import check_kind, check_range
 from bilevel.errors import ArgumentError, ParallelError
-from bilevel.outer.keeping import Keep
+from bilevel.outer.keep import Keep
 from bilevel.parallel.agreement import checksum, described, differences, kinds, unread
 from bilevel.parallel.parts import ADVICE, has_samples, parts_alike
 from bilevel.parallel.wire import Wire

@@ -29,7 +29,7 @@ from bilevel.methods.one_step import OneStep
 from bilevel.methods.unrolled import Unrolled
 from bilevel.optim.given import Given
 from bilevel.optim.rules import InnerOptimizer
-from bilevel.outer.keeping import Keep
+from bilevel.outer.keep import Keep
 from bilevel.parallel import Alone, Averaged, Replicas, refuse_shards, shared
 from bilevel.solution import Hypergradient
 from bilevel.tree import Tree

@@ -9,7 +9,7 @@ from bilevel.control.kept_sweep import check_within, inside
 from bilevel.errors import ArgumentError
 from bilevel.methods.instance import Instance, Warm
 from bilevel.methods.mlm import MLM
-from bilevel.outer.keeping import Keep
+from bilevel.outer.keep import Keep
 from bilevel.solution import Hypergradient
 from bilevel.tasks.problem import Evaluation, Vmapped
 from bilevel.tasks.stacked import copies, side_by_side, stacked
