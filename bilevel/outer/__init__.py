@@ -1,8 +1,8 @@
 """The outer loop: a control moved along its gradient by a torch optimiser.
 
 Read `descent`, the loop; `leaves` is what it moves, `batches` what it is fed, `watching` what it
-shows and says. `keep` and `keeping` are what outlives a fault, of which `running` gathers the state,
-`encoding` takes it apart, and `checkpoints` writes it.
+shows and says. `keep` says how a run outlives a fault, `keeping` sees to it: `running` gathers the
+state, `encoding` takes it apart, and `checkpoints` writes it.
 """
 
 from bilevel.outer.descent import Loop
