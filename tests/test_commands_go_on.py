@@ -55,7 +55,7 @@ def left_by(folder):
     return timeless(json.loads((folder / "results.json").read_text())), weights
 
 
-SLOW = ("meta-train", "transfer")
+SLOW = ("hyper-cleaning", "meta-train", "transfer")
 
 
 @pytest.mark.parametrize(

@@ -209,8 +209,8 @@ def test_floor_entropy_and_temperature_hold_against_collapse_to_one_task():
         found = solver(problem, bl.Implicit(), steps=40).solve(
             torch.zeros(2, dtype=torch.float64),
             weights.initial(torch.float64),
-            lambda p: torch.optim.Adam(p, 0.3),
-            steps=60,
+            lambda p: torch.optim.Adam(p, 0.5),
+            steps=30,
         )
         sigma = weights.sigma(found.control)
         return sigma, float(weights.spread(sigma))

@@ -295,7 +295,14 @@ def test_the_gradient_of_the_penalty_method_is_exact(problem):
 LEARNING = replace(SETTINGS, evaluations=48, learning_rate=0.02, outer_rate=1.0, penalty_rate=1.0)
 
 
-@pytest.mark.parametrize("ablation", [Ablation.VECTOR, Ablation.MATRIX, Ablation.PENALTY])
+@pytest.mark.parametrize(
+    "ablation",
+    [
+        Ablation.VECTOR,
+        pytest.param(Ablation.MATRIX, marks=pytest.mark.slow),
+        pytest.param(Ablation.PENALTY, marks=pytest.mark.slow),
+    ],
+)
 def test_a_task_whose_references_are_noise_loses_its_weight(tasks, ablation):
     net = network(n_phases=1)
     found = learn(ablation, net, net.controls(), tasks, LEARNING)
