@@ -18,9 +18,7 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["light", "paper", pytest.param("narrow", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["light", "paper", pytest.param("narrow", marks=pytest.mark.slow)])
 def test_the_module_gives_the_images_of_the_network_and_is_exported(name):
     generator = torch.Generator().manual_seed(0)
     network = Network(ARCHITECTURES[name], 2)
