@@ -15,6 +15,7 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -114,7 +115,7 @@ def main() -> None:
         "centre lost": calibration_lost,
         "order changed": order_changed,
     }
-    counts: Counter[tuple[str, str, bool]] = Counter()
+    counts: Counter[tuple[str, str, str, bool]] = Counter()
     for case in cases:
         for sampling, drawn in SAMPLINGS.items():
             shape = (case.kspace.shape[1], case.kspace.shape[2])
@@ -128,7 +129,7 @@ def main() -> None:
                 flagged = not check.trustworthy
                 for over, gain in zip(OVER, gains, strict=True):
                     kind = "above" if gain > 0 else "2 dB below" if gain <= -CLEARLY else "between"
-                    counts[over, kind, flagged] += 1
+                    counts[harmed, over, kind, flagged] += 1
                 print(
                     f"{case.name:40} {sampling:12} {harmed:14} {name:20} {gains[0]:+6.2f} dB, "
                     f"object {gains[1]:+6.2f} dB  {check.error:.3f} {check.classical:.3f}  "
@@ -136,10 +137,13 @@ def main() -> None:
                     flush=True,
                 )
     print(machine())
-    for over in OVER:
+    for harmed, over in product(("", *harms), OVER):
         for kind in ("2 dB below", "between", "above"):
-            n = counts[over, kind, True] + counts[over, kind, False]
-            print(f"{over:7} {kind:12} {n:4} slices, flagged {counts[over, kind, True]}")
+            flagged, not_ = (counts[harmed, over, kind, one] for one in (True, False))
+            print(
+                f"{harmed or 'sound':14} {over:7} {kind:12} {flagged + not_:4} slices, "
+                f"flagged {flagged}"
+            )
 
 
 if __name__ == "__main__":
