@@ -159,9 +159,9 @@ nitpick_ignore_regex = [
     ),
     (
         "py:.*",
-        r"bilevel\.(settings\.Stepwise|outer\.keeping\.Stateful|sweeps\.memory\.Rehearsed)",
+        r"bilevel\.(settings\.Stepwise|outer\.keep\.Stateful|sweeps\.memory\.Rehearsed)",
     ),
-    ("py:.*", r"bilevel\.methods\.base\.(Draws|OuterGradient)"),
+    ("py:.*", r"bilevel\.methods\.instance\.(Draws|OuterGradient)"),
     ("py:.*", r"bilevel\.autodiff\..*|typer\..*|h5py\..*"),
 ]
 
