@@ -1,12 +1,12 @@
 """What a sweep keeps, as integers."""
 
 import math
-import time
 from functools import cache
 from itertools import islice
 
 import pytest
 from choices import CHECKPOINTINGS
+from counting import calls
 from hypothesis import given, settings, strategies as st
 
 import bilevel as bl
@@ -93,13 +93,13 @@ def test_a_short_first_block_costs_less_than_a_short_last_one():
     assert [len(Schedule(1000, 32, 10).steps(i)) for i in (0, 1, 31)] == [8, 32, 32]
 
 
-def test_the_schedule_of_100_000_steps_begins_within_milliseconds():
+def test_the_schedule_of_100_000_steps_begins_without_all_of_them():
     for snapshots in (1, 2, 3, 50, 10**5):
-        began = time.process_time()
-        schedule = Schedule(10**5, 1, snapshots)
-        list(islice(schedule.actions(), 1000))
-        assert schedule.forward_steps > 10**5
-        assert time.process_time() - began < 0.05  # a millisecond; the rest is for a slow machine
+        with calls() as seen:
+            schedule = Schedule(10**5, 1, snapshots)
+            list(islice(schedule.actions(), 1000))
+            assert schedule.forward_steps > 10**5
+        assert 1000 < seen.made < 20_000
 
 
 @settings(max_examples=50)
@@ -203,10 +203,10 @@ def test_a_plan_that_affords_it_keeps_graphs():
 
 
 @pytest.mark.parametrize("budget", [8_000, 20_000, 2**20, 10**7, 10**8])
-def test_a_plan_of_100_000_steps_takes_milliseconds(budget):
-    began = time.process_time()
-    found = bl.plan(10**5, budget, 1000, 2000)
-    assert time.process_time() - began < 0.2  # thirty milliseconds; the rest is for a slow one
+def test_a_plan_of_100_000_steps_looks_at_few_of_them(budget):
+    with calls() as seen:
+        found = bl.plan(10**5, budget, 1000, 2000)
+    assert 10 < seen.made < 10_000
     assert found.peak_bytes <= budget
     assert found.schedule(10**5).forward_steps == found.forward_steps
 
