@@ -12,7 +12,7 @@ from applications.errors import InputError
 from applications.mri.network.held_out import certified
 from applications.mri.network.reconstruction import Reconstruction, classical_reconstruction
 from applications.mri.network.weights import Trained, pretrained
-from applications.mri.physics.coil_counts import coil_matrix, with_coils
+from applications.mri.physics.coil_counts import fitted
 from applications.mri.physics.l1_spirit import check_slice
 from applications.mri.physics.masks import over_columns
 from applications.mri.physics.operators import unit_of
@@ -87,9 +87,8 @@ def _found(
     fallback: bool,
 ) -> Reconstruction:
     """What `reconstruct` gives for a slice that fits."""
-    matrix = coil_matrix(kspace, trained.network.architecture.coils_of(len(kspace)))
-    given = with_coils(matrix, kspace)
-    extra = None if calibration is None else with_coils(matrix, calibration)
+    n_coils = trained.network.architecture.coils_of(len(kspace))
+    given, extra = fitted(kspace, calibration, n_coils)
     scan = trained.network.prepare(given[None], mask, None if extra is None else extra[None])
     found = trained.network.reconstruct(scan, trained.control)
     if not check:

@@ -63,6 +63,25 @@ def with_coils(matrix: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("nc,cyx->nyx", matrix.to(values.dtype), values)
 
 
+def fitted(
+    kspace: Tensor, calibration: Tensor | None, n_coils: int
+) -> tuple[Tensor, Tensor | None]:
+    """A slice, and what calibrates its coils, with the coils of one `coil_matrix`.
+
+    Args:
+        kspace: measured, complex, shape ``(coils, rows, columns)``.
+        calibration: the same shape, or None where the slice calibrates itself.
+        n_coils: wanted.
+
+    Returns:
+        Both, of so many coils.
+    """
+    matrix = coil_matrix(kspace, n_coils)
+    return with_coils(matrix, kspace), None if calibration is None else with_coils(
+        matrix, calibration
+    )
+
+
 def energy_kept(kspace: Tensor, n_coils: int) -> float:
     """The share of the energy of k-space that `coil_matrix` keeps, 1 unless it compresses."""
     whole = torch.linalg.vector_norm(kspace)

@@ -14,7 +14,7 @@ from applications.mri.data import UnusableSliceError
 from applications.mri.network.held_out import certified, held_out
 from applications.mri.network.reconstruction import Loss
 from applications.mri.network.weights import Trained
-from applications.mri.physics.coil_counts import coil_matrix, with_coils
+from applications.mri.physics.coil_counts import fitted
 from applications.mri.training.self_supervised import SelfSupervision, SplitExample
 from bilevel.errors import DivergenceError
 
@@ -152,6 +152,6 @@ class _Examples:
 def _error(
     trained: Trained, kspace: Tensor, mask: Tensor, calibration: Tensor | None = None
 ) -> float:
-    matrix = coil_matrix(kspace, trained.network.architecture.coils_of(len(kspace)))
-    extra = None if calibration is None else with_coils(matrix, calibration)
-    return certified(trained, with_coils(matrix, kspace), mask, extra).error
+    n_coils = trained.network.architecture.coils_of(len(kspace))
+    given, extra = fitted(kspace, calibration, n_coils)
+    return certified(trained, given, mask, extra).error
