@@ -118,20 +118,19 @@ class WaveletPhase(nn.Module):
         """Coil images with the gains on their wavelet coefficients; the low pass stays."""
         shape = (coil_images.shape[-2], coil_images.shape[-1])
         wavelets = Wavelets(shape, _LEVELS, spread(shape, self.number, _LEVELS))
-        low, *details = wavelets.forward(torch.cat([coil_images.real, coil_images.imag], 1))
+        low, *details = wavelets.forward(coil_images)
         magnitudes = [_joint(band) for band in details]
         for i, magnitude in enumerate(magnitudes):
             coarser = magnitudes[i - 1] if i else None
             level = len(details) - 1 - i
             gains = self.gains(magnitude, coarser, threshold, level)
-            details[i] = details[i] * gains[:, None]
-        real, imaginary = wavelets.adjoint([low, *details]).chunk(2, 1)
-        return torch.complex(real.contiguous(), imaginary.contiguous())
+            details[i] = details[i] * gains[:, None, None]
+        return wavelets.adjoint([low, *details], of_complex=True)
 
 
 def _joint(band: Tensor) -> Tensor:
     """Root sum of squares over coils and parts; tiny, not 0, so that it has a derivative."""
-    return (band.square().sum(1) + 1e-20).sqrt()
+    return (band.square().sum((1, 2)) + 1e-20).sqrt()
 
 
 def _logarithm(ratio: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ arbitrary k-space, DOI 10.1002/mrm.22428.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -244,23 +245,31 @@ def normal_of(kernels: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _finer(matrices: Tensor, shape: tuple[int, int]) -> Tensor:
     """Hermitian matrices on more positions, by their Fourier series; complex64."""
-    coils, device = matrices.shape[-1], matrices.device
-    upper, lower = torch.triu_indices(coils, coils, device=device)
-    planes = torch.view_as_real(matrices[..., upper, lower].to(torch.complex64)).movedim(
-        (-1, -2), (0, 1)
-    )
+    (rows, columns), coils, device = shape, matrices.shape[-1], matrices.device
     down, across = (
         _interpolation(old, new, device) for old, new in zip(matrices.shape[:2], shape, strict=True)
     )
-    rows = (down @ planes @ across.mT).split([*range(coils, 0, -1)], dim=1)
-    # Products with coil images are quicker where pixels lie together in memory.
-    found = torch.empty(coils, coils, *shape, 2, device=device)
-    for o, row in enumerate(rows):  # from the diagonal on, and the column below it follows
-        found[o, o:] = row.movedim(0, -1)
-        found[o:, o, ..., 0] = row[0]
-        found[o:, o, ..., 1] = -row[1]
+    # Along rows first, of real and imaginary part; along columns then, of both in one product that
+    # writes them where they stay. Products with coil images are quicker where pixels lie together.
+    planes = torch.view_as_real(matrices.to(torch.complex64)).movedim(1, -1)  # (y, o, i, 2, x)
+    wider = (planes @ across.mT).permute(1, 2, 0, 4, 3).reshape(coils, coils, -1, 2 * columns)
+    found = _room((coils, coils, rows, columns, 2), device)
+    for o in range(coils):  # from the diagonal on, and the column below it follows
+        right = found[o, o:]
+        torch.bmm(
+            down.expand(coils - o, -1, -1), wider[o, o:], out=right.view(-1, rows, 2 * columns)
+        )
         found[o, o, ..., 1] = 0
+        found[o + 1 :, o] = right[1:]
+        found[o + 1 :, o, ..., 1].neg_()
     return torch.view_as_complex(found).movedim((0, 1), (2, 3))
+
+
+def _room(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Empty float32; in large pages, which numpy asks for: a fifth less time for what reads it."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, np.float32))
+    return torch.empty(shape, device=device)
 
 
 def _interpolation(old: int, new: int, device: torch.device) -> Tensor:

@@ -155,13 +155,11 @@ def soft_threshold_jointly(coil_images: Tensor, wavelets: Wavelets, threshold: f
     Returns:
         Shape of ``coil_images``.
     """
-    planes = torch.cat([coil_images.real, coil_images.imag])
-    low, *details = wavelets.forward(planes)
+    low, *details = wavelets.forward(coil_images)
     for i, band in enumerate(details):
-        magnitude = band.square().sum(0).clamp_min(_TINY).sqrt()
+        magnitude = band.square().sum((0, 1)).clamp_min(_TINY).sqrt()
         details[i] = band * (1 - threshold / magnitude).clamp_min(0)
-    real, imaginary = wavelets.adjoint([low, *details]).chunk(2)
-    return torch.complex(real, imaginary)
+    return wavelets.adjoint([low, *details], of_complex=True)
 
 
 def threshold_of_noise(kspace: Tensor, mask: Tensor) -> float:

@@ -6,20 +6,16 @@ numba compiles. It reads each value once, takes from it both products that a Her
 in, and is about twice as fast.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from applications.mri.physics.loops import LoopFunction, are_readable, compiled, in_parts
+
 _BLOCK = 1 << 16  # complex values
 _LARGE = 1 << 21  # values of the matrices of a slice that are worth a compiled loop
-
-Loop = Callable[[Any, Any, Any, int, int], None]
 
 
 def times(matrices: Tensor, state: Tensor) -> Tensor:
@@ -33,7 +29,11 @@ def times(matrices: Tensor, state: Tensor) -> Tensor:
     Returns:
         ``sum_i matrices_oi state_i``, the shape of ``state``.
     """
-    planes = matrices.movedim((-2, -1), (-4, -3))  # (..., coils out, coils in, rows, columns)
+    return _product(matrices.movedim((-2, -1), (-4, -3)), state)
+
+
+def _product(planes: Tensor, state: Tensor) -> Tensor:
+    """The same of matrices ``(..., coils out, coils in, rows, columns)``."""
     if _suits_the_loop(planes, state):
         found = _Looped.apply(planes, state)
         assert isinstance(found, Tensor)
@@ -63,19 +63,18 @@ def _block(planes: Tensor, state: Tensor) -> Tensor:
 
 def _suits_the_loop(planes: Tensor, state: Tensor) -> bool:
     """Whether a slice is worth it, and its values lie where a compiled loop finds them."""
-    pair = (planes, state)
     return (
         planes.shape[-4:].numel() >= _LARGE
         and planes.shape[:-4] == state.shape[:-3]
         and not planes.requires_grad
-        and all(type(one) is Tensor for one in pair)  # others watch what is done with them
-        and all(one.device.type == "cpu" and one.dtype == torch.complex64 for one in pair)
+        and are_readable(planes, state)
+        and planes.dtype == state.dtype == torch.complex64
         and planes.is_contiguous()
         and not planes.is_conj()
     )
 
 
-class _Looped(torch.autograd.Function):
+class _Looped(LoopFunction):
     """The loop for torch: linear in the state, and its own adjoint."""
 
     @staticmethod
@@ -89,58 +88,26 @@ class _Looped(torch.autograd.Function):
             found.view(-1, coils, rows, columns).numpy(),
             strict=True,
         )
-        threads = torch.get_num_threads()
-        bounds = [rows * k // threads for k in range(threads + 1)]
-        parts = [(*one, top, end) for one in slices for top, end in pairwise(bounds)]
-        if threads == 1:
-            for part in parts:
-                _loop()(*part)
-            return found
-        with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(_loop(), *part) for part in parts]:
-                done.result()
+        for one in slices:
+            in_parts(compiled(_rows), one, rows)
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG004 - of torch
-        planes, state = inputs
-        ctx.save_for_backward(planes, state if ctx.needs_input_grad[0] else None)
-        ctx.save_for_forward(planes, state)
+        ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
-        planes, state = ctx.saved_tensors
-        (grad,) = grads
-        outer = None if state is None else grad.unsqueeze(-3) * state.conj().unsqueeze(-4)
-        return outer, _summed(planes, grad)  # which may be a batch in disguise
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (planes,) = ctx.saved_tensors
+        return None, _product(planes, grads[0])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
         planes, state = ctx.saved_tensors
         pairs = zip((tangents[0], planes), (state, tangents[1]), strict=True)
-        parts = [_summed(a, b) for a, b in pairs if a is not None and b is not None]
+        parts = [_product(a, b) for a, b in pairs if a is not None and b is not None]
         return sum(parts[1:], start=parts[0]) if parts else None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:  # noqa: ARG004
-        first = [
-            one if dim is None else one.movedim(dim, 0)
-            for one, dim in zip(args, in_dims, strict=True)
-        ]
-        return _summed(*first), 0
-
-
-@cache
-def _loop() -> Loop:
-    """The loop, compiled at its first call; kept beside this file where that can be written."""
-    from numba import njit  # takes its time, and small slices go without
-
-    # Sums may be reordered and fused; what is not finite stays so.
-    options = {"nogil": True, "fastmath": {"contract", "reassoc", "nsz"}}
-    try:
-        return njit(cache=True, **options)(_rows)
-    except RuntimeError:  # no place to write to
-        return njit(**options)(_rows)
 
 
 def _rows(matrices: Any, state: Any, found: Any, top: int, end: int) -> None:

@@ -1,31 +1,25 @@
-r"""Orthonormal wavelets of images of any size, shifted at will, as products of matrices.
+r"""Orthonormal wavelets of images of any size, shifted at will.
 
-A level of the transform along an axis is one matrix, the periodic filter bank of Daubechies'
-wavelet; level after level goes on with the corner that both low passes leave (Mallat). The first
-matrix also shifts the image and, where its side is not a multiple of :math:`2^{levels}`, appends
-zeros: its columns stay orthonormal, so that :math:`W^T W = I` and inner products are kept for every
-size. The matrices are banded: they are cut into blocks, and only blocks with values are multiplied.
-Such products are quicker here than dense ones and than strided convolutions, run on any device, and
-are differentiated by torch.
+A level of the transform is the periodic filter bank of Daubechies' wavelet along both axes; level
+after level goes on with the corner that both low passes leave (Mallat). The first also shifts the
+image and, where its side is not a multiple of :math:`2^{levels}`, appends zeros: it stays
+orthonormal, so that :math:`W^T W = I` and inner products are kept for every size.
 
 Daubechies 1992, Ten Lectures on Wavelets; Coifman & Donoho 1995 for the shifts, which move the
 block artefacts of a single grid about.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from applications.errors import InputError
-
-_SIDE = 32  # outputs of a block; larger ones multiply more zeros, smaller ones take more calls
-_WHOLE = 2**20  # the same where a call takes longer than its work, as on a GPU: one block
+from applications.mri.physics.filter_loops import Grid, analysed, are_worth_loops, synthesised
+from applications.mri.physics.filter_matrices import Level, filters, levels_along
+from applications.mri.physics.loops import LoopFunction
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class Wavelets:
     @property
     def depth(self) -> int:
         """Levels that the sides allow: the filter must not meet itself at the coarsest."""
-        taps = len(_filters(self.name)[0])
+        taps = len(filters(self.name)[0])
         longest = int(math.log2(max(min(self.shape) / (taps / 2), 2)))
         return min(self.levels, longest)
 
@@ -74,12 +68,49 @@ class Wavelets:
         """The coefficients W u.
 
         Args:
-            images: real, shape ``(..., rows, columns)``.
+            images: real or complex, shape ``(..., rows, columns)``.
 
         Returns:
-            The bands: the low pass ``(..., m, n)`` first, then the details of each level from
-            coarse to fine, ``(..., 3, m, n)``: details along columns, along rows, along both.
+            The bands, real: the low pass ``(..., m, n)`` first, then the details of each level from
+            coarse to fine, ``(..., 3, m, n)``: details along columns, along rows, along both. Those
+            of complex images are of their real and imaginary parts: ``(..., 2, m, n)`` and
+            ``(..., 2, 3, m, n)``.
         """
+        if images.is_complex():
+            return self.bands_of_parts(torch.view_as_real(images.resolve_conj()))
+        low, *details = self.bands_of_parts(images[..., None])
+        return [low.squeeze(-3), *(band.squeeze(-4) for band in details)]
+
+    def adjoint(self, bands: list[Tensor], *, of_complex: bool = False) -> Tensor:
+        """The images of coefficients, the adjoint of `forward`, and its inverse on its range.
+
+        Args:
+            bands: as `forward` returns them.
+            of_complex: whether they are of complex images.
+
+        Returns:
+            Shape ``(..., rows, columns)``.
+        """
+        if of_complex:
+            return torch.view_as_complex(self.parts_of_bands(bands).contiguous())
+        low, *details = bands
+        parts = [low.unsqueeze(-3), *(band.unsqueeze(-4) for band in details)]
+        return self.parts_of_bands(parts).squeeze(-1)
+
+    def bands_of_parts(self, parts: Tensor) -> list[Tensor]:
+        """As `forward`, of real images ``(..., rows, columns, n)``, the n of them an axis apart.
+
+        Args:
+            parts: the images.
+
+        Returns:
+            The bands, ``(..., n, rows, columns)`` and ``(..., n, 3, rows, columns)``.
+        """
+        if are_worth_loops(parts):
+            found = _Analysis.apply(parts, self)
+            assert isinstance(found, tuple)
+            return list(found)
+        images = parts.movedim(-1, -3).contiguous()
         details: list[Tensor] = []
         for down, across in self._levels(images.device):
             low, high = down.forward(images, -2)
@@ -87,15 +118,19 @@ class Wavelets:
             details.append(torch.stack([columns, *across.forward(high, -1)], dim=-3))
         return [images, *reversed(details)]
 
-    def adjoint(self, bands: list[Tensor]) -> Tensor:
-        """The images of coefficients, the adjoint of `forward`, and its inverse on its range.
+    def parts_of_bands(self, bands: list[Tensor]) -> Tensor:
+        """The adjoint of `bands_of_parts`.
 
         Args:
-            bands: as `forward` returns them.
+            bands: as it returns them.
 
         Returns:
-            Real, shape ``(..., rows, columns)``.
+            Images as it takes them.
         """
+        if are_worth_loops(*bands):
+            found = _Synthesis.apply(self, *bands)
+            assert isinstance(found, Tensor)
+            return found
         images, *details = bands
         for (down, across), detail in zip(
             reversed(self._levels(images.device)), details, strict=True
@@ -103,18 +138,70 @@ class Wavelets:
             columns, rows, diagonal = detail.unbind(-3)
             low, high = across.adjoint(images, columns, -1), across.adjoint(rows, diagonal, -1)
             images = down.adjoint(low, high, -2)
-        return images
+        return images.movedim(-3, -1)
 
-    def _levels(self, device: torch.device) -> list[tuple["_Level", "_Level"]]:
-        """Of each level, what is done along rows and along columns, from fine to coarse."""
+    @property
+    def grid(self) -> Grid:
+        """What the loops are told."""
         depth = self.depth
-        multiple = 2**depth
-        side = _SIDE if device.type == "cpu" else _WHOLE
+        padded = [-(-n // 2**depth) * 2**depth for n in self.shape]
+        rows, columns = (
+            (n, behind, shift % behind)
+            for n, behind, shift in zip(self.shape, padded, self.shift, strict=True)
+        )
+        return Grid(rows, columns, depth, filters(self.name))
+
+    def _levels(self, device: torch.device) -> list[tuple[Level, Level]]:
+        """Of each level, what is done along rows and along columns, from fine to coarse."""
+        grid = self.grid
         axes = [
-            _axis(n, depth, shift % (-(-n // multiple) * multiple), self.name, side)
-            for n, shift in zip(self.shape, self.shift, strict=True)
+            levels_along(*axis, grid.depth, self.name, device) for axis in (grid.rows, grid.columns)
         ]
         return list(zip(*axes, strict=True))
+
+
+class _Analysis(LoopFunction):
+    """W by loops; the derivatives of a linear map are itself and its adjoint."""
+
+    @staticmethod
+    def forward(parts: Tensor, wavelets: Wavelets) -> tuple[Tensor, ...]:
+        return analysed(parts, wavelets.grid)
+
+    @staticmethod
+    def setup_context(  # of torch
+        ctx: Any,
+        inputs: tuple[Tensor, Wavelets],
+        output: tuple[Tensor, ...],  # noqa: ARG004
+    ) -> None:
+        ctx.wavelets = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.wavelets.parts_of_bands(list(grads)), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ctx.wavelets.bands_of_parts(tangents[0]))
+
+
+class _Synthesis(LoopFunction):
+    """W^T by loops."""
+
+    @staticmethod
+    def forward(wavelets: Wavelets, *bands: Tensor) -> Tensor:
+        return synthesised(bands, wavelets.grid)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004 - of torch
+        ctx.wavelets = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.wavelets.bands_of_parts(grads[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return ctx.wavelets.parts_of_bands(list(tangents[1:]))
 
 
 def spread(shape: tuple[int, int], number: int, levels: int = 4) -> tuple[int, int]:
@@ -134,121 +221,3 @@ def spread(shape: tuple[int, int], number: int, levels: int = 4) -> tuple[int, i
         int(period * ((number * share) % 1.0)) for share in (0.7548776662, 0.5698402910)
     )
     return down % shape[0], across % shape[1]
-
-
-# Arrays, not tensors: one made under `inference_mode` or while a program is exported would be of no
-# use to anything else.
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """What a block of outputs takes of neighbouring inputs.
-
-    Attributes:
-        high: whether the inputs are high-pass coefficients; False where there is one kind of them.
-        start: first input.
-        stop: behind the last.
-        matrix: ``(outputs, inputs)``.
-    """
-
-    high: bool
-    start: int
-    stop: int
-    matrix: NDArray[np.float64]
-
-
-_Block = tuple[_Piece, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class _Level:
-    """One level along an axis, and its adjoint, block by block of what they give.
-
-    Attributes:
-        analysis: blocks of low-pass coefficients, and as many high-pass ones behind them.
-        synthesis: blocks of images.
-    """
-
-    analysis: tuple[_Block, ...]
-    synthesis: tuple[_Block, ...]
-
-    def forward(self, images: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """Low-pass and high-pass coefficients along an axis."""
-        found = [_product(block, (images,), axis).chunk(2, axis) for block in self.analysis]
-        low, high = (_joined(parts, axis) for parts in zip(*found, strict=True))
-        return low, high
-
-    def adjoint(self, low: Tensor, high: Tensor, axis: int) -> Tensor:
-        """The images of both."""
-        return _joined([_product(block, (low, high), axis) for block in self.synthesis], axis)
-
-
-def _product(block: _Block, given: tuple[Tensor, ...], axis: int) -> Tensor:
-    """The outputs of a block."""
-    total = None
-    for piece in block:
-        part = given[piece.high].narrow(axis, piece.start, piece.stop - piece.start)
-        matrix = torch.from_numpy(piece.matrix).to(part)
-        found = matrix @ part if axis == -2 else part @ matrix.mT
-        total = found if total is None else total + found
-    assert total is not None  # every output has inputs
-    return total
-
-
-def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), axis)
-
-
-@lru_cache(maxsize=256)
-def _axis(n: int, depth: int, shift: int, name: str, side: int) -> tuple[_Level, ...]:
-    """All levels along an axis of n pixels, the first shifted and cut to n."""
-    padded = -(-n // 2**depth) * 2**depth
-    first = np.roll(_level(padded, name), shift, axis=1)[:, :n]
-    rest = [_level(padded >> level, name) for level in range(1, depth)]
-    return tuple(_in_blocks(matrix, side) for matrix in (first, *rest))
-
-
-def _in_blocks(matrix: NDArray[np.float64], side: int) -> _Level:
-    """A level, cut."""
-    half, n = len(matrix) // 2, matrix.shape[1]
-    step = side // 2
-    low = [np.arange(at, min(at + step, half)) for at in range(0, half, step)]
-    analysis = tuple(_cut(matrix[np.concatenate([one, half + one])], n) for one in low)
-    places = [slice(at, min(at + side, n)) for at in range(0, n, side)]
-    return _Level(analysis, tuple(_cut(matrix[:, at].T, half) for at in places))
-
-
-def _cut(matrix: NDArray[np.float64], half: int) -> _Block:
-    """The pieces of a block: runs of inputs that count, of one kind each, ``half`` of a kind."""
-    used = np.flatnonzero((matrix != 0).any(axis=0))
-    used = used if len(used) else np.arange(1)
-    breaks = np.flatnonzero((np.diff(used) > 1) | np.diff(used // half).astype(bool)) + 1
-    pieces = []
-    for run in np.split(used, breaks):
-        high, start = divmod(int(run[0]), half)
-        values = np.ascontiguousarray(matrix[:, run[0] : run[-1] + 1])
-        pieces.append(_Piece(bool(high), start, start + len(run), values))
-    return tuple(pieces)
-
-
-def _level(n: int, name: str) -> NDArray[np.float64]:
-    """The orthogonal matrix of one periodic level: low pass above, high pass below."""
-    matrix = np.zeros((n, n))
-    start = 2 * np.arange(n // 2)
-    for half, taps in enumerate(_filters(name)):
-        rows = half * (n // 2) + np.arange(n // 2)
-        for k, tap in enumerate(taps):
-            matrix[rows, (start + k) % n] += tap
-    return matrix
-
-
-@lru_cache(maxsize=8)
-def _filters(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Low and high pass of an orthogonal wavelet."""
-    import pywt  # optional
-
-    try:
-        wavelet = pywt.Wavelet(name)  # pyright: ignore[reportAttributeAccessIssue] - compiled
-    except ValueError as error:
-        raise InputError(f"wavelet {name!r}: a name of PyWavelets was needed ({error}).") from error
-    if not wavelet.orthogonal:
-        raise InputError(f"wavelet {name!r} must be orthogonal, such as db4 or sym4.")
-    return tuple(wavelet.dec_lo), tuple(wavelet.dec_hi)

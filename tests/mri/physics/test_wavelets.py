@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from applications.errors import InputError
-from applications.mri.physics import wavelets
+from applications.mri.physics import filter_matrices
 from applications.mri.physics.wavelets import Wavelets, spread
 
 SIZES = [(32, 48), (33, 47), (5, 6), (1, 16), (100, 90)]
@@ -110,7 +110,7 @@ def test_blocks_change_nothing(monkeypatch, shape):
     images, transform = random(2, *shape), Wavelets(shape, shift=(3, 7))
     blocks = transform.forward(images)
     back = transform.adjoint([2 * one for one in blocks])
-    monkeypatch.setattr(wavelets, "_SIDE", wavelets._WHOLE)
+    monkeypatch.setattr(filter_matrices, "_SIDE", filter_matrices._WHOLE)
     whole = transform.forward(images)
     for one, other in zip(blocks, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
