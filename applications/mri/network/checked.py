@@ -71,7 +71,8 @@ def reconstruct(
             f"trained must be network and weights, got {type(trained).__name__}; read a file with "
             "load_weights."
         )
-    found = _found(given, places, trained, extra, check=check, fallback=fallback)
+    with torch.no_grad():
+        found = _found(given, places, trained, extra, check=check, fallback=fallback)
     if unit == 1:
         return found
     return replace(found, image=found.image * unit, coil_images=found.coil_images * unit)

@@ -109,9 +109,10 @@ class WaveletPhase(nn.Module):
         u, before = state
         data = Measured(samples, mask)
         for i in range(STEPS):
-            ahead = between(before, u, 1 + self.momentum[i])
+            # The first two states are the caller's.
+            ahead = between(before, u, 1 + self.momentum[i], overwrite=i > 1)
             b = data.towards(ahead, self.step[i])
-            u, before = between(b, times(consistent, b), self.consistency[i]), u
+            u, before = between(b, times(consistent, b), self.consistency[i], overwrite=True), u
         return self.shrunk(u, STEPS * threshold), before
 
     def shrunk(self, coil_images: Tensor, threshold: Tensor) -> Tensor:

@@ -80,10 +80,10 @@ def _fista(f: Tensor, mask: Tensor, normal: Tensor, threshold: float, steps: int
     """The iteration, in units of the zero-filled maximum; ``normal`` is c N."""
     length = 1 / (1 + CONSISTENCY * _LARGEST)
     shape = (f.shape[-2], f.shape[-1])
-    u = before = ifft2c(f)
+    u, before = ifft2c(f), ifft2c(f)
     data = Measured.of(f, mask)
     for step, momentum in enumerate(momenta(steps)):
-        ahead = between(before, u, 1 + momentum)
+        ahead = between(before, u, 1 + momentum, overwrite=True)
         b = data.towards(ahead, length).sub_(times(normal, ahead), alpha=length)
         wavelets = Wavelets(shape, shift=spread(shape, step))
         before = u
@@ -132,10 +132,10 @@ def quick_steps(
         The last coil images, and those of the step before, from which momentum goes on.
     """
     shape = (f.shape[-2], f.shape[-1])
-    u = before = ifft2c(f)
+    u, before = ifft2c(f), ifft2c(f)
     data = Measured.of(f, mask)
     for step, momentum in enumerate(momenta(steps), start=1):
-        ahead = between(before, u, 1 + momentum)
+        ahead = between(before, u, 1 + momentum, overwrite=True)
         before = u
         u = times(consistent, data.towards(ahead))
         if step % every == 0:

@@ -140,19 +140,26 @@ def centre_crop(image: Tensor, shape: tuple[int, int]) -> Tensor:
     return image[..., top : top + shape[0], left : left + shape[1]]
 
 
-def between(start: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+def between(
+    start: Tensor, end: Tensor, weight: Tensor | float, *, overwrite: bool = False
+) -> Tensor:
     """`torch.lerp` of complex tensors, in one pass over their parts: a fifth of its time.
 
     Args:
         start: what a weight of 0 gives, complex.
         end: what a weight of 1 gives, complex, of the same shape.
         weight: real, one number, in [0, 1] or beyond.
+        overwrite: whether ``start`` is needed no more: under `torch.no_grad` the result takes its
+            place, which saves the time of making room.
 
     Returns:
         ``start + weight * (end - start)``.
     """
-    parts = torch.lerp(torch.view_as_real(start), torch.view_as_real(end), weight)
-    return torch.view_as_complex(parts)
+    first, last = torch.view_as_real(start), torch.view_as_real(end)
+    if overwrite and not torch.is_grad_enabled():
+        first.lerp_(last, weight)
+        return start
+    return torch.view_as_complex(torch.lerp(first, last, weight))
 
 
 def unit_of(kspace: Tensor) -> float:
