@@ -1,5 +1,6 @@
 """What the tests of several processes run on each rank; `found` goes back to the test."""
 
+import itertools
 import os
 import tempfile
 import time
@@ -366,9 +367,14 @@ def broken(rank):
     def raises():
         raise KeyError("mine")
 
+    late = [2.0]  # seconds, of which the first evaluation takes all
+
+    def hangs():
+        time.sleep(late.pop() if late else 0)
+
     return {
         "raises": run(raises),
-        "hangs": run(lambda: time.sleep(3), timeout=1.0),
+        "hangs": run(hangs, timeout=1.0),
         "dies": run(lambda: os._exit(3)),
     }
 
@@ -396,22 +402,21 @@ def sharded(rank, replicas):
     problem = bl.BilevelProblem(decayed, fit)
     control = {"decay": CONTROL["decay"][:1], "rate": CONTROL["rate"]}
     found = {}
-    rules = {"SGD": RATE, "Adam": bl.optim.Adam(lambda c: c["rate"])}
-    for method in (bl.OneStep(), bl.MLM(), bl.Penalty(64.0)):
-        for name, rule in rules.items():
-            if isinstance(method, bl.Penalty):
-                rule, control = bl.optim.SGD(0.1), {"decay": CONTROL["decay"][:1]}
-            solver = bl.BilevelSolver(problem, rule, 3, method, certificate=None)
-            alone = solver.hypergradient(whole, control, TRAIN, JUDGED)
-            together = replace(solver, replicas=replicas).hypergradient(
-                parts, control, TRAIN, JUDGED
-            )
-            kept = {type(x).__name__ for x in together.params.values()}
-            params = {n: x.full_tensor() for n, x in together.params.items()}
-            found[f"{type(method).__name__}, {name}"] = (
-                max(distance(together.gradient, alone.gradient), distance(params, alone.params)),
-                kept,
-            )
+    rules = {"SGD": RATE, "Adam": bl.optim.Adam(lambda c: c["rate"]), "constant": bl.optim.SGD(0.1)}
+    cases = [
+        *itertools.product((bl.OneStep(), bl.MLM()), ("SGD", "Adam"), [control]),
+        (bl.Penalty(64.0), "constant", {"decay": control["decay"]}),
+    ]
+    for method, name, control in cases:
+        solver = bl.BilevelSolver(problem, rules[name], 3, method, certificate=None)
+        alone = solver.hypergradient(whole, control, TRAIN, JUDGED)
+        together = replace(solver, replicas=replicas).hypergradient(parts, control, TRAIN, JUDGED)
+        kept = {type(x).__name__ for x in together.params.values()}
+        params = {n: x.full_tensor() for n, x in together.params.items()}
+        found[f"{type(method).__name__}, {name}"] = (
+            max(distance(together.gradient, alone.gradient), distance(params, alone.params)),
+            kept,
+        )
     solution = replace(solver, replicas=replicas).solve(
         parts, control, steps=2, batches=[(TRAIN, JUDGED)]
     )

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -96,10 +97,24 @@ class Minibatches(Stepwise):
         from torch.utils.data import default_collate
 
         # What a sample draws as it is read, an augmentation say, is of the seed and the step too.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with _seeded(seed):
             samples = [self.dataset[i] for i in chosen.tolist()]
         return (self.collate or default_collate)(samples)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """What is drawn inside is of the seed; the random states are those from before afterwards.
+
+    `torch.manual_seed` notes down the whole stack for each kind of device that the machine has not,
+    which takes longer than to read a small batch.
+    """
+    known = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    with torch.random.fork_rng(range(known), device_type="cuda"):
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
+        yield
 
 
 def _is_tensors(dataset: Any) -> bool:
