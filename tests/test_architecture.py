@@ -226,14 +226,39 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(parsed(path)))
+
+
+@cache
+def imported(path: Path) -> tuple[tuple[str, list[str]], ...]:
+    """(module, names) of every absolute import of a file."""
+    return tuple(pair for node in nodes(path) for pair in imports(node))
+
+
 def imports(node: ast.AST) -> list[tuple[str, list[str]]]:
-    """(module, names) of every absolute import below `node`; no names for `import module`."""
+    """(module, names) of what a node imports absolutely; no names for `import module`."""
+    if isinstance(node, ast.Import):
+        return [(alias.name, []) for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [(node.module or "", [alias.name for alias in node.names])]
+    return []
+
+
+LATER = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.If
+
+
+def late_imports(node: ast.AST, late: bool = False) -> list[ast.AST]:
+    """What is imported within functions, classes and conditions."""
     found = []
-    for item in ast.walk(node):
-        if isinstance(item, ast.Import):
-            found += [(alias.name, []) for alias in item.names]
-        elif isinstance(item, ast.ImportFrom):
-            found.append((item.module or "", [alias.name for alias in item.names]))
+    for child in ast.iter_child_nodes(node):
+        # `__getattr__` of a room names the extra that its programs need.
+        within = isinstance(child, LATER) and getattr(child, "name", "") != "__getattr__"
+        if late and isinstance(child, ast.Import | ast.ImportFrom):
+            found.append(child)
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            found += late_imports(child, late or within)
     return found
 
 
@@ -241,10 +266,11 @@ def lines_of_docstring(node: ast.FunctionDef) -> int:
     return len((ast.get_docstring(node, clean=False) or "").splitlines())
 
 
-def own_imports(node: ast.AST) -> set[str]:
-    """Files of ours imported below `node`; the face of a room stands for every file in it."""
+@cache
+def own_imports(path: Path) -> set[str]:
+    """Files of ours that a file imports; the face of a room stands for every file in it."""
     found = set()
-    for module, names in imports(node):
+    for module, names in imported(path):
         if module.split(".")[0] in ("bilevel", "applications"):
             for name in names or [""]:
                 joined = f"{module}.{name}".rstrip(".")
@@ -263,7 +289,7 @@ def test_a_file_imports_only_from_files_above_it():
     wrong = {
         (name, other)
         for name, path in FILES.items()
-        for other in own_imports(parsed(path))
+        for other in own_imports(path)
         if place.get(other, len(LAYERS)) >= place[name]
     }
     assert wrong == set()
@@ -276,7 +302,7 @@ def test_a_room_hands_on_what_stands_in_it_and_says_what_it_is_for():
         # `__getattr__` hands on what needs an extra, when it is asked for.
         handed = [node for node in body[1:] if getattr(node, "name", "") != "__getattr__"]
         assert {type(node) for node in handed} <= {ast.ImportFrom, ast.Assign, ast.AugAssign}, room
-        others = own_imports(parsed(SOURCES[room]))
+        others = own_imports(SOURCES[room])
         assert [name for name in others if not name.startswith(f"{room}.")] == [], room
 
 
@@ -289,7 +315,7 @@ def test_a_function_fits_on_a_screen():
     lengths = {
         (name, node.name): node.end_lineno - node.lineno + 1 - lines_of_docstring(node)
         for name, path in FILES.items()
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, ast.FunctionDef)
     }
     assert {f: n for f, n in lengths.items() if n > LONGEST} == {}
@@ -299,16 +325,14 @@ def test_our_own_files_are_imported_at_the_top_and_absolutely():
     late = [
         (name, module)
         for name, path in SOURCES.items()
-        for node in ast.walk(parsed(path))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.If)
-        if getattr(node, "name", "") != "__getattr__"  # of a room whose programs name its extra
+        for node in late_imports(parsed(path))
         for module, _ in imports(node)
         if module.split(".")[0] in ("bilevel", "applications")
     ]
     relative = [
         (name, node.lineno)
         for name, path in SOURCES.items()
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert late == []
@@ -319,7 +343,7 @@ def test_the_library_never_imports_an_application():
     found = [
         (name, module)
         for name in LIBRARY
-        for module, _ in imports(parsed(SOURCES[name]))
+        for module, _ in imported(SOURCES[name])
         if module.startswith("applications")
     ]
     assert found == []
@@ -334,12 +358,11 @@ def test_applications_use_public_names_only():
         for name in ["", *PACKAGES]
     }
     for file, path in APPLICATIONS.items():
-        tree = parsed(path)
-        for module, names in imports(tree):
+        for module, names in imported(path):
             if module.split(".")[0] == "bilevel":
                 assert module in public, f"{module} is private, in {file}"
                 assert {*names} <= {*public[module].get("__all__", public[module])}, file
-        chains = [dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        chains = [dotted(node) for node in nodes(path) if isinstance(node, ast.Attribute)]
         for chain in chains:
             if chain.startswith("bl."):
                 name, *rest = chain.split(".")[1:]
@@ -358,8 +381,8 @@ def dotted(node: ast.AST) -> str:
 
 def differentiating(path: Path) -> set[str]:
     """What in the code of a file (not in its texts) differentiates."""
-    tree, found = parsed(path), set()
-    for node in ast.walk(tree):
+    found = set()
+    for node in nodes(path):
         name = dotted(node)
         if name.startswith(("torch.autograd.", "torch.func.")):
             found.add(name)
@@ -367,7 +390,7 @@ def differentiating(path: Path) -> set[str]:
             found.add(name)
         if isinstance(node, ast.Call) and dotted(node.func).endswith((".backward", ".vmap")):
             found.add(dotted(node.func))
-    for module, names in imports(tree):
+    for module, names in imported(path):
         for full in [module, *(f"{module}.{n}" for n in names)]:
             if full.startswith(("torch.autograd", "torch.func", "functorch", "torch.vmap")):
                 found.add(full)

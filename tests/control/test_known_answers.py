@@ -11,6 +11,8 @@ from reference import theta
 
 import bilevel as bl
 
+pytestmark = pytest.mark.xdist_group("known answers")  # each is solved once
+
 
 def solve(problem, observation, control, steps=2):
     return bl.ControlSolver(problem, lbfgs).solve(control, observation, steps=steps)

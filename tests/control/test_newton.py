@@ -12,6 +12,7 @@ from bilevel.control import newton_cg as newton
 from bilevel.errors import ArgumentError
 
 F64 = torch.float64
+pytestmark = pytest.mark.xdist_group("newton")  # the regulator is solved once
 GRAPHS = bl.Checkpointing(block=None)  # the fastest sweeps of a small problem
 
 

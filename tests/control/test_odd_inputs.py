@@ -125,11 +125,16 @@ def test_inference_mode_is_named(call):
         call()
 
 
+@pytest.fixture(scope="module")
+def compiled():
+    return torch.compile(lambda w, a, _: (w - a).square().sum(), backend="aot_eager")
+
+
+@pytest.mark.xdist_group("compiled")  # once
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of dynamo, while it traces
 @pytest.mark.parametrize("method", [bl.MLM(), bl.Unrolled(), bl.Implicit(), bl.OneStep()], ids=repr)
-def test_a_compiled_inner_objective_has_no_second_derivative(method):
-    inner = torch.compile(lambda w, a, _: (w - a).square().sum(), backend="aot_eager")
-    problem = bl.BilevelProblem(inner, lambda w, a, _: w.square().sum())
+def test_a_compiled_inner_objective_has_no_second_derivative(method, compiled):
+    problem = bl.BilevelProblem(compiled, lambda w, a, _: w.square().sum())
     solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 3, method, certificate=None)
     # torch 2.6 leaves no trace of it where the gradient is linearised: an error of another name.
     first = torch.__version__.startswith("2.6.") and isinstance(method, bl.Implicit)

@@ -201,12 +201,12 @@ def test_a_sweep_that_draws_nothing_leaves_the_generator_to_other_threads(checkp
 @pytest.mark.parametrize("cast", [True, False])
 def test_costs_of_a_short_dtype_are_summed_in_a_longer_one(dtype, cast):
     def running(u, control, t):
-        return u.float() * 3.0 if cast else u * 3.0
+        return u.float() * 33.0 if cast else u * 33.0
 
     problem = bl.ControlProblem(
         bl.Map(lambda u, c, t: u + (0 * c).to(u)),
         lambda u, c: 6 * u.float() * c,
-        1000,
+        91,
         running,
     )
     one = torch.ones((), dtype=dtype)
@@ -216,7 +216,7 @@ def test_costs_of_a_short_dtype_are_summed_in_a_longer_one(dtype, cast):
         bl.hvp(problem, one, torch.ones(()), torch.ones(())).cost,
     ):
         assert found.dtype == torch.float32
-        assert float(found) == 3006
+        assert float(found) == 3009  # odd numbers above 2048 are none of float16
 
 
 def test_a_total_cost_has_the_dtype_of_its_costs():

@@ -89,7 +89,7 @@ def test_cut_anywhere(name, tmp_path):
     fuse.set(0)
     whole, said = found(name)
     n = fuse.made
-    for at in range(2, n, max(n // 8, 2)):
+    for at in range(2, n, max(n // 6, 2)):
         keep = bl.Keep(tmp_path / str(at), every=1)
         fuse.set(at)
         with pytest.raises(PowerCutError):

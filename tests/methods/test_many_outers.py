@@ -23,21 +23,27 @@ def outers(case):
     ]
 
 
-METHODS = [
-    bl.MLM(),
+METHODS = [bl.MLM(), bl.Unrolled(), bl.Implicit(), bl.OneStep()]
+# How much of a sweep is kept or made does not depend on what stands in the params.
+SWEEPS = [
     bl.MLM(bl.Checkpointing(snapshots=2, block=4)),
     bl.MLM(bl.Checkpointing(block=None)),
     bl.MLM(last=7),
     bl.MLM(tolerance=1e-3, bounds=bl.methods.Bounds(0.9, 1.0)),
-    bl.Unrolled(),
-    bl.Implicit(),
-    bl.OneStep(),
-    pytest.param(bl.Penalty(64.0), marks=pytest.mark.slow),
 ]
+RIDGE, TREES = ridge(4, complex_=True), trees()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=repr)
-@pytest.mark.parametrize("case", [ridge(4, complex_=True), trees()], ids=repr)
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [
+        *((case, method) for case in (RIDGE, TREES) for method in METHODS),
+        *((RIDGE, method) for method in SWEEPS),
+        *(pytest.param(TREES, method, marks=pytest.mark.slow) for method in SWEEPS),
+        *(pytest.param(c, bl.Penalty(64.0), marks=pytest.mark.slow) for c in (RIDGE, TREES)),
+    ],
+    ids=repr,
+)
 def test_each_is_what_it_is_alone(case, method):
     def solver(problem):
         return bl.BilevelSolver(

@@ -41,12 +41,14 @@ def coupling(case, steps, step_size):
     largest, w = 0.0, case.params
     for _ in range(steps):
         largest = max(largest, float((case.control.exp() * w).abs().max()))
-        w = w - step_size * torch.func.grad(case.problem.inner)(w, case.control, None)
+        w = w.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(case.problem.inner(w, case.control, None), w)
+        w = w.detach() - step_size * slope
     return step_size * largest
 
 
 @pytest.mark.parametrize("tolerance", [0.5, 1e-1, 1e-2, 1e-4, 1e-8])
-@pytest.mark.parametrize("steps", [5, 60, 300])
+@pytest.mark.parametrize("steps", [5, 40, 120])
 @pytest.mark.parametrize("slow", [1.0, 0.2])
 def test_with_constants_what_is_left_out_is_within_the_tolerance(tolerance, steps, slow):
     eta = slow * CASE.step_size
@@ -73,9 +75,9 @@ def test_a_bound_beyond_every_number_is_infinite_unless_nothing_is_left_out():
 
 
 def test_a_loose_tolerance_reverses_fewer_steps():
-    bounds, _ = whole_sweep(300, CASE.step_size)
+    bounds, _ = whole_sweep(120, CASE.step_size)
     left = [
-        find(CASE, bl.MLM(tolerance=tol, bounds=bounds), 300, CASE.step_size).truncation.steps
+        find(CASE, bl.MLM(tolerance=tol, bounds=bounds), 120, CASE.step_size).truncation.steps
         for tol in (1e-8, 1e-4, 1e-1)
     ]
     assert left == sorted(left)

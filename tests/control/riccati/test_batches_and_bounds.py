@@ -19,7 +19,7 @@ from bilevel.errors import (
 F64 = torch.float64
 
 
-def swing(horizon=30, dt=0.1):
+def swing(horizon=15, dt=0.2):
     """A pendulum to swing up, whose rest is stationary and no minimum."""
 
     def step(x, u, t):
@@ -34,7 +34,7 @@ def swing(horizon=30, dt=0.1):
     )
 
 
-def pushes(size, horizon=30):
+def pushes(size, horizon=15):
     return bl.PerStep([torch.full((1,), size, dtype=F64) for _ in range(horizon)])
 
 
@@ -52,7 +52,7 @@ def quiet(problem, **settings):
 )
 def test_each_problem_of_a_batch_goes_as_it_goes_alone(settings):
     starts = torch.stack([REST, real(1, 2), 2 * real(2, 2), REST + 0.1])
-    begin = bl.PerStep([0.1 * real(t + 10, 4, 1) * (starts[:, :1] != 0) for t in range(30)])
+    begin = bl.PerStep([0.1 * real(t + 10, 4, 1) * (starts[:, :1] != 0) for t in range(15)])
     together = quiet(swing(), batched=True, **settings).solve(begin, starts)
     for i, start in enumerate(starts):
         control = bl.PerStep([x[i] for x in begin.steps])
@@ -130,7 +130,7 @@ def test_a_shared_control_is_bounded_too():
 BAD_BOUNDS = [
     ((1.0, -1.0), ArgumentError, "low must be at most high"),
     ((torch.zeros(3), 1.0), StructureError, r"fits the control's, \(1,\)"),
-    ((bl.PerStep([0.0]), 1.0), StructureError, "one entry per step, 30"),
+    ((bl.PerStep([0.0]), 1.0), StructureError, "one entry per step, 15"),
     (({"a": 0.0}, 1.0), StructureError, "a tree like the control"),
     ((math.nan, 1.0), ArgumentError, "got NaN"),
 ]
@@ -203,7 +203,7 @@ def test_what_is_no_problem_for_a_sweep_is_refused_by_name():
 
 def test_each_setting_matters():
     def steps(**settings):
-        found = quiet(swing(), **settings).solve(pushes(0.1), REST, steps=60)
+        found = quiet(swing(), **settings).solve(pushes(0.5), REST, steps=60)
         return found.steps, found.cost, found.converged
 
     usual = steps()
