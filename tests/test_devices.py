@@ -97,7 +97,7 @@ CASES = {
     "MLM in a budget": hypergradient(bl.MLM(bl.Budget("1 MiB"))),
     "Unrolled, Adam": hypergradient(bl.Unrolled(), bl.optim.Adam(lambda c: c["rate"])),
     "OneStep": hypergradient(bl.OneStep()),
-    "certified": implicit(bl.linear.CG(probes=4), steps=40, certificate=bl.AgainstMinimiser()),
+    "certified": implicit(bl.linear.CG(probes=4), steps=12, certificate=bl.AgainstMinimiser()),
     "Nystrom": implicit(bl.linear.Nystrom(8, 0.1)),
     "Dense": implicit(bl.linear.Dense()),
     "Neumann": implicit(bl.linear.Neumann(5, 0.2)),

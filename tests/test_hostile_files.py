@@ -4,8 +4,8 @@ import gzip
 import importlib
 import json
 import os
-import subprocess
-import sys
+import resource
+import signal
 from dataclasses import replace
 
 import h5py
@@ -14,6 +14,7 @@ import pytest
 import torch
 from command_lines import refused, succeed
 from counting import calls
+from forks import forked
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save
 
@@ -302,36 +303,30 @@ def test_weights_are_the_same_bytes_each_time(tmp_path):
     assert read_metadata(path, "w", "r") == metadata
 
 
-FULL = """
-import resource, signal, sys
-from pathlib import Path
-import numpy as np
-from applications.errors import InputError
-from applications.mri.data.writing import hdf5_file, set_attributes
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-for name in ("closing", "writing"):
-    try:
-        with hdf5_file(Path(sys.argv[1]) / f"{name}.h5") as file:
-            if name == "closing":
-                file.create_dataset("a", (1000,), "f8")[:] = 1
-                for k in range(200):
-                    file.attrs[str(k)] = "x" * 200
-            else:
-                file["a"] = np.ones(10**6)
-    except InputError as error:
-        print(error)
-"""
+def on_a_full_disk(folder):
+    """What is said where no file may grow beyond 20 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    said = []
+    for name in ("closing", "writing"):
+        try:
+            with hdf5_file(folder / f"{name}.h5") as file:
+                if name == "closing":
+                    file.create_dataset("a", (1000,), "f8")[:] = 1
+                    for k in range(200):
+                        file.attrs[str(k)] = "x" * 200
+                else:
+                    file["a"] = np.ones(10**6)
+        except InputError as error:
+            said.append(str(error))
+    return "\n".join(said)
 
 
 def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for name in ("closing.h5", "writing.h5"):
-        assert f"{name}: the file cannot be written (" in done.stdout
-    assert done.stdout.count("choose another") == 2
+    lines = forked(on_a_full_disk, tmp_path).splitlines()
+    for name, line in zip(("closing.h5", "writing.h5"), lines, strict=True):
+        assert f"{name}: the file cannot be written (" in line
+        assert line.count("choose another") == 1
     assert [*tmp_path.iterdir()] == []
 
 

@@ -98,8 +98,13 @@ def net(start, seed):
     return problem, params
 
 
-@pytest.mark.parametrize(("start", "steps"), [(0.0, 200), (0.3, 1500)])
-@pytest.mark.parametrize("seed", [10, 20])
+@pytest.mark.parametrize(
+    ("start", "steps", "seed"),
+    [
+        *((0.0, 200, 10), (0.3, 1500, 20)),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0.0, 200, 20), (0.3, 1500, 10))),
+    ],
+)
 def test_nets_with_equal_weights_end_on_saddles(start, steps, seed):
     problem, params = net(start, seed)
     found = certified(problem, params, tensor(-4.0), steps, 0.2, bl.Implicit())
@@ -199,7 +204,9 @@ def test_a_certificate_leaves_the_buffers_of_a_module_as_they_are(method):
 # --- flat directions
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_a_bias_without_decay_is_no_saddle(seed):
     X, V = real(seed, 40, 4), real(seed + 50, 40, 4)
     y, z = (real(seed + 60, 40, 3).argmax(1), real(seed + 70, 40, 3).argmax(1))

@@ -284,7 +284,7 @@ def test_a_coupled_decay_is_a_term_of_the_inner_objective(rule):
         problem.outer,
     )
     control = {"a": case.control, "decay": decay}
-    lr, steps = (0.3, 400) if rule is bl.optim.SGD else (0.05, 1000)
+    lr, steps = (0.3, 200) if rule is bl.optim.SGD else (0.05, 600)
     found, expected = (
         bl.BilevelSolver(p, rule(lr, weight_decay=d), steps, bl.Implicit()).hypergradient(
             case.params, control

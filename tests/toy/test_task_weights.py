@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -37,6 +38,11 @@ def silent(stage, share):
     pass
 
 
+@cache
+def quick(method=QUICK.method):
+    return run_task_weights(replace(QUICK, method=method), silent)
+
+
 @pytest.fixture(scope="module")
 def result():
     return run_task_weights(SMALL, silent)
@@ -62,7 +68,7 @@ def test_learned_weights_are_worth_more_than_equal_ones(result):
 
 
 def test_the_same_seed_gives_the_same_and_another_gives_other_tasks():
-    one, again = run_task_weights(QUICK, silent), run_task_weights(QUICK, silent)
+    one, again = quick(), run_task_weights(QUICK, silent)
     assert torch.equal(one.runs[0].matrix.sigma, again.runs[0].matrix.sigma)
     for way, found in one.runs[0].accuracies.items():
         assert torch.equal(found, again.runs[0].accuracies[way])
@@ -71,10 +77,7 @@ def test_the_same_seed_gives_the_same_and_another_gives_other_tasks():
 
 
 def test_the_method_asked_for_is_used():
-    sigma = {
-        method: run_task_weights(replace(QUICK, method=method), silent).runs[0].matrix.sigma
-        for method in Method
-    }
+    sigma = {method: quick(method).runs[0].matrix.sigma for method in Method}
     torch.testing.assert_close(sigma[Method.MLM], sigma[Method.UNROLLED], rtol=1e-9, atol=0)
     for method in (Method.IMPLICIT, Method.ONE_STEP):  # exact at other points, or not at all
         assert not torch.allclose(sigma[method], sigma[Method.UNROLLED], rtol=1e-6, atol=0)

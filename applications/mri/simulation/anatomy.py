@@ -1,5 +1,6 @@
 """Magnitude images by anatomy, bundled or from files, and their division into blocks of slices."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,25 +31,32 @@ class Split:
     test: tuple[int, ...]
 
 
-def load_anatomies(path: Path | str | None = None, plane: Plane | None = None) -> dict[str, Tensor]:
-    """Reads the images of all anatomies.
+def load_anatomies(
+    path: Path | str | None = None,
+    plane: Plane | None = None,
+    names: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """Reads the images of anatomies.
 
     Args:
         path: HDF5 file with one group per anatomy that holds ``images``, uint8; or NIfTI, a
             magnitude volume that gets the name of the file; None for the bundled file, whose group
             attributes state source and licence.
         plane: of the slices of a NIfTI volume, None for axial ones.
+        names: of the anatomies to read, None for all.
 
     Returns:
         The images by name in alphabetical order, float32 in [0, 1], shape ``(slices, rows,
         columns)`` (256 x 256 in the bundled file), slices in anatomical order.
 
     Raises:
-        InputError: if the file is not of this form, or a plane is given for HDF5.
+        InputError: if the file is not of this form, a name is none of its anatomies, or a plane is
+            given for HDF5.
     """
     path = bundled("anatomy.h5") if path is None else Path(path)
     if is_nifti(path):
         name = path.name.removesuffix(".gz").removesuffix(".nii")
+        _check_names(names, [name])
         return {name: read_images(path, plane or Plane.AXIAL)}
     if plane is not None:
         raise InputError(
@@ -56,18 +64,28 @@ def load_anatomies(path: Path | str | None = None, plane: Plane | None = None) -
             "leave it out."
         )
     with opened(path) as file:
-        names = file.names()
-        if not names:
+        known = file.names()
+        if not known:
             raise InputError(
                 f"{path}: at least one group with images was needed, the file is empty."
             )
-        found = {n: file.dataset(f"{n}/images", "u", "slice, row, column") for n in names}
+        _check_names(names, known)
+        read = [n for n in known if names is None or n in names]
+        found = {n: file.dataset(f"{n}/images", "u", "slice, row, column") for n in read}
         n_bytes = sum(int(one.size or 0) for one in found.values())
-        check_announced(path, f"images of {len(names)} groups", n_bytes, file.size)
+        check_announced(path, f"images of {len(read)} groups", n_bytes, file.size)
         return {
             name: torch.from_numpy(file.read(one).astype(np.float32)) / 255
             for name, one in found.items()
         }
+
+
+def _check_names(names: Collection[str] | None, known: Sequence[str]) -> None:
+    for name in names or ():
+        if name not in known:
+            raise InputError(
+                f"the anatomy must be one of {', '.join(known)}, got {name!r}; choose one."
+            )
 
 
 def wraps(path: Path | str | None = None) -> dict[str, float]:

@@ -102,7 +102,7 @@ def simulate_folder(
     if settings.repeats < 1:
         raise InputError(f"repeats must be at least 1, got {settings.repeats}.")
     generator = torch.Generator().manual_seed(settings.seed)
-    anatomies = _chosen(load_anatomies(settings.anatomies, settings.plane), settings.names)
+    anatomies = load_anatomies(settings.anatomies, settings.plane, settings.names)
     plan = _plan(anatomies, settings)
     files: dict[str, list[Path]] = {role: [] for role in ROLES}
     for role in ROLES:
@@ -144,15 +144,6 @@ def _plan(anatomies: dict[str, Tensor], settings: SimulationSettings) -> list[_P
                 for repeat in range(repeats)
             ]
     return plan
-
-
-def _chosen(anatomies: dict[str, Tensor], names: tuple[str, ...] | None) -> dict[str, Tensor]:
-    for name in names or ():
-        if name not in anatomies:
-            raise InputError(
-                f"the anatomy must be one of {', '.join(anatomies)}, got {name!r}; choose one."
-            )
-    return {name: x for name, x in anatomies.items() if names is None or name in names}
 
 
 def _volume(planned: _Planned, settings: SimulationSettings, generator: torch.Generator) -> Volume:

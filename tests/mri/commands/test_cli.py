@@ -257,13 +257,22 @@ def test_training_goes_on_from_given_weights_with_any_mask(
         assert new is old is None or torch.equal(new, old)
 
 
-def test_evaluation_writes_the_scores_of_every_method(data, weights, tmp_path):
+def test_evaluation_writes_the_scores_of_every_method(data, weights, tmp_path, monkeypatch):
+    tuned = []
+
+    def noting(slices, sampling, seed):
+        swept = sweep_regularisation(slices, sampling, seed)
+        tuned.append(([file.path for file in slices.files], sampling, seed, swept))
+        return swept
+
+    monkeypatch.setattr("applications.mri.commands.scans.sweep_regularisation", noting)
     out = tmp_path / "new" / "scores.json"
     folders = ["--data", data / "test", "--baselines", data / "validation"]
     text = succeed("evaluate", *folders, "--weights", weights, "--out", out, *MASK, "--seed", 4)
     found = json.loads(out.read_text())
     assert (found["seed"], found["sampling"]) == (4, repr(SAMPLING))
-    swept = sweep_regularisation(SliceDataset(data / "validation"), SAMPLING, 5)
+    ((*asked, swept),) = tuned
+    assert asked == [[*(data / "validation").glob("*.h5")], SAMPLING, 5]
     methods = classical_methods(swept) | network_methods(load_weights(weights))
     expected = evaluate(methods, SliceDataset(data / "test"), SAMPLING, 4)
     assert list(found["mean"]) == list(expected.mean)
@@ -333,14 +342,24 @@ def reconstructed(path):
         return file["reconstruction"][()]
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory, scan, weights):
+    """What is said of the scan, and its images."""
+    out = tmp_path_factory.mktemp("usual") / "image.h5"
+    text = succeed("reconstruct", "--scan", scan, "--weights", weights, "--out", out)
+    return text, reconstructed(out)
+
+
 @pytest.mark.parametrize("name", ["s_T201.h5", "s_T2", "bart", "bart.cfl", "raw.mrd"])
-def test_a_scan_is_reconstructed_the_same_in_every_format(formats, scan, weights, tmp_path, name):
+def test_a_scan_is_reconstructed_the_same_in_every_format(
+    formats, scan, usual, weights, tmp_path, name
+):
     def run(source, out):
         return succeed("reconstruct", "--scan", source, "--weights", weights, "--out", out)
 
+    said, expected = usual
     acceleration = acceleration_of(VolumeFile(scan).read_slice(0).mask)
-    assert f"Acceleration {acceleration:.2f}" in run(scan, tmp_path / "expected.h5")
-    expected = reconstructed(tmp_path / "expected.h5")
+    assert f"Acceleration {acceleration:.2f}" in said
     run(formats / name, tmp_path / "image.h5")
     found = reconstructed(tmp_path / "image.h5")
     if name == "s_T2":  # the second repetition is twice the first, and the network scales its input

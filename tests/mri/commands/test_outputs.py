@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from command_lines import refused, succeed
+from forks import forked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -196,6 +195,11 @@ def test_two_outputs_of_one_run_need_files_of_their_own(home, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def claim(out):
+    with claimed([Output(out, PICTURE)]):
+        pass
+
+
 def test_two_runs_with_one_output_are_refused_by_a_lock(home, tmp_path):
     out = tmp_path / "out"
     anything = Kind("anything", lambda _: True)
@@ -204,14 +208,7 @@ def test_two_runs_with_one_output_are_refused_by_a_lock(home, tmp_path):
             assert f"{out}: another run is writing there; wait" in refused(*call(home, out))
         found = refused(*reconstruct(home, tmp_path / "i.h5", "--png", out))
         assert "another run is writing there" in found
-        code = (
-            "from applications.outputs import *; from pathlib import Path; import sys\n"
-            "with claimed([Output(Path(sys.argv[1]), PICTURE)]): pass"
-        )
-        other = subprocess.run(
-            [sys.executable, "-c", code, str(out)], capture_output=True, text=True, cwd=Path.cwd()
-        )
-        assert "another run is writing there" in other.stderr
+        assert "another run is writing there" in forked(claim, out)
     assert list(tmp_path.iterdir()) == []
     succeed(*evaluate(home, out))
 
@@ -288,12 +285,17 @@ def test_simulated_scans_replace_no_others(home, tmp_path):
     scan = tmp_path / "test" / "brain_pd.h5"
     scan.write_bytes((home / "data" / "a.h5").read_bytes())
     before = content(tmp_path)
-    found = refused("simulate", "--out", tmp_path, "--size", 16)
+    anatomies = home / "anatomies.h5"
+    with h5py.File(anatomies, "w") as file:
+        for name in ("brain_pd", "brain_t2"):
+            file[f"{name}/images"] = np.full((9, 20, 20), 99, np.uint8)
+    options = ("--size", 16, "--anatomies", anatomies)
+    found = refused("simulate", "--out", tmp_path, *options)
     assert f"{scan}: a file lies there that is not a simulated scan" in found
     assert content(tmp_path) == before
     scan.unlink()
     for _ in range(2):
-        succeed("simulate", "--out", tmp_path, "--size", 16, "--coils", 1)
+        succeed("simulate", "--out", tmp_path, *options, "--coils", 1)
 
 
 def test_folders_of_results_keep_what_is_of_another_kind(home, tmp_path):

@@ -12,7 +12,7 @@ from applications.mri.network.weights import Trained
 from bilevel import tree
 
 ARCHITECTURES = {
-    "light": replace(light(), n_phases=2, gains=4),
+    "light": replace(light(), n_phases=2, gains=4, warm_up=3),
     "narrow": replace(narrow(3), n_phases=2, filters=4, features=2),
     "paper": replace(paper(3), n_phases=2, filters=4, features=2),
 }

@@ -308,8 +308,16 @@ OPTIMIZERS = {
 }
 
 
-@every_preset
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("preset", "optimizer"),
+    [
+        *((paper, "SGD"), (narrow, "Adam"), (paper, "LBFGS")),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in ((narrow, "SGD"), (paper, "Adam"), (narrow, "LBFGS"))
+        ),
+    ],
+)
 def test_optimisers_of_torch_lower_the_loss(full, masks, preset, optimizer):
     net = network(preset)
     images = ifft2c(full)

@@ -227,8 +227,18 @@ def disc_scan(degrees, radius=5, size=96):
     return full.kspace + fft2c(clean - full.clean), rss(clean), disc
 
 
-@pytest.mark.parametrize("sampling", [CartesianRandom(4, 0.12), PoissonDisc(6, 20)], ids=repr)
-@pytest.mark.parametrize("degrees", [0, 90, 180])
+COLUMNS, POINTS = CartesianRandom(4, 0.12), PoissonDisc(6, 20)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "sampling"),
+    [
+        *((0, POINTS), (90, COLUMNS), (180, POINTS)),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0, COLUMNS), (90, POINTS))),
+        pytest.param(180, COLUMNS, marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
 def test_a_disc_of_any_phase_is_left_even_by_weights_gone_astray(degrees, sampling):
     kspace, truth, disc = disc_scan(degrees)
     mask = sampling.mask((96, 96), seeded(1))

@@ -41,7 +41,7 @@ def test_a_mask_depends_on_the_seed_and_on_nothing_else(sampling, shape):
     assert first.dtype == torch.bool
     assert first.shape == shape
     assert torch.equal(first, again)
-    others = [sampling.mask(shape, seeded(seed)) for seed in range(2, 12)]
+    others = [sampling.mask(shape, seeded(seed)) for seed in range(2, 5)]
     assert not all(torch.equal(first, other) for other in others)
     assert first[shape[0] // 2, shape[1] // 2]
 
@@ -164,7 +164,7 @@ def test_gaussian_points_reach_the_acceleration_exactly_and_keep_the_calibration
 @pytest.mark.parametrize("width", [0.1, 0.3])
 def test_few_gaussian_columns_follow_their_density(width):
     """Of few draws without replacement the frequency is proportional to the density."""
-    n, draws = 64, 4000
+    n, draws = 64, 1500
     generator, sampling = seeded(), GaussianColumns(n / 2.4, 0.015, width)  # 2 kept, 1 of them low
     kept = torch.stack([sampling.mask((1, n), generator)[0] for _ in range(draws)]).double()
     outside = torch.arange(n) != n // 2

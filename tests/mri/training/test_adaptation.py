@@ -1,6 +1,7 @@
 """Adaptation to a scan: kept where samples that it never saw are predicted better."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def slices(n=2):
 
 def off():
     """A network whose thresholds are far too large: steps on the scan itself make it better."""
-    network = Network(light(), 0)
+    network = Network(replace(light(), n_phases=2, warm_up=4), 0)
     control = tree.map_leaves(lambda x: x, network.controls())
     for step in control.steps:
         step["gains.log_threshold"] += 2.0
@@ -44,7 +45,7 @@ def off():
 
 
 def test_what_is_off_is_adapted_and_kept():
-    found = adapted(off(), slices(), 12)
+    found = adapted(off(), slices(), 6)
     assert found.kept
     assert found.after < found.before
     assert "; kept." in str(found)

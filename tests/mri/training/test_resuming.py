@@ -42,14 +42,24 @@ def cut_off(scans, settings, net, folder, at, looked_at=None):
         )
 
 
-@pytest.mark.parametrize(("accumulate", "at"), [(1, 4), (1, 5), (2, 6)])
+@pytest.fixture(scope="module")
+def few(scans):
+    return SliceDataset([scans.files[0].path])
+
+
+@pytest.fixture(scope="module")
+def uncut(request, scans, few):
+    """Settings, and the training by them without an interruption."""
+    settings = replace(SETTINGS, accumulate=request.param)
+    return settings, trained(scans, settings, network(), validation=few)
+
+
+@pytest.mark.parametrize(("uncut", "at"), [(1, 4), (1, 5), (2, 6)], indirect=["uncut"])
 def test_a_training_that_goes_on_is_bitwise_the_one_without_interruption(
-    scans, tmp_path, accumulate, at
+    scans, few, uncut, tmp_path, at
 ):
     """Within a round of slices, at a look and between looks, before and after crops end."""
-    settings, net = replace(SETTINGS, accumulate=accumulate), network()
-    few = SliceDataset([scans.files[0].path])
-    whole = trained(scans, settings, net, validation=few)
+    (settings, whole), net = uncut, network()
     cut_off(scans, settings, net, tmp_path, at, few)
     found = trained(scans, settings, net, validation=few, keep=keep(tmp_path, settings))
     assert found.costs == whole.costs
