@@ -30,6 +30,22 @@ def rows(batch):
     return [int((x == X).all(1).nonzero()) for x in batch]
 
 
+def test_what_a_sample_draws_is_of_the_seed_and_the_step_and_the_generator_stays_as_it_was():
+    def noise(batches, t):
+        batch = batches.at(t)
+        return batch["x"] - X[batch["i"]]
+
+    one, other = (bl.Minibatches(Pairs(0.5), 4, seed=seed) for seed in (3, 4))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = noise(one, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(noise(one, 2), first)
+    assert not torch.equal(noise(one, 3), first)
+    assert not torch.equal(noise(other, 2), first)
+
+
 @pytest.mark.parametrize("size", [1, 4, 23])
 def test_an_epoch_holds_every_sample_once_and_the_next_in_another_order(size):
     batches = bl.Minibatches((X, Y), size, seed=3)
