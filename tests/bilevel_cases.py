@@ -83,6 +83,7 @@ def scalar() -> BilevelCase:
     )
 
 
+@cache
 def trees() -> BilevelCase:
     """Params and control as trees of complex, real, 0-d and integer leaves, F reading both."""
     A, b = 0.3 * cplx(6, 3, 3), cplx(7, 3)
@@ -116,6 +117,7 @@ def trees() -> BilevelCase:
     )
 
 
+@cache
 def logistic(d: int = 4) -> BilevelCase:
     """Logistic regression with a decay for each weight, and one for the shift of the labels."""
     n = 40
@@ -147,7 +149,10 @@ def by_newton(problem: bl.BilevelProblem, params: Any, control: Any) -> tuple[An
     hessian = torch.func.jacrev(gradient)
     v = flat.clone()
     for _ in range(30):
-        v = v - torch.linalg.solve(hessian(v, c), gradient(v, c))
+        step = torch.linalg.solve(hessian(v, c), gradient(v, c))
+        v = v - step
+        if step.norm() <= 1e-15 * v.norm():
+            break
     b, d = torch.func.grad(
         lambda v, a: problem.outer(put(v), put_control(a), None), argnums=(0, 1)
     )(v, c)

@@ -47,16 +47,22 @@ def folder(tmp_path):
     return tmp_path / "files"
 
 
+several = pytest.mark.parametrize(
+    "seeds", [range(2), pytest.param(range(2, 6), marks=pytest.mark.slow)], ids=["first", "more"]
+)
+
+
+@several
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_valid_is_accepted(kind, tmp_path):
-    for seed in range(4):
+def test_what_is_valid_is_accepted(kind, seeds, tmp_path):
+    for seed in seeds:
         place = tmp_path / str(seed)
         place.mkdir()
         path = valid.KINDS[kind](place, np.random.default_rng(seed))
         assert judged.judged(kind, path) == judged.ACCEPTED
 
 
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**31))
 @pytest.mark.parametrize("kind", KINDS)
 def test_spoiled_files_are_refused_by_name_or_their_numbers_are_sound(kind, seed, tmp_path_factory):
@@ -74,11 +80,12 @@ MADE_UP = [
 ]
 
 
+@several
 @pytest.mark.parametrize(
     ("kind", "inventor"), MADE_UP, ids=lambda one: getattr(one, "__name__", one)
 )
-def test_what_is_made_up_to_do_harm_is_refused(kind, inventor, tmp_path):
-    for seed in range(3):
+def test_what_is_made_up_to_do_harm_is_refused(kind, inventor, seeds, tmp_path):
+    for seed in seeds:
         place = tmp_path / str(seed)
         place.mkdir()
         path = inventor(place, np.random.default_rng(seed))
