@@ -52,7 +52,7 @@ def test_on_quadratics_the_estimate_is_the_error(case):
     errors, steps, true = [], 1, 1.0
     while true > 1e-3:
         found = of_case(case, steps, slower=0.25)
-        true, steps = distance(found.gradient, case.exact), int(1.4 * steps) + 1
+        true, steps = distance(found.gradient, case.exact), int(1.25 * steps) + 1
         if 1e-4 <= true <= 0.9:
             errors.append(true)
             assert found.certificate.error_estimate == pytest.approx(true, rel=1e-2)
