@@ -83,7 +83,7 @@ def test_the_share_of_whole_slices_matters(scans):
     assert not same(trained(scans, cropped), trained(scans, replace(cropped, whole=0.9)))
 
 
-def test_a_training_by_seconds_ends_in_time(scans):
+def test_a_training_by_seconds_ends_in_time(scans, usual):  # the first training loads more
     found = trained(scans, replace(BASE, steps=None, seconds=0.3))
     assert 0.3 <= found.seconds < 5
     assert len(found.costs) > 1
