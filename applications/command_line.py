@@ -1,6 +1,8 @@
 """What the command lines of the applications share."""
 
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -57,7 +59,7 @@ def command_line(
     """The command line of an application.
 
     Errors that a user can mend are one line and exit code 2, a missing package among them; Ctrl-C
-    is exit code 130.
+    is exit code 130, SIGTERM 143.
 
     Args:
         about: what it is, for the help.
@@ -80,7 +82,7 @@ def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
     def run(**arguments: object) -> None:
         try:
             _check_whole(arguments)
-            with no_empty_folders(), needing(extra), _warnings_in_a_line():
+            with _ending(), no_empty_folders(), needing(extra), _warnings_in_a_line():
                 command(**arguments)
         except (BilevelError, OSError, MemoryError) as error:
             raise _refused(str(error) or type(error).__name__) from None
@@ -89,10 +91,44 @@ def _guarded(command: Callable[..., None], extra: str) -> Callable[..., None]:
                 raise
             raise _refused(f"there is not enough memory ({error}); take smaller sizes.") from None
         except KeyboardInterrupt:
-            sys.stderr.write("interrupted: the files that were written are complete.\n")
-            raise typer.Exit(130) from None
+            raise _interrupted(signal.SIGINT) from None
+        except _Ended as error:
+            raise _interrupted(error.number) from None
 
     return run
+
+
+class _Ended(SystemExit):
+    """Another program asked this one to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is inside as Ctrl-C does, so that no half of a file is left."""
+
+    def end(number: int, _frame: object) -> None:
+        raise _Ended(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(number: int) -> typer.Exit:
+    """One line about a signal, and how the program ends."""
+    sys.stderr.write("interrupted: the files that were written are complete.\n")
+    return typer.Exit(128 + number)
 
 
 def _refused(said: str) -> typer.Exit:

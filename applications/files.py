@@ -3,8 +3,8 @@
 import json
 import math
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from applications.errors import InputError
+
+_WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 _made: ContextVar[list[Path] | None] = ContextVar("made", default=None)
 
@@ -67,7 +69,7 @@ def make_place(path: Path) -> None:
 
     Raises:
         InputError: if its folder cannot be made or written, or it is a folder itself, or a link, a
-            device or a pipe.
+            device or a pipe, or protected from writing.
     """
     make_folder(path.parent)
     if path.is_dir():
@@ -90,17 +92,18 @@ def whole_file(path: Path) -> Iterator[Path]:
             nothing of it is left.
     """
     _check_regular(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        # As open makes files, so that the mask of the user says who may read them.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except OSError as error:
         raise InputError(
             f"{path}: the folder cannot be written ({error}); choose another."
         ) from error
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner reads
+        with suppress(FileNotFoundError):
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -120,6 +123,11 @@ def _check_regular(path: Path) -> None:
         what = "a link" if stat.S_ISLNK(mode) else "a device or pipe"
         raise InputError(
             f"{path}: a regular file will be written, {what} lies there; choose another name."
+        )
+    if stat.S_ISREG(mode) and not mode & _WRITABLE:
+        raise InputError(
+            f"{path}: the file that lies there is protected from writing; choose another name, or "
+            "let it be written (chmod u+w)."
         )
 
 

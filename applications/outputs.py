@@ -1,8 +1,9 @@
 """What may be written where: nothing that a user has is lost, and no two runs write one file."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from applications.files import make_folder, make_place
 from applications.inputs import content
 
 _MOST_BYTES = 2**28  # of a file of results
+DRAWN = {"Software": "bilevel"}  # in the pictures of this program, and in no other's
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,31 @@ class Kind:
 def _is_drawn(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(4096)
-    return start.startswith(b"\x89PNG\r\n\x1a\n") and b"Matplotlib" in start
+    mark = b"".join(b"tEXt%b\0%b" % (k.encode(), v.encode()) for k, v in DRAWN.items())
+    return start.startswith(b"\x89PNG\r\n\x1a\n") and mark in start
 
 
 PICTURE = Kind("a picture that this program drew", _is_drawn)
 
 
-def results(*keys: str) -> Kind:
+def results(*keys: str, records: Mapping[str, Collection[str]] | None = None) -> Kind:
     """Results in JSON.
 
     Args:
         keys: that they have.
+        records: keys of the records in some of their lists, by the name of the list.
 
     Returns:
         The kind of file.
     """
 
+    inner = records or {}
+
     def recognises(path: Path) -> bool:
         found = json.loads(content(path, "results", _MOST_BYTES))
-        return isinstance(found, dict) and set(keys) <= set(found)
+        return set(keys) | set(inner) <= set(found) and all(
+            set(names) <= set(one) for name, names in inner.items() for one in found[name]
+        )
 
     return Kind("a file of such results", recognises)
 
@@ -134,6 +142,13 @@ def claimed(
 
 @contextmanager
 def _lock(place: Path, path: Path) -> Iterator[None]:
+    with suppress(OSError):  # nothing is there
+        there = place.lstat()
+        if there.st_size or not stat.S_ISREG(there.st_mode):
+            raise InputError(
+                f"{path}: the place of its lock, {place}, must be free, something lies there that "
+                "is no lock; move it away, or choose another output."
+            )
     lock = FileLock(place, timeout=0)
     try:
         lock.acquire()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from applications.files import write_whole
+from applications.outputs import DRAWN
 
 
 def blank_figure(width: float, height: float) -> Any:
@@ -29,5 +30,5 @@ def save_figure(path: Path, figure: Any, dpi: int = 130) -> None:
         InputError: if the file cannot be written.
     """
     drawn = BytesIO()
-    figure.savefig(drawn, dpi=dpi, format="png")
+    figure.savefig(drawn, dpi=dpi, format="png", metadata=DRAWN)
     write_whole(path, drawn.getvalue())

@@ -13,7 +13,7 @@ from rich.table import Table
 from applications.command_line import Threads, command_line, console, progress_bars, use_threads
 from applications.files import make_folder, write_json
 from applications.keeping import Kept, going_on
-from applications.outputs import Output, claimed, results
+from applications.outputs import PICTURE, Output, claimed, results
 from applications.records import Report, spread
 from applications.toy.cleaning import Cleaning, CleaningResult, CleaningRun, CleaningSettings
 from applications.toy.figures import draw_cleaning, draw_task_weights
@@ -21,6 +21,7 @@ from applications.toy.hyper_cleaning import run_hyper_cleaning
 from applications.toy.task_results import Learned, Result, Run, Settings
 from applications.toy.task_weights import run_task_weights
 
+RESULTS = results("settings", records={"runs": ("seed", "accuracies")})
 _EVERY = 5  # updates between two checkpoints
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the interrupted run of --out, if any.")
@@ -65,7 +66,9 @@ def _kept(
     conditions = {name: repr(value) for name, value in vars(settings).items()}
     folder = make_folder(out) / "state"
     with (
-        claimed([Output(out / "results.json", results("settings", "runs"))], folder=out),
+        claimed(
+            [Output(out / "results.json", RESULTS), Output(out / "figure.png", PICTURE)], folder=out
+        ),
         going_on(folder, conditions, records, resume=resume, every=_EVERY) as kept,
     ):
         yield kept

@@ -220,6 +220,8 @@ def test_the_command_writes_results_and_a_figure(tmp_path: Path):
     assert f"{100 * written['summary']['oracle']['mean']:.2f}" in found.stdout
     assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "new").iterdir())) == 2
+    again = call("--out", tmp_path / "new", *sizes, "--updates", 1, "--seed", 4)
+    assert again.exit_code == 0, again.output
 
 
 def test_the_command_says_in_one_line_what_does_not_fit(tmp_path: Path):
@@ -229,3 +231,15 @@ def test_the_command_says_in_one_line_what_does_not_fit(tmp_path: Path):
         "error: digits: 5000 + 400 + 797 = 6197 samples were needed, there are 1797; "
         "ask for fewer.\n"
     )
+
+
+@pytest.mark.parametrize("command", ["hyper-cleaning", "task-weights"])
+def test_the_commands_replace_no_files_of_another_kind(command: str, tmp_path: Path):
+    mine = b'{"settings": {}, "runs": [1, 2]}', b"\x89PNG\r\n\x1a\n tEXtSoftware\0Matplotlib"
+    for name, written in zip(("results.json", "figure.png"), mine, strict=True):
+        (tmp_path / name).write_bytes(written)
+        found = CliRunner().invoke(app, [command, "--out", str(tmp_path)])
+        assert found.exit_code == 2
+        assert f"{tmp_path / name}: a file lies there that is not" in found.stderr
+        assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [(name, written)]
+        (tmp_path / name).unlink()

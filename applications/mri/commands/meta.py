@@ -55,7 +55,7 @@ def meta_train(
     n_coils = begin(settings.training.seed).network.architecture.n_coils
     with processes(out) as out:
         written = [
-            Output(out / "results.json", results("runs", "summary")),
+            Output(out / "results.json", results("summary", records={"runs": ("ablation",)})),
             Output(out / "figure.png", PICTURE),
             *(Output(one, WEIGHTS) for one in (out / "weights").glob("*.safetensors")),
         ]

@@ -36,7 +36,7 @@ from applications.mri.training.precision import check_device
 from applications.outputs import Output, check_outputs, claimed, results
 from applications.records import Report
 
-VERDICTS = results("scans")
+VERDICTS = results(records={"scans": ("scan", "images")})
 SCORES = results("convention", "mean", "volumes")
 Weights = Annotated[
     str, typer.Option(help="Trained weights, a safetensors file; or pretrained, the bundled ones.")

@@ -19,14 +19,14 @@ from applications.outputs import Kind
 
 _HDF5 = (".h5", ".hdf5")
 SUFFIXES = (*_HDF5, *NIFTI)
-_NAME = "reconstruction"  # of the dataset
+_NAME, _MARK = "reconstruction", "source"  # dataset, and an attribute that every scan gives
 
 
 def _is_images(path: Path) -> bool:
     if is_nifti(path):
         return is_written(path)
-    with opened(path) as file:
-        return _NAME in file.names() and "kspace" not in file.names()
+    with opened(path) as file:  # others, such as fastMRI's code, call their images so too
+        return file.names() == [_NAME] and _MARK in file.attributes
 
 
 IMAGES = Kind("a file of such images", _is_images)

@@ -14,6 +14,7 @@ from torch import Tensor
 from applications.errors import InputError
 from applications.files import write_whole
 from applications.mri.evaluation.metrics import Convention, score
+from applications.outputs import DRAWN
 from applications.pictures import blank_figure, save_figure
 
 _ERROR_GAIN = 5
@@ -99,7 +100,8 @@ def draw_image(path: Path, image: Tensor) -> None:
         raise InputError(f"{path}: the image must be finite, it is not; use other weights.")
 
     drawn = BytesIO()
-    imsave(drawn, image.numpy(), cmap="gray", vmin=0, vmax=_peak(image), format="png")
+    shown = {"cmap": "gray", "vmin": 0, "vmax": _peak(image)}
+    imsave(drawn, image.numpy(), format="png", metadata=DRAWN, **shown)
     write_whole(path, drawn.getvalue())
 
 

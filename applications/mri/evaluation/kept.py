@@ -18,7 +18,7 @@ from applications.outputs import PICTURE, Kind, Output
 
 def _is_kept(path: Path) -> bool:
     with opened(path) as file:
-        return {"reference", "images", "errors"} <= set(file.names())
+        return file.names() == ["errors", "images", "reference"]
 
 
 KEPT = Kind("a file of such images", _is_kept)

@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import signal
 import threading
+import time
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import h5py
@@ -12,8 +15,9 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from command_lines import refused, succeed
+from command_lines import call as run, refused, succeed
 from forks import forked
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +26,7 @@ from applications.mri.bundled.paths import bundled_scan_path
 from applications.mri.commands.train import state_folder
 from applications.mri.data import Volume, VolumeFile, write_volume
 from applications.mri.data.images import image_writer
+from applications.mri.evaluation import scanning
 from applications.mri.evaluation.figures import draw_image
 from applications.mri.network.architecture import narrow
 from applications.mri.network.reconstruction import Network
@@ -97,6 +102,20 @@ def test_an_output_that_is_an_input_is_refused(home, tmp_path):
     assert not (tmp_path / "i.h5").exists()
 
 
+def annotated(path):
+    with h5py.File(path, "w") as file:
+        file["reconstruction"], file["tumour"] = np.ones((1, 2, 2), "f4"), np.ones((2, 2))
+        file.attrs["source"] = "a.h5"
+
+
+def drawn_by_the_user():
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    drawn = BytesIO()
+    figure.savefig(drawn)
+    return drawn.getvalue()
+
+
 FOREIGN = {
     "raw scan": ("i.h5", lambda p, home: p.write_bytes((home / "data/b.h5").read_bytes())),
     "raw scan with images": (
@@ -105,6 +124,11 @@ FOREIGN = {
     ),
     "Siemens": ("i.h5", lambda p, home: p.write_bytes(bundled_scan_path().read_bytes())),
     "other HDF5": ("i.hdf5", lambda p, home: h5py.File(p, "w").update({"x": [1]})),
+    "images of another program": (
+        "i.h5",
+        lambda p, home: h5py.File(p, "w").update({"reconstruction": np.ones((1, 2, 2), "f4")}),
+    ),
+    "images that were annotated": ("i.h5", lambda p, home: annotated(p)),
     "text": ("i.h5", lambda p, home: p.write_text("my notes")),
     "head of a patient": (
         "i.nii.gz",
@@ -130,9 +154,12 @@ def test_an_existing_file_of_another_kind_is_not_replaced_by_images(home, tmp_pa
 
 def test_other_outputs_replace_nothing_of_another_kind_either(home, tmp_path):
     path = tmp_path / "file"
-    drawn = b"\x89PNG\r\n\x1a\n holidays"
-    for written in (b"{}", b'{"name": 1}', b"notes", drawn, (home / "data/a.h5").read_bytes()):
+    cohort = b'{"scans": ["a", "b"], "convention": 1}'
+    texts = b"{}", b'{"name": 1}', b"notes", cohort, b"[]"
+    for written in (*texts, drawn_by_the_user(), (home / "data/a.h5").read_bytes()):
         path.write_bytes(written)
+        found = refused(*reconstruct(home, tmp_path / "i.h5", "--json", path))
+        assert "not a file of such results, it would be lost" in found
         assert "not a file of such results, it would be lost" in refused(*evaluate(home, path))
         assert "not a file of weights, it would be lost" in refused(*train(home, path))
         found = refused(*reconstruct(home, tmp_path / "i.h5", "--png", path))
@@ -185,6 +212,69 @@ def test_what_is_no_regular_file_is_refused(home, tmp_path, what):
     with pytest.raises(InputError, match="a regular file will be written"):
         draw_image(path, torch.ones(2, 2))
     assert kept.read_bytes() == b""
+
+
+def test_what_is_protected_from_writing_is_kept(home, tmp_path):
+    """Renaming onto a file asks nobody but its folder."""
+    for name, call in (("i.h5", reconstruct), ("i.nii", reconstruct), ("s.json", evaluate)):
+        path = tmp_path / name
+        succeed(*call(home, path))
+        path.chmod(0o444)
+        before = content(tmp_path)
+        assert f"{path}: the file that lies there is protected" in refused(*call(home, path))
+        assert content(tmp_path) == before
+
+
+def test_who_may_read_outputs_is_what_the_user_says(home, tmp_path):
+    path, old = tmp_path / "i.h5", os.umask(0o077)
+    try:
+        succeed(*reconstruct(home, path))
+        assert path.stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(old)
+    succeed(*reconstruct(home, path))
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o640)
+    succeed(*reconstruct(home, path))
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("what", ["text", "link", "pipe", "folder"])
+def test_what_lies_at_the_place_of_a_lock_is_kept(home, tmp_path, what):
+    kept = tmp_path / "kept"
+    kept.write_text("precious")
+    locks = tmp_path / ".i.h5.lock", tmp_path / "out" / ".lock"
+    (tmp_path / "out").mkdir()
+    for lock in locks:
+        {
+            "text": lambda lock: lock.write_text("precious"),
+            "link": lambda lock: lock.symlink_to(kept),
+            "pipe": os.mkfifo,
+            "folder": Path.mkdir,
+        }[what](lock)
+    folder = ("reconstruct", "--scan", home / "data", "--weights", home / "w.safetensors")
+    for call in (reconstruct(home, tmp_path / "i.h5"), (*folder, "--out", tmp_path / "out")):
+        assert "the place of its lock" in refused(*call)
+    assert kept.read_text() == "precious"
+    if what == "text":
+        assert {lock.read_text() for lock in locks} == {"precious"}
+    assert sorted(tmp_path.iterdir()) == sorted([locks[0], kept, tmp_path / "out"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_run_that_is_ended_leaves_neither_halves_nor_locks(home, tmp_path, monkeypatch, number):
+    def image(*_):
+        assert len(content(tmp_path)) == 2  # the lock, and what has been written
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    monkeypatch.setattr(scanning, "reconstructed", image)
+    before = signal.getsignal(number)
+    found = run(*reconstruct(home, tmp_path / "i.h5"))
+    assert found.exit_code == 128 + number
+    assert found.stderr == "interrupted: the files that were written are complete.\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) is before
 
 
 def test_two_outputs_of_one_run_need_files_of_their_own(home, tmp_path):
