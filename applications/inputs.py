@@ -231,6 +231,14 @@ def _check_progress(member: Any, piece: bytes, rest: bytes) -> None:
         raise EOFError("the end of the packed data is missing")
 
 
+class _DocumentTypeError(Exception):
+    """No ValueError, since those say that it is no XML, which is left to its reader."""
+
+
+def _refuse(*_: object) -> None:
+    raise _DocumentTypeError
+
+
 def checked_xml(path: Path, document: bytes | str, what: str) -> bytes | str:
     """XML that declares no entities of its own, which could read files or grow without end.
 
@@ -245,16 +253,17 @@ def checked_xml(path: Path, document: bytes | str, what: str) -> bytes | str:
     Raises:
         InputError: if it is too long, or has a document type.
     """
-
-    def refuse(*_: object) -> None:
-        raise InputError(f"{path}: {what} must have no document type (DOCTYPE); remove it there.")
-
     if len(document) > _MOST_XML:
         raise InputError(
             f"{path}: {what} must have at most {_MOST_XML} bytes, got {len(document)}; shorten it."
         )
     parser = expat.ParserCreate()
-    parser.StartDoctypeDeclHandler = refuse
-    with suppress(expat.ExpatError, ValueError, LookupError):
-        parser.Parse(document, True)
+    parser.StartDoctypeDeclHandler = _refuse
+    try:
+        with suppress(expat.ExpatError, ValueError, LookupError):
+            parser.Parse(document, True)
+    except _DocumentTypeError:
+        raise InputError(
+            f"{path}: {what} must have no document type (DOCTYPE); remove it there."
+        ) from None
     return document

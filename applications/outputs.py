@@ -57,7 +57,6 @@ def results(*keys: str, records: Mapping[str, Collection[str]] | None = None) ->
     Returns:
         The kind of file.
     """
-
     inner = records or {}
 
     def recognises(path: Path) -> bool:

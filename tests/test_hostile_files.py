@@ -24,6 +24,7 @@ from applications.inputs import checked_size, content, following_links, reading,
 from applications.mri.data import VolumeFile, open_scan
 from applications.mri.data.writing import hdf5_file, set_attributes
 from applications.mri.formats import hdf5
+from applications.mri.formats.fastmri_header import minimal_header
 from applications.mri.formats.hdf5 import opened
 from applications.mri.network.architecture import paper
 from applications.mri.network.reconstruction import Network
@@ -233,6 +234,30 @@ def test_the_largest_numbers_of_float32_do_not_become_zeros(folder):
     one = VolumeFile(folder / "scan.h5").read_slice(0)
     assert one.unit == 2.0**127
     assert one.kspace.abs().max() == pytest.approx(3.3e38 / 2.0**127)
+
+
+@pytest.mark.parametrize("layout", ["fastMRI", "ISMRMRD"])
+@pytest.mark.parametrize(
+    "declared",
+    [
+        "<!DOCTYPE ismrmrdHeader>",
+        '<!DOCTYPE x [<!ENTITY a "cartesian">]>',
+        '<!DOCTYPE x SYSTEM "file:///etc/hostname">',
+    ],
+)
+def test_headers_have_no_document_type(layout, declared, folder):
+    """Whether or not what it declares would be read."""
+    if layout == "ISMRMRD":
+        xml = valid.ismrmrd_xml().replace("?>", f"?>{declared}", 1)
+        path = valid.ismrmrd_file(folder, np.random.default_rng(0), xml)
+    else:
+        path = valid.fastmri(folder, np.random.default_rng(0))
+        with h5py.File(path, "a") as file:
+            file.pop("ismrmrd_header", None)
+            xml = minimal_header((valid.N, valid.N), (valid.N, valid.N))
+            file["ismrmrd_header"] = xml.replace("?>", f"?>{declared}", 1)
+    with pytest.raises(InputError, match=rf"{path}: .*must have no document type \(DOCTYPE\)"):
+        open_scan(path)
 
 
 def test_names_in_another_encoding_are_read(folder):

@@ -34,5 +34,6 @@ class Remarks:
         self._lines.append(line)
 
     def of(self, file: VolumeFile) -> None:
-        """What was done to a volume."""
-        self._lines += [f"{file.path.name}: {text}" for text in file.facts.remarks]
+        """What was done to a volume; of the volumes of a file the same is said once."""
+        lines = [f"{file.path.name}: {text}" for text in file.facts.remarks]
+        self._lines += [line for line in lines if line not in self._lines]

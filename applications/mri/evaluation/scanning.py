@@ -164,7 +164,8 @@ def reconstruct_scan(
             add(image)
             if report is not None:
                 report((k + 1) / n_images)
-        done.remarks.of(first)
+        for volume in volumes:
+            done.remarks.of(volume)
         if adaptation:
             done.remarks.tell(adaptation)
         content |= done.record()

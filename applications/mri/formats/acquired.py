@@ -170,20 +170,35 @@ def acquired_volumes(
     white, remarks = measured_whitening(acquisitions, noise, channels, n_coils)
     columns = columns_of(heads, encoding, path)
     keys = np.stack([heads["idx"][name] for name in VOLUME], axis=1)
-    different = np.unique(keys, axis=0)
+    calibrating = has(heads, CALIBRATION)
+    apart = calibrating if (~calibrating).any() else ~calibrating
+    # What has lines of calibration alone is no volume: it was measured once for all of them.
+    different = np.unique(keys[~apart], axis=0)
     _check_pairs(path, "volumes", len(different), len(heads))
-    volumes = tuple(
-        _volume(acquisitions, encoding, white, remarks, heads[one], numbers[one], columns[one])
-        for key in different
-        for one in [(keys == key).all(axis=1)]
-    )
+    shared = _shared(keys, calibrating)
+    volumes = []
+    for key in different:
+        own = (keys == key).all(axis=1)
+        having = np.unique(heads["idx"]["slice"][own & calibrating])
+        lent = shared & ~own & ~np.isin(heads["idx"]["slice"], having)
+        one = own | lent
+        parts = heads[one], numbers[one], columns[one], lent[one]
+        volumes.append(_volume(acquisitions, encoding, white, remarks, *parts))
     counts = [one.facts.n_slices for one in volumes]
     if len(set(counts)) > 1:
         raise InputError(
             f"{path}: every volume must have the same number of slices, got {counts}; the scan was "
             "interrupted, or its volumes have to be split."
         )
-    return volumes
+    return tuple(volumes)
+
+
+def _shared(keys: NDArray[np.int64], calibrating: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The lines of calibration of the first volume that has any, which others may go by."""
+    found = keys[calibrating]
+    if not len(found):
+        return calibrating
+    return calibrating & (keys == np.unique(found, axis=0)[0]).all(axis=1)
 
 
 def _volume(
@@ -194,6 +209,7 @@ def _volume(
     heads: NDArray[Any],
     numbers: NDArray[np.int64],
     columns: NDArray[np.int64],
+    lent: NDArray[np.bool_],
 ) -> AcquiredVolume:
     path = acquisitions.path
     calibrating = has(heads, CALIBRATION)
@@ -201,11 +217,14 @@ def _volume(
     # A line may be measured for the image and for calibration too; the image's is taken.
     image = {tuple(row) for row in where[~calibrating]}
     kept = ~calibrating | np.array([tuple(row) not in image for row in where], dtype=bool)
-    of_image = kept if encoding.calibration else ~calibrating
+    of_image = kept & ~lent if encoding.calibration else ~calibrating
     check_repeated(where[of_image], path)
     if not of_image.any():
-        raise InputError(f"{path}: every volume must have lines of an image, one has none.")
-    alone = np.zeros_like(calibrating) if encoding.calibration else calibrating
+        raise InputError(
+            f"{path}: every volume must have lines of an image, one has none but those of "
+            "calibration; convert the scan again."
+        )
+    alone = lent if encoding.calibration else calibrating
     counters = heads["idx"]["slice"]
     _check_pairs(path, "slices", len(np.unique(counters)), len(heads))
     order, positions = ordered_slices(heads[of_image], path)
@@ -213,6 +232,8 @@ def _volume(
     places = placed(heads, encoding, path)
     if alone.any():
         remarks += ("lines of calibration are no part of the image and calibrate the coils",)
+    if lent.any():
+        remarks += ("a volume without lines of calibration is calibrated by those of another",)
     n_samples, n_columns = encoding.encoded
     facts = Facts(
         len(order),

@@ -72,8 +72,8 @@ def declared(file: Contents, path: Path, shape: tuple[int, int]) -> Declared:
         The record.
 
     Raises:
-        InputError: if the scan is encoded in three dimensions, or its readout lies along the
-            columns.
+        InputError: if the scan is encoded in three dimensions, its readout lies along the columns,
+            or the header has a document type.
     """
     header = file.get("ismrmrd_header")
     if not isinstance(header, h5py.Dataset) or header.size != 1:
@@ -81,8 +81,9 @@ def declared(file: Contents, path: Path, shape: tuple[int, int]) -> Declared:
     text: Any = file.read(header).reshape(-1)[0]
     if not isinstance(text, bytes | str):
         return Declared()
+    document = checked_xml(path, text, "ismrmrd_header")
     try:
-        root = ElementTree.fromstring(checked_xml(path, text, "ismrmrd_header"))
+        root = ElementTree.fromstring(document)
     except (ElementTree.ParseError, ValueError, LookupError):
         return Declared()  # some data sets have no valid header, and nothing depends on it
     encoded = root.find("{*}encoding/{*}encodedSpace")

@@ -34,6 +34,7 @@ def whitening(noise: Sequence[NDArray[np.complex64]], n_coils: int) -> NDArray[n
     samples = np.concatenate(fitting, axis=1).astype(np.complex128)
     if samples.shape[1] < _SAMPLES_PER_COIL * n_coils or not np.isfinite(samples).all():
         return None
+    samples -= samples.mean(axis=1, keepdims=True)  # an offset of a receiver is no noise
     covariance = samples @ samples.conj().T / samples.shape[1]
     values = np.linalg.eigvalsh(covariance)
     if not values[0] * _LARGEST_CONDITION > values[-1]:

@@ -15,7 +15,7 @@ from applications.mri.network.weights import Trained, pretrained
 from applications.mri.physics.coil_counts import fitted
 from applications.mri.physics.l1_spirit import check_slice
 from applications.mri.physics.masks import over_columns
-from applications.mri.physics.operators import unit_of
+from applications.mri.physics.operators import in_units_of, unit_of
 
 Array = Tensor | NDArray[Any]
 
@@ -131,7 +131,9 @@ def _given(
             )
     unit = unit_of(given)
     given = (given / unit).to(torch.complex64)
-    return given, places, None if extra is None else (extra / unit).to(torch.complex64), unit
+    if extra is not None:
+        extra = in_units_of(given, extra).to(torch.complex64)
+    return given, places, extra, unit
 
 
 def _tensor(values: Any, name: str) -> Tensor:

@@ -18,7 +18,7 @@ from applications.mri.network.scan import Scan, prepared
 from applications.mri.network.wavelet_phases import Begin, WaveletPhase
 from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.measured import Measured
-from applications.mri.physics.operators import ifft2c, rss, sample
+from applications.mri.physics.operators import ifft2c, in_units_of, rss, sample
 
 NETWORK, L1_SPIRIT = "network", "l1-spirit"  # methods
 
@@ -279,7 +279,8 @@ def classical_reconstruction(
     Returns:
         A batch of one.
     """
-    images = l1_spirit(kspace, mask, threshold, calibration=calibration)
+    extra = None if calibration is None else in_units_of(kspace, calibration)
+    images = l1_spirit(kspace, mask, threshold, calibration=extra)
     measured = kspace.to(images)[None].resolve_conj()
     defect = _norms(sample(images, mask) - measured)
     residual = defect / _norms(measured).clamp_min(1e-30)

@@ -184,6 +184,38 @@ def unit_of(kspace: Tensor) -> float:
     return 2.0 ** min(max(round(math.log2(largest)), _EXPONENTS[0]), _EXPONENTS[1])
 
 
+def in_units_of(kspace: Tensor, calibration: Tensor) -> Tensor:
+    """A calibration that was measured apart, in the units of the image.
+
+    Another flip angle, bandwidth or repetition time makes it stronger or weaker, and what the noise
+    of a scan is worth is counted in units of its image.
+
+    Args:
+        kspace: complex, shape ``(coils, rows, columns)``, zeros where nothing was measured.
+        calibration: the same.
+
+    Returns:
+        The calibration times one number, by the energy where both were measured; if there is no
+        such place, by that of the places between the outermost ones of the calibration.
+    """
+    image, known = (one.to(torch.complex128) for one in (kspace, calibration))
+    here, there = ((one != 0).any(0) for one in (image, known))
+    common = here & there
+    if not bool(common.any()):
+        rows, columns = (there.any(axis).nonzero()[:, 0] for axis in (1, 0))
+        common = torch.zeros_like(there)
+        if len(rows):
+            common[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+    strengths = [
+        torch.linalg.vector_norm(one[:, common & places]) / (common & places).sum() ** 0.5
+        for one, places in ((image, here), (known, there))
+    ]
+    factor = float(strengths[0] / strengths[1])
+    if not 0 < factor < math.inf:
+        return calibration
+    return (known * factor).to(calibration.dtype)
+
+
 def _centred(transform: Callable[..., Tensor], x: Tensor) -> Tensor:
     """A Fourier transform whose zero is at index n // 2, before and after."""
     rows, columns = x.shape[-2:]

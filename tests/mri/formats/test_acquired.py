@@ -7,7 +7,7 @@ import torch
 from scan_files import coil_images, header, kspace_of, line, lines_of, write_ismrmrd
 
 from applications.errors import InputError
-from applications.mri.data import VolumeFile
+from applications.mri.data import VolumeFile, open_scan
 from applications.mri.formats.noise import whitening
 from applications.mri.physics.operators import ifft2c
 
@@ -137,6 +137,48 @@ def test_lines_of_calibration_may_have_an_encoding_of_their_own(tmp_path, same_v
         assert one.calibration is None
 
 
+@pytest.mark.parametrize("counter", ["repetition", "contrast", "phase", "set"])
+@pytest.mark.parametrize("mode", ["separate", "embedded"])
+def test_lines_of_calibration_measured_once_serve_all_volumes(tmp_path, mode, counter):
+    """As in a series, whose first volume alone has them."""
+    xml = header((SAMPLES, COLUMNS), calibration=mode)
+    lines = lines_of(KSPACE, range(3, 8), flags=[CALIBRATION])
+    for volume in range(3):
+        lines += lines_of((1 + volume) * KSPACE, [0, 2, 8], **{counter: volume})
+    path = write_ismrmrd(tmp_path / "scan.h5", lines, xml)
+    columns = torch.arange(COLUMNS)
+    expected = ifft2c(KSPACE * ((columns >= 3) & (columns < 8)))[:, 4:12]
+    volumes = open_scan(path)
+    assert len(volumes) == 3
+    for number, volume in enumerate(volumes):
+        one = volume.read_slice(0)
+        own = 5 * (mode == "embedded" and number == 0)
+        assert int(one.mask[0].sum()) == 3 + own
+        lent = [text for text in volume.facts.remarks if "by those of another" in text]
+        assert len(lent) == (number > 0)
+        if own:
+            assert one.calibration is None
+        else:
+            assert_same(ifft2c(one.calibration), expected)
+
+
+def test_lines_of_calibration_that_are_counted_apart_make_no_volume(tmp_path):
+    """Each slice has its own, under a contrast that no image has."""
+    xml = header((SAMPLES, COLUMNS), calibration="separate")
+    lines = []
+    for number in range(2):
+        place = {"slice": number, "position": (0, 0, 5 * number)}
+        lines += lines_of((1 + number) * KSPACE, [0, 2, 8], **place)
+        flagged = {"flags": [CALIBRATION], "contrast": 7, **place}
+        lines += lines_of((3 + number) * KSPACE, range(3, 8), **flagged)
+    (volume,) = open_scan(write_ismrmrd(tmp_path / "scan.h5", lines, xml))
+    centre = torch.arange(COLUMNS)
+    centre = (centre >= 3) & (centre < 8)
+    for number in range(2):
+        one = volume.read_slice(number)
+        assert_same(ifft2c(one.calibration), ifft2c((3 + number) * KSPACE * centre)[:, 4:12])
+
+
 def noise_samples(n_coils, n, seed=0):
     """Correlated, of unlike strength."""
     generator = np.random.default_rng(seed)
@@ -151,8 +193,8 @@ def test_scans_of_noise_make_the_noise_of_the_image_white(tmp_path):
     volume = written(tmp_path, lines + lines_of(KSPACE))
     matrix = whitening([noise], COILS)
     found = matrix @ noise
-    covariance = found @ found.conj().T / 4000
-    strength = float((np.abs(noise) ** 2).mean())
+    covariance = np.cov(found, ddof=0)
+    strength = float(noise.var(axis=1).mean())
     np.testing.assert_allclose(covariance, strength * np.eye(COILS), atol=1e-4 * strength)
     expected = torch.einsum("dc,cyx->dyx", torch.from_numpy(matrix), ifft2c(KSPACE)[:, 4:12])
     assert_same(ifft2c(volume.read_slice(0).kspace), expected)

@@ -6,6 +6,7 @@ import torch
 
 from applications.errors import InputError
 from applications.mri import reconstruct
+from applications.mri.network.reconstruction import classical_reconstruction
 from applications.mri.network.weights import pretrained
 from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.sampling import CartesianRandom, PoissonDisc
@@ -95,6 +96,28 @@ def test_what_does_not_fit_is_one_error_that_says_so(given, message):
 def test_a_calibration_of_another_shape_is_refused():
     with pytest.raises(InputError, match=r"calibration must be complex of the shape of kspace"):
         reconstruct(KSPACE, MASK, calibration=KSPACE[:, :20])
+
+
+@pytest.mark.parametrize("columns", [slice(8, 32), slice(9, 32, 2)], ids=["common", "between"])
+def test_the_strength_of_a_calibration_apart_does_not_matter(columns):
+    """It has another flip angle and bandwidth; the threshold is for the image."""
+    full, _ = scan(sampling=CartesianRandom(1.0, 1.0))
+    mask = torch.zeros(40, dtype=torch.bool)
+    mask[::2] = True
+    apart = torch.zeros_like(full)
+    apart[..., columns] = full[..., columns]
+    if columns.step:
+        apart[..., 8:32:2] = full[..., 8:32:2] * (torch.arange(48) % 47 > 0)[:, None]
+    plain = reconstruct(full * mask, mask, calibration=apart)
+    slow = classical_reconstruction(full * mask, mask.expand(48, 40), calibration=apart)
+    for factor in (1e-6, 0.1, 30.0, 1e12):
+        other = apart.to(torch.complex128) * factor
+        found = reconstruct(full * mask, mask, calibration=other)
+        torch.testing.assert_close(found.image, plain.image, rtol=1e-3, atol=1e-4)
+        assert found.certificate.classical == pytest.approx(plain.certificate.classical, rel=1e-3)
+        other = other.to(torch.complex64)
+        found = classical_reconstruction(full * mask, mask.expand(48, 40), calibration=other)
+        torch.testing.assert_close(found.image, slow.image, rtol=1e-3, atol=1e-4)
 
 
 def test_values_outside_the_mask_are_ignored_even_where_they_are_not_finite(plain):
