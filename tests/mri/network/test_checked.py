@@ -17,12 +17,15 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def scan(shape=(48, 40), n_coils=3, sampling=None):
+def full(shape=(48, 40), n_coils=3):
     rows, columns = ((torch.arange(n) - n // 2)[:, None] / n for n in shape)
     image = ((rows**2 + columns.mT**2) < 0.16).float() * 0.7
-    kspace = simulate(image, n_coils, seeded(), 0.005).kspace
+    return simulate(image, n_coils, seeded(), 0.005).kspace
+
+
+def scan(shape=(48, 40), n_coils=3, sampling=None):
     mask = (sampling or PoissonDisc(3, 14)).mask(shape, seeded(1))
-    return kspace * mask, mask
+    return full(shape, n_coils) * mask, mask
 
 
 KSPACE, MASK = scan()
@@ -98,26 +101,24 @@ def test_a_calibration_of_another_shape_is_refused():
         reconstruct(KSPACE, MASK, calibration=KSPACE[:, :20])
 
 
-@pytest.mark.parametrize("columns", [slice(8, 32), slice(9, 32, 2)], ids=["common", "between"])
-def test_the_strength_of_a_calibration_apart_does_not_matter(columns):
+@pytest.mark.parametrize("factor", [1e-6, 0.1, 30.0, 1e12])
+def test_the_strength_of_a_calibration_apart_does_not_matter(factor):
     """It has another flip angle and bandwidth; the threshold is for the image."""
-    full, _ = scan(sampling=CartesianRandom(1.0, 1.0))
-    mask = torch.zeros(40, dtype=torch.bool)
-    mask[::2] = True
-    apart = torch.zeros_like(full)
-    apart[..., columns] = full[..., columns]
-    if columns.step:
-        apart[..., 8:32:2] = full[..., 8:32:2] * (torch.arange(48) % 47 > 0)[:, None]
-    plain = reconstruct(full * mask, mask, calibration=apart)
-    slow = classical_reconstruction(full * mask, mask.expand(48, 40), calibration=apart)
-    for factor in (1e-6, 0.1, 30.0, 1e12):
-        other = apart.to(torch.complex128) * factor
-        found = reconstruct(full * mask, mask, calibration=other)
-        torch.testing.assert_close(found.image, plain.image, rtol=1e-3, atol=1e-4)
-        assert found.certificate.classical == pytest.approx(plain.certificate.classical, rel=1e-3)
-        other = other.to(torch.complex64)
-        found = classical_reconstruction(full * mask, mask.expand(48, 40), calibration=other)
-        torch.testing.assert_close(found.image, slow.image, rtol=1e-3, atol=1e-4)
+    kspace, shape = full(), (48, 40)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[:, ::2] = True
+    apart = torch.zeros_like(kspace)
+    apart[..., 8:32] = kspace[..., 8:32]
+    for method in (
+        lambda other: reconstruct(kspace * mask, mask, calibration=other.to(torch.complex128)),
+        lambda other: classical_reconstruction(kspace * mask, mask, calibration=other),
+    ):
+        found, expected = method(apart * factor), method(apart)
+        torch.testing.assert_close(found.image, expected.image, rtol=1e-3, atol=1e-4)
+        if expected.certificate is not None:
+            errors = found.certificate.error, found.certificate.classical
+            expected = expected.certificate.error, expected.certificate.classical
+            assert errors == pytest.approx(expected, rel=1e-3)
 
 
 def test_values_outside_the_mask_are_ignored_even_where_they_are_not_finite(plain):

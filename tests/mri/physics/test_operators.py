@@ -8,6 +8,7 @@ from applications.mri.physics.operators import (
     centre_crop,
     fft2c,
     ifft2c,
+    in_units_of,
     rss,
     sample,
     sample_adjoint,
@@ -134,3 +135,17 @@ def test_what_lies_between_is_differentiated_in_all_of_it():
     ends = [draw(2, 3, seed=k).requires_grad_() for k in (0, 1)]
     assert torch.autograd.gradcheck(between, (*ends, weight))
     assert torch.autograd.gradgradcheck(between, (*ends, weight))
+
+
+@pytest.mark.parametrize("factor", [1e-12, 0.2, 1e9])
+@pytest.mark.parametrize(("image", "apart"), [((1, 2, 4, 6), (3, 4, 5)), ((2, 4, 6), (3, 5))])
+def test_a_calibration_is_brought_to_the_units_of_the_image(factor, image, apart):
+    """By common columns; else by those between."""
+    kspace = torch.ones(2, 5, 8, dtype=torch.complex64) * 1j
+    measured, known = torch.zeros(8), torch.zeros(8)
+    measured[list(image)], known[list(apart)] = 1, 1
+    found = in_units_of(kspace * measured, factor * kspace * known)
+    torch.testing.assert_close(found, kspace * known)
+    nothing = torch.zeros_like(kspace)
+    assert torch.equal(in_units_of(nothing, kspace), kspace)
+    assert torch.equal(in_units_of(kspace, nothing), nothing)
