@@ -1,5 +1,6 @@
 """One slice reconstructed, checked by samples held out, and replaced where the check fails."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,10 @@ from applications.mri.physics.masks import over_columns
 from applications.mri.physics.operators import in_units_of, unit_of
 
 Array = Tensor | NDArray[Any]
+_SMALLEST, _LARGEST = 1e-38, 3e38  # of single precision
 
 
+@torch.no_grad()
 def reconstruct(
     kspace: Array,
     mask: Array | None = None,
@@ -33,9 +36,10 @@ def reconstruct(
 
     Args:
         kspace: complex, a tensor or an array of numpy, shape ``(coils, rows, columns)``; values
-            outside the mask are ignored. It is worked on as complex64.
+            outside the mask are ignored. It is worked on as complex64, without derivatives.
         mask: boolean, shape ``(rows, columns)``, or ``(columns,)`` where whole columns were
-            measured; None: where any coil has a value.
+            measured; None: where any coil has a value. Where all coils are zero nothing was
+            measured, whatever the mask says.
         trained: network and weights, on the device of ``kspace``; None: the bundled ones.
         check: hold samples out and predict them; a second reconstruction is its price.
         fallback: where the check says that l1-SPIRiT is the better choice, give its images.
@@ -48,6 +52,9 @@ def reconstruct(
 
     Raises:
         InputError: if the slice does not fit, is not finite, or nothing was measured.
+
+    Warns:
+        UserWarning: if the mask names positions where all coils are zero.
 
     Example:
         >>> import torch
@@ -71,11 +78,16 @@ def reconstruct(
             f"trained must be network and weights, got {type(trained).__name__}; read a file with "
             "load_weights."
         )
-    with torch.no_grad():
+    with torch.autocast(given.device.type, enabled=False):
         found = _found(given, places, trained, extra, check=check, fallback=fallback)
-    if unit == 1:
-        return found
-    return replace(found, image=found.image * unit, coil_images=found.coil_images * unit)
+    if unit != 1:
+        found = replace(found, image=found.image * unit, coil_images=found.coil_images * unit)
+    if not bool(torch.isfinite(found.image).all()):
+        raise InputError(
+            "images must be finite, that of this slice leaves the range of single precision; "
+            "divide kspace by a number before, or use other weights."
+        )
+    return found
 
 
 def _found(
@@ -113,6 +125,7 @@ def _given(
             "call reconstruct(kspace, mask)."
         )
     check_slice(given)
+    given = given.to(torch.promote_types(given.dtype, torch.complex64))  # from half precision
     extra = None if calibration is None else _tensor(calibration, "calibration").to(given.device)
     if extra is not None and (extra.shape != given.shape or not extra.is_complex()):
         raise InputError(
@@ -122,6 +135,7 @@ def _given(
     places = (given != 0).any(0) if places is None else places.to(given.device)
     places = over_columns(places, tuple(given.shape[1:]))
     given = torch.where(places, given, 0)
+    places = _measured(given, places)
     for name, values in (("kspace", given), ("calibration", extra)):
         bad = 0 if values is None else int((~torch.isfinite(values)).sum())
         if bad:
@@ -129,6 +143,12 @@ def _given(
                 f"{name} must be finite, {bad} of its values are not; leave out the slice, or "
                 "export it again."
             )
+    largest = float(torch.view_as_real(given.resolve_conj()).abs().max())
+    if largest and not _SMALLEST <= largest <= _LARGEST:
+        raise InputError(
+            f"kspace must lie within the range of single precision, {_SMALLEST:g} to {_LARGEST:g}, "
+            f"its largest value is {largest:.3g}; divide it by a number before."
+        )
     unit = unit_of(given)
     given = (given / unit).to(torch.complex64)
     if extra is not None:
@@ -136,15 +156,37 @@ def _given(
     return given, places, extra, unit
 
 
+def _measured(kspace: Tensor, mask: Tensor) -> Tensor:
+    """The mask without what is zero in all coils, as in files."""
+    measured = mask & (kspace != 0).any(0)
+    missing = int((mask & ~measured).sum())
+    if not missing or not bool(measured.any()):  # zeros alone are told of later
+        return mask
+    warnings.warn(
+        f"{missing} of the {int(mask.sum())} positions of the mask are zero in all coils and count "
+        "as not measured.",
+        UserWarning,
+        stacklevel=5,
+    )
+    return measured
+
+
 def _tensor(values: Any, name: str) -> Tensor:
     """A tensor or an array as a tensor."""
     if isinstance(values, Tensor):
-        return values
+        if values.layout != torch.strided or values.is_meta:
+            raise InputError(
+                f"{name} must be a dense tensor that holds values, got one of {values.layout} on "
+                f"{values.device}; convert it with .to_dense, or read the values."
+            )
+        return values.detach()
     try:
+        if isinstance(values, np.ma.MaskedArray):
+            values = values.filled(0)
         if isinstance(values, np.ndarray):
             # In the order and the byte order of this machine, as torch takes them.
             native = values.dtype.newbyteorder("=")
-            return torch.from_numpy(np.ascontiguousarray(values, dtype=native))
+            return torch.from_numpy(np.require(values, native, ("C", "W")))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{name} must hold numbers that torch takes, got an array of {values.dtype}; convert "

@@ -22,10 +22,10 @@ from applications.mri.network.scan import Scan
 from applications.mri.network.weights import Trained
 from applications.mri.physics.consistency import fully_sampled_centre
 from applications.mri.physics.l1_spirit import l1_spirit
-from applications.mri.physics.masks import samples_columns
 from applications.mri.physics.operators import fft2c, ifft2c
 
 SHARE = 0.1  # of the samples outside the centre
+_WHOLE = 0.9  # of the positions of columns
 _CENTRE = 24  # positions that suffice to calibrate
 _FEWEST, _OF_SO_MANY = 2, 5  # one place alone is chance
 
@@ -39,17 +39,18 @@ def held_out(mask: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
 
     Returns:
         Two masks. In the second is nothing of the fully sampled centre, of a large one nothing of
-        its 24 x 24 positions in the middle; whole columns where the mask samples whole columns;
+        its 24 x 24 positions in the middle; whole columns where the mask samples columns;
         and as many near the centre, for their number there, as far from it.
     """
     top, bottom, left, right = calibration_kept(mask)
     outside = mask.clone()
-    outside[top:bottom, left:right] = False
     rows, columns = (torch.arange(n, device=mask.device) - n // 2 for n in mask.shape)
-    if samples_columns(mask):
+    if _in_columns(mask):
+        outside[:, left:right] = False
         chosen = _drawn(outside.any(0), columns.abs(), seed)
         held = chosen & outside
     else:
+        outside[top:bottom, left:right] = False
         distance = (rows[:, None] / len(rows)) ** 2 + (columns / len(columns)) ** 2
         held = _drawn(outside.flatten(), distance.flatten(), seed).reshape(mask.shape)
     return mask & ~held, held
@@ -68,9 +69,16 @@ def calibration_kept(mask: Tensor) -> tuple[int, int, int, int]:
     rows, columns = (n // 2 for n in mask.shape)
     half = _CENTRE // 2
     # Whole columns are held out whole, so that all rows of those in the middle stay.
-    if not samples_columns(mask):
+    if not _in_columns(mask):
         top, bottom = max(top, rows - half), min(bottom, rows + half)
     return top, bottom, max(left, columns - half), min(right, columns + half)
+
+
+def _in_columns(mask: Tensor) -> bool:
+    """Whether columns were measured whole, but for some zeros and what echoes leave out."""
+    # Of a column that was measured around it a sample is no hard guess.
+    rows, columns = mask.any(1), mask.any(0)
+    return float(mask[rows][:, columns].float().mean()) >= _WHOLE
 
 
 def _drawn(places: Tensor, distance: Tensor, seed: int) -> Tensor:
@@ -80,7 +88,9 @@ def _drawn(places: Tensor, distance: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     n = max(math.ceil(SHARE * len(found)), min(_FEWEST, len(found) // _OF_SO_MANY))
     bounds = [len(found) * k // n for k in range(n + 1)] if n else [0]
-    chosen = [int(torch.randint(a, b, (), generator=generator)) for a, b in pairwise(bounds)]
+    chosen = [
+        int(torch.randint(a, b, (), generator=generator, device="cpu")) for a, b in pairwise(bounds)
+    ]
     drawn = torch.zeros_like(places)
     drawn[found[chosen]] = True
     return drawn

@@ -35,7 +35,8 @@ class ComplexConv2d(nn.Module):
         """Draw the weights; `zero` starts them from 0."""
         super().__init__()
         std = (kernel**2 * (n_in + n_out)) ** -0.5
-        parts = torch.randn(n_out, n_in, kernel, kernel, 2, generator=generator) * std
+        shape = n_out, n_in, kernel, kernel, 2
+        parts = torch.randn(shape, generator=generator, dtype=torch.float32) * std
         self.weight = nn.Parameter(torch.view_as_complex(parts * (0.0 if zero else 1.0)))
         self.padding = kernel // 2
 

@@ -103,17 +103,21 @@ class Network:
     _combine: Callable[..., Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Draw the initial weights."""
+        """Draw the initial weights; torch's defaults do not matter, and its generator stays."""
         generator = torch.Generator().manual_seed(self.seed)
         a = self.architecture
-        if a.gains:
-            phases = [WaveletPhase(a, number, generator) for number in range(a.n_phases)]
-            object.__setattr__(self, "_phases", bl.Phases(phases, Begin()))
-            return
-        initial = InitialNet(a, generator)
-        phases = [Phase(a, generator) for _ in range(a.n_phases)]
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            if a.gains:
+                initial = Begin()
+                phases = [WaveletPhase(a, number, generator) for number in range(a.n_phases)]
+            else:
+                initial = InitialNet(a, generator)
+                phases = [Phase(a, generator) for _ in range(a.n_phases)]
+            for one in (initial, *phases):
+                one.float()
         object.__setattr__(self, "_phases", bl.Phases(phases, initial))
-        object.__setattr__(self, "_combine", bl.functional(phases[-1].combine)[1])
+        if not a.gains:
+            object.__setattr__(self, "_combine", bl.functional(phases[-1].combine)[1])
 
     @property
     def phases(self) -> bl.Phases:
@@ -138,7 +142,10 @@ class Network:
         """The maps g and g0 for one batch of scans, see `observation`."""
         if self.architecture.gains:
             data = Measured.of(scan.kspace, scan.mask)
-            context = (data.samples, data.mask, scan.consistent, scan.threshold)
+            threshold = scan.threshold
+            if threshold is not None:
+                threshold = threshold.to(data.samples.real.dtype)
+            context = (data.samples, data.mask, scan.consistent, threshold)
         else:
             context = (scan.kspace, scan.mask, scan.normal, scan.phases)
         return replace(self._phases, context=context)

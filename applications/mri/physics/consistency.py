@@ -74,7 +74,7 @@ def fitted_kernels(
     inverse = torch.linalg.inv(gram)
     own = torch.arange(n_coils, device=gram.device) * kernel**2 + kernel**2 // 2
     weights = -(inverse[:, own] / inverse[own, own]).mT
-    weights[torch.arange(n_coils), own] = 0  # a value must not explain itself
+    weights[torch.arange(n_coils, device=gram.device), own] = 0  # a value must not explain itself
     return weights.reshape(n_coils, n_coils, kernel, kernel)
 
 
@@ -275,14 +275,15 @@ def _room(shape: tuple[int, ...], device: torch.device) -> Tensor:
 def _interpolation(old: int, new: int, device: torch.device) -> Tensor:
     """Real matrix of trigonometric interpolation between centred grids, ``(new, old)``."""
     if old == new:
-        return torch.eye(new, device=device)
+        return torch.eye(new, device=device, dtype=torch.float32)
     # Both grids have their zero at n // 2. The sum of waves up to (old - 1) / 2, old being odd.
-    here = (torch.arange(new, dtype=torch.float64) - new // 2) / new
-    there = (torch.arange(old, dtype=torch.float64) - old // 2) / old
-    waves = torch.arange(1, (old - 1) // 2 + 1)
+    here, there = (
+        (torch.arange(n, dtype=torch.float64, device=device) - n // 2) / n for n in (new, old)
+    )
+    waves = torch.arange(1, (old - 1) // 2 + 1, device=device)
     angle = 2 * math.pi * (here[:, None] - there)
     series = 1 + 2 * (waves * angle[..., None]).cos().sum(-1)
-    return (series / old).float().to(device)
+    return (series / old).float()
 
 
 def consistent_image(kspace: Tensor, mask: Tensor, normal: Tensor, iterations: int) -> Tensor:

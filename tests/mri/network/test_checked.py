@@ -6,7 +6,8 @@ import torch
 
 from applications.errors import InputError
 from applications.mri import reconstruct
-from applications.mri.network.reconstruction import classical_reconstruction
+from applications.mri.network.architecture import paper
+from applications.mri.network.reconstruction import Network, classical_reconstruction
 from applications.mri.network.weights import pretrained
 from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.sampling import CartesianRandom, PoissonDisc
@@ -89,6 +90,14 @@ NOT_FINITE = torch.where(MASK, torch.nan, 0) + 0j * KSPACE
         ((KSPACE, "mask.npy"), "mask must be a tensor or an array of numpy, got str"),
         ((np.array([[["a"]]]), MASK), "kspace must hold numbers that torch takes, got an array of"),
         ((KSPACE[:0], MASK), "at least one coil"),
+        ((KSPACE.to_sparse(), MASK), "kspace must be a dense tensor that holds values, got one of"),
+        ((KSPACE, MASK.to("meta")), "mask must be a dense tensor that holds values"),
+        (
+            (KSPACE.to(torch.complex128) * 1e60, MASK),
+            r"range of single precision, .* its largest value is",
+        ),
+        ((KSPACE.to(torch.complex128) * 1e-60, MASK), r"largest value is .*e-6\d; divide it by"),
+        ((torch.full((3, 48, 40), 1e38 + 0j),), "images must be finite, that of this slice leaves"),
     ],
 )
 def test_what_does_not_fit_is_one_error_that_says_so(given, message):
@@ -119,6 +128,54 @@ def test_the_strength_of_a_calibration_apart_does_not_matter(factor):
             errors = found.certificate.error, found.certificate.classical
             expected = expected.certificate.error, expected.certificate.classical
             assert errors == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_tensors_of_half_precision_are_taken(plain):
+    found = reconstruct(KSPACE.to(torch.complex32), MASK)
+    torch.testing.assert_close(found.image, plain.image, rtol=0, atol=1e-2)
+
+
+def test_no_derivative_is_half_taken(plain):
+    """What of the scale alone would be a wrong number."""
+    found = reconstruct(KSPACE.clone().requires_grad_(), MASK)
+    assert torch.equal(found.image, plain.image)
+    assert not found.image.requires_grad and not found.coil_images.requires_grad
+
+
+def test_arrays_with_masked_values_have_zeros_there(plain):
+    masked = np.ma.array(np.where(MASK, KSPACE, 99), mask=~MASK.expand(KSPACE.shape).numpy())
+    assert torch.equal(reconstruct(masked).image, plain.image)
+
+
+def test_what_is_zero_in_all_coils_is_not_measured_whatever_the_mask_says(plain):
+    with pytest.warns(UserWarning, match=r"\d+ of the 1920 positions of the mask are zero in all"):
+        found = reconstruct(KSPACE, torch.ones_like(MASK))
+    assert torch.equal(found.image, plain.image)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_defaults_of_torch_change_nothing(plain, dtype, device):
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device), torch.autocast("cpu", torch.bfloat16):
+            found = reconstruct(KSPACE, MASK, pretrained())
+        with torch.device(device):
+            slow = classical_reconstruction(KSPACE, MASK)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found.image, plain.image, rtol=1e-4, atol=1e-4)
+    assert slow.image.dtype == torch.float32
+
+
+def test_nothing_global_is_changed():
+    """The weights are read anew, which makes layers."""
+    random = torch.get_rng_state()
+    reconstruct(KSPACE, MASK, pretrained(), check=False)
+    Network(paper(2))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
 
 
 def test_values_outside_the_mask_are_ignored_even_where_they_are_not_finite(plain):

@@ -76,6 +76,29 @@ def test_a_tenth_outside_the_centre_is_held_out(sampling, shape):
     assert torch.equal(held, held_out(mask)[1])
 
 
+@pytest.mark.parametrize("cut", ["echo", "zeros", "zeros in the centre"])
+def test_of_columns_that_have_gaps_whole_columns_are_held_out(cut):
+    """Their other samples would tell what is missing."""
+    mask = COLUMNS.mask((80, 90), seeded(2))
+    _, _, left, right = fully_sampled_centre(mask)
+    whole = held_out(mask)[1].any(0)
+    measured = mask.clone()
+    if cut == "echo":
+        measured[:25] = False
+    elif cut == "zeros":
+        generator = seeded(3)
+        measured &= torch.rand(mask.shape, generator=generator) > 0.02
+    else:
+        measured[37, 46] = False
+    kept, held = held_out(measured)
+    assert torch.equal(held, measured & held.any(0))
+    assert 0 < int(held.any(0).sum()) < mask.any(0).sum() // 4
+    assert torch.equal(kept | held, measured)
+    if cut == "echo":
+        assert torch.equal(held.any(0), whole)
+        assert not bool(held[:, left:right].any())
+
+
 @pytest.mark.parametrize("columns", [True, False])
 def test_of_a_large_centre_the_middle_stays_and_a_full_scan_is_checked_too(columns):
     mask = torch.ones(80, 70, dtype=torch.bool)
