@@ -221,6 +221,11 @@ def _jobs(scan: Path, out: Path, png: Path | None, suffix: str, *, check: bool) 
             "choose the format by --suffix."
         )
     check_image_path(out / f"image{suffix}")
+    if Path(suffix).name != suffix:
+        raise InputError(
+            f"--suffix must be the end of a name, such as .nii.gz, got {suffix!r}; name the folder "
+            "by --out."
+        )
     scans = [one for one in scans_in(scan, (*HDF5, ".mrd", ".cfl", ".dat")) if _plausible(one)]
     if not scans:
         raise InputError(f"{scan}: at least one scan was needed, the folder has none.")

@@ -15,9 +15,10 @@ from applications.mri.data.remarks import Remarks
 from applications.mri.data.values import Slice, UnusableSliceError
 from applications.mri.data.volumes import VolumeFile, open_scan
 from applications.mri.formats.fastmri import SUFFIXES
-from applications.mri.physics.operators import ifft2c, rss
+from applications.mri.physics.operators import centre_crop, ifft2c, rss
 
 _MOST = 0.7  # of k-space
+_OTHER, _ALIKE = 10.0, 0.9  # times as bright; correlation of two images of one object
 
 
 def scans_in(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
@@ -131,7 +132,25 @@ def fully_sampled(one: Slice) -> tuple[Tensor, Tensor]:
             f"needed, got {shape[0]} x {shape[1]} (slice {one.index}): it was interpolated, or is "
             "of another scan; crop or replace it."
         )
+    _check_unit(one, one.reference)
     return one.kspace, one.reference
+
+
+def _check_unit(one: Slice, reference: Tensor) -> None:
+    """Refuses a reference in other units than k-space, which no method can be measured by."""
+    image = centre_crop(rss(ifft2c(one.kspace)), (reference.shape[0], reference.shape[1]))
+    norms = [float(torch.linalg.vector_norm(x.double())) for x in (image, reference)]
+    if not min(norms) > 0:
+        return
+    alike = float((image.double() * reference.double()).sum()) / (norms[0] * norms[1])
+    times = norms[1] / norms[0]
+    # Noise makes images brighter, and unlike.
+    if times > _OTHER or (times < 1 / _OTHER and alike > _ALIKE):
+        raise InputError(
+            f"{one.path}: a reference in the units of k-space was needed, that of slice "
+            f"{one.index} is {times:.3g} times as bright as the image of k-space: it is scaled, or "
+            "of another scan; divide it by that, or replace it."
+        )
 
 
 def _padded(measured: Tensor) -> bool:

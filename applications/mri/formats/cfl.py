@@ -35,6 +35,7 @@ _SPACE, _COIL, _SLICE = (0, 1, 2), 3, 13
 _VOLUMES = (5, 10, 11, 14, 15)
 _MOST, _MOST_HEADER = 10_000, 2**20  # volumes; bytes, of which BART's history takes some
 _MOST_AXES, _LONGEST = 32, 2**40
+_SCATTERED = 30.0  # bits that exponents of k-space never differ by
 _BYTES = np.dtype("<c8").itemsize
 
 
@@ -124,6 +125,7 @@ class CflVolume(Reader):
         for axis in (*_plane(self.file), _COIL):
             where[axis] = slice(None)
         values = self.file.open()[tuple(where)]  # (rows, columns, coils)
+        _check_order(self.path, values)
         return RawSlice(np.ascontiguousarray(np.moveaxis(values, -1, 0), dtype=np.complex64))
 
 
@@ -160,6 +162,24 @@ def _sizes(header: Path) -> tuple[int, ...]:
             "export the pair again."
         )
     return tuple(sizes + [1] * (16 - len(sizes)))
+
+
+def _check_order(path: Path, values: NDArray[np.complex64]) -> None:
+    """Refuses values whose bytes lie the other way round: their exponents are drawn by lot."""
+    stored = np.ascontiguousarray(values).view("<f4").ravel()
+    stored = stored[:: max(1, stored.size // 4096)]
+    little, big = _spread(stored), _spread(stored.byteswap())
+    if little > _SCATTERED > 2 * big:
+        raise InputError(
+            f"{path}: little-endian values were needed, these are big-endian; swap the bytes of "
+            "each number, or export the pair again."
+        )
+
+
+def _spread(values: NDArray[np.float32]) -> float:
+    """Standard deviation of the exponents, of base 2."""
+    values = np.abs(values[np.isfinite(values) & (values != 0)])
+    return float(np.log2(values).std()) if values.size > 1 else 0.0
 
 
 def _used(shape: tuple[int, ...]) -> tuple[int, ...]:

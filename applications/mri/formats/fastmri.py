@@ -27,6 +27,7 @@ from applications.mri.physics.masks import check_mask
 SUFFIXES = (".h5", ".hdf5")
 _AXES = "slice, coil, row, column"
 _LONGEST = 1000  # characters of a name
+_SMALLEST = float(np.finfo(np.float32).tiny)
 _PARTS = ({"real", "imag"}, {"re", "im"}, {"r", "i"})
 
 
@@ -154,8 +155,8 @@ def _single(values: NDArray[Any], what: str) -> NDArray[np.complex64]:
     with np.errstate(over="ignore", under="ignore"):
         found = values.astype(np.complex64)
     lost = np.isfinite(values) & ~np.isfinite(found)
-    if lost.any() or (values.any() and not found.any()):
-        largest = np.abs(values[np.isfinite(values)]).max()
+    largest = float(np.abs(values[np.isfinite(values)]).max(initial=0))
+    if lost.any() or 0 < largest < _SMALLEST:  # below, digits are lost
         raise UnusableSliceError(
             f"{what} has values up to {largest:.3g}, kspace must lie within the range of single "
             "precision, 1e-38 to 3e38; divide it by a number before, or leave the slice out."
@@ -208,8 +209,10 @@ def _mask(file: Contents, path: Path, n_slices: int, shape: tuple[int, int]) -> 
         )
     values = file.read(found)
     if values.dtype.kind not in "biuf" or not np.isin(values, (0, 1)).all():
-        raise InputError(f"{path}: mask must hold 0 and 1 only, it has {values.dtype} with others.")
-    mask = torch.from_numpy(values != 0)
+        raise InputError(
+            f"{path}: mask must hold 0 and 1 only, it has others ({values.dtype}); threshold it."
+        )
+    mask = torch.from_numpy(np.atleast_1d(values != 0))
     rows, columns = shape
     known = {(columns,), shape, (n_slices, columns), (n_slices, *shape)}
     if tuple(mask.shape) not in known:

@@ -64,6 +64,8 @@ class FromFile(Sampling):
 
     def mask(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:  # noqa: ARG002, D102
         kept = self._kept
+        if kept.shape != shape and kept.numel() == shape[1] and 1 in kept.shape:
+            kept = kept.reshape(-1)  # columns as MATLAB stores them
         if kept.shape == shape[1:]:
             kept = kept.repeat(shape[0], 1)
         check_mask(kept, shape, f"{self.path}: mask")
@@ -71,23 +73,24 @@ class FromFile(Sampling):
 
 
 def _values(path: Path) -> NDArray[Any]:
-    if path.suffix not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise InputError(
             f"{path}: a mask file must end in one of {', '.join(SUFFIXES)}; convert it."
         )
-    if path.suffix in {".cfl", ".hdr"}:
+    if suffix in {".cfl", ".hdr"}:
         file = Cfl(path)
         _check_size(path, file.shape)
         return np.squeeze(np.array(file.open()))
-    if path.suffix in {".h5", ".hdf5"}:
+    if suffix in {".h5", ".hdf5"}:
         with opened(path) as file:
             arrays = {n: one for n in file.names() for one in [_array(file, n)] if one is not None}
             chosen = arrays[_chosen(path, list(arrays))]
             _check_size(path, chosen.shape)
             return file.read(chosen)
     packed = content(path, "a mask file", _MOST_BYTES)
-    with reading(path, f"a complete {path.suffix} file", "write it again"):
-        if path.suffix == ".png":
+    with reading(path, f"a complete {suffix} file", "write it again"):
+        if suffix == ".png":
             return _gray(path, packed)
         return _numpy(path, packed)
 

@@ -295,6 +295,8 @@ def test_images_of_a_folder_never_replace_its_scans(weights, folder, tmp_path):
     assert "must end in one of" in refused(
         "reconstruct", *options, tmp_path / "i", "--suffix", ".png"
     )
+    found = refused("reconstruct", *options, tmp_path / "i", "--suffix", "/../i.h5")
+    assert "--suffix must be the end of a name" in found
     (tmp_path / "none").mkdir()
     options = ("--scan", tmp_path / "none", "--weights", weights, "--out", tmp_path / "i")
     assert "none: at least one scan was needed, the folder has none" in refused(

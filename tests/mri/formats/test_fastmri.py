@@ -17,6 +17,7 @@ from applications.mri.data import (
     scans_in,
 )
 from applications.mri.formats.fastmri_header import minimal_header
+from applications.mri.physics.operators import ifft2c, rss
 
 SLICES, COILS, ROWS, COLUMNS = 3, 2, 12, 10
 KSPACE = kspace_of(coil_images(SLICES, COILS, ROWS, COLUMNS)).numpy()
@@ -171,7 +172,10 @@ def test_a_maximum_that_is_no_number_is_computed(tmp_path, stated):
     assert VolumeFile(path).max == 5
 
 
-@pytest.mark.parametrize(("factor", "said"), [(1e60, r"up to \S+e\+60"), (1e-60, r"up to \S+e-6")])
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [(1e60, r"up to \S+e\+60"), (1e-60, r"up to \S+e-6"), (1e-43, r"up to \S+e-43")],
+)
 def test_values_beyond_single_precision_are_named_as_such(tmp_path, factor, said):
     path = tmp_path / "scan.h5"
     values = np.random.default_rng(0).standard_normal((2, 2, 8, 8)) * factor
@@ -181,6 +185,43 @@ def test_values_beyond_single_precision_are_named_as_such(tmp_path, factor, said
         UnusableSliceError, match=rf"scan.h5: slice 1 has values {said}.* divide it"
     ):
         VolumeFile(path).read_slice(1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            np.full(COLUMNS, 255, np.uint8),
+            r"mask must hold 0 and 1 only, it has others \(uint8\); th",
+        ),
+        (True, r"mask must have shape \(12, 10\), got \(1,\)"),
+    ],
+)
+def test_what_is_no_mask_is_named(tmp_path, mask, message):
+    with pytest.raises(InputError, match=rf"scan.h5: {message}"):
+        VolumeFile(written(tmp_path / "scan.h5", kspace=KSPACE, mask=mask))
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e-3])
+def test_a_reference_in_other_units_is_refused(tmp_path, factor):
+    """No method could be measured by it."""
+    image = rss(ifft2c(torch.from_numpy(KSPACE))).numpy()
+    path = written(tmp_path / "a.h5", kspace=KSPACE, reconstruction_rss=factor * image[:, 2:-2])
+    one = VolumeFile(path).read_slice(1)
+    with pytest.raises(InputError, match=r"a\.h5: a reference in the units of .* slice 1 is 0?\.?"):
+        fully_sampled(one)
+    path = written(tmp_path / "b.h5", kspace=KSPACE, reconstruction_rss=1.5 * image)
+    assert torch.equal(
+        fully_sampled(VolumeFile(path).read_slice(1))[1], torch.from_numpy(image[1]) * 1.5
+    )
+
+
+def test_a_clean_reference_of_a_noisy_scan_is_taken(tmp_path):
+    image = rss(ifft2c(torch.from_numpy(KSPACE))).numpy()
+    noise = np.random.default_rng(0).standard_normal((2, *KSPACE.shape)) * 50 * image.max()
+    noisy = (KSPACE + noise[0] + 1j * noise[1]).astype(np.complex64)
+    path = written(tmp_path / "a.h5", kspace=noisy, reconstruction_rss=image)
+    assert torch.equal(fully_sampled(VolumeFile(path).read_slice(0))[1], torch.from_numpy(image[0]))
 
 
 def test_a_link_to_nothing_in_a_folder_is_named_not_left_out(tmp_path):

@@ -236,6 +236,11 @@ def real_values(base):
     base.with_name("s.cfl").write_bytes(KSPACE.real.numpy().tobytes())
 
 
+def big_endian(base):
+    stored = as_bart(KSPACE).ravel(order="F").astype(">c8")
+    base.with_name("s.cfl").write_bytes(stored.tobytes())
+
+
 def not_finite(base):
     values = as_bart(KSPACE).copy()
     values[0, 1, 2, 1, ..., 0] = np.nan
@@ -247,6 +252,7 @@ BAD_PAIRS = {
     "values missing": (lambda b: b.with_name("s.cfl").unlink(), r"s.cfl: a pair .* copy both"),
     "truncated": (cut_values, r"s.cfl: 5760 bytes were needed, .* got 5752; copy or export"),
     "real": (real_values, "got 2880; the values are real, or half of them missing: convert"),
+    "big-endian": (big_endian, "s.cfl: little-endian values were needed, these are big-endian"),
     "sizes": (
         lambda b: b.with_name("s.hdr").write_text("# Dimensions\n1 12 11 2 1\n"),
         r"2112 bytes were needed, complex64 of the shape 1 x 12 x 11 x 2 in s.hdr, got 5760",
@@ -278,6 +284,16 @@ def test_a_pair_of_bart_that_is_damaged_or_something_else_is_refused(tmp_path, c
     change(tmp_path / "s")
     with pytest.raises(InputError, match=message):
         VolumeFile(tmp_path / "s.cfl").read_slice(0)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_extreme_values_of_bart_are_not_taken_for_big_endian(tmp_path, factor):
+    values = as_bart(KSPACE).copy()
+    values[:, :, ::2] = 0
+    base = write_cfl(tmp_path / "s", values * np.complex64(factor))
+    one = VolumeFile(base).read_slice(0)
+    expected = torch.from_numpy(values[0, ..., 0]).squeeze().movedim(-1, 0)
+    torch.testing.assert_close(one.kspace * (one.unit / factor), expected)
 
 
 @pytest.mark.parametrize("name", ["scan.dat", "scan", "scan.mrd", "scan.nii"])

@@ -59,6 +59,21 @@ def test_the_mask_is_that_of_the_file(tmp_path, name, write, values):
         found[:] = False  # of no effect on the next
 
 
+@pytest.mark.parametrize("name", ["mask.npy", "mask.NPY", "mask.npz", "mask.h5"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_mask_of_columns_may_be_a_matrix_of_one_row_or_column(tmp_path, name, axis):
+    """As MATLAB stores it."""
+    write = {"npz": np.savez, "h5": lambda p, m: save_h5(p, mask=m)}.get(name[-3:].strip("."))
+    path = tmp_path / name
+    if write is None:
+        with path.open("wb") as file:
+            np.save(file, np.expand_dims(COLUMNS, axis))
+    else:
+        write(path, np.expand_dims(COLUMNS, axis))
+    found = FromFile(path).mask(SHAPE, torch.Generator())
+    assert torch.equal(found, torch.from_numpy(np.broadcast_to(COLUMNS, SHAPE).copy()))
+
+
 def test_white_in_a_picture_is_measured(tmp_path):
     save_png(tmp_path / "mask.png", MASK)
     found = FromFile(tmp_path / "mask.png").mask(SHAPE, torch.Generator())
