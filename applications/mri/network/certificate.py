@@ -6,6 +6,7 @@ from typing import Any
 
 WORSE = 1.05  # times the error of l1-SPIRiT, above which a network is not trusted
 HOPELESS = 1.0  # error of an image of zeros
+CORRUPTED = 2.5  # `consistency.centre_noise`, above which a centre cannot calibrate
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,13 @@ class SliceCertificate:
         error: of the network, relative, where samples were held out; 1 predicts nothing.
         classical: of l1-SPIRiT there.
         n_held_out: how many samples; 0 where the mask has too few outside its centre.
+        centre_noise: of the centre, of which nothing is held out, see `consistency.centre_noise`.
     """
 
     error: float
     classical: float
     n_held_out: int
+    centre_noise: float = 0.0
 
     @property
     def trustworthy(self) -> bool:
@@ -36,6 +39,8 @@ class SliceCertificate:
             return "the network predicts samples that were held out worse than l1-SPIRiT does"
         if not self.error <= HOPELESS:
             return "neither the network nor l1-SPIRiT predicts samples that were held out"
+        if not self.centre_noise <= CORRUPTED:
+            return "the centre holds more noise than the rest of k-space: it was disturbed"
         return ""
 
     @property

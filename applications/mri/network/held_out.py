@@ -20,7 +20,7 @@ from applications.mri.network.certificate import SliceCertificate
 from applications.mri.network.reconstruction import Reconstruction
 from applications.mri.network.scan import Scan
 from applications.mri.network.weights import Trained
-from applications.mri.physics.consistency import fully_sampled_centre
+from applications.mri.physics.consistency import centre_noise, fully_sampled_centre
 from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.operators import fft2c, ifft2c
 
@@ -129,7 +129,8 @@ def certified(
         / max(float(torch.linalg.vector_norm(measured)), 1e-30)
         for images in (found.coil_images[0], classical)
     ]
-    return SliceCertificate(errors[0], errors[1], int(held.sum()))
+    noise = centre_noise(kspace, mask) if calibration is None else 0.0
+    return SliceCertificate(errors[0], errors[1], int(held.sum()), noise)
 
 
 def _both(

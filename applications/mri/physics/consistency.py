@@ -20,6 +20,7 @@ from applications.mri.physics.operators import ifft2c, sample, sample_adjoint
 from applications.mri.physics.products import times
 
 _COARSE = 63  # positions an axis where inverses are taken, odd
+_FAR, _COILS = 0.7, 6  # of half a side; fewer coils leave of the object in what is taken for noise
 _KERNEL = 5  # side of the kernels [positions], where the centre is large enough to fit them
 
 
@@ -100,6 +101,31 @@ def noise_level(kspace: Tensor, mask: Tensor, kernel: int = _KERNEL) -> float:
     rows = _patches(kspace[:, top:bottom, left:right], kernel)
     energies = torch.linalg.eigvalsh(rows.mH @ rows / len(rows))[-len(rows) :]
     return float(energies[len(energies) // 2].clamp_min(0) / 2) ** 0.5
+
+
+def centre_noise(kspace: Tensor, mask: Tensor) -> float:
+    """The noise of the fully sampled centre over what was measured far from it, noise and signal.
+
+    Noise is as strong everywhere, so that much more than 1 is no noise of a receiver.
+
+    Args:
+        kspace: measured, complex, shape ``(coils, rows, columns)``.
+        mask: boolean, shape ``(rows, columns)``.
+
+    Returns:
+        The ratio; 0 where coils or centre are too small to tell noise from the object, or nothing
+        was measured far away.
+    """
+    top, bottom, left, right = fully_sampled_centre(mask)
+    windows = (bottom - top - _KERNEL + 1) * (right - left - _KERNEL + 1)
+    axes = [(torch.arange(n, device=mask.device) - n // 2) * (2 / n) for n in mask.shape]
+    far = mask & (axes[0][:, None] ** 2 + axes[1] ** 2 > _FAR**2)
+    far[:, left:right] = False
+    if len(kspace) < _COILS or windows < len(kspace) * _KERNEL**2 or not bool(far.any()):
+        return 0.0
+    strength = float(kspace[:, far].abs().square().mean()) ** 0.5
+    level = 2**0.5 * noise_level(kspace, mask)
+    return level / strength if strength else 0.0
 
 
 def _patches(centre: Tensor, kernel: int) -> Tensor:

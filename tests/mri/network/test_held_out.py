@@ -10,11 +10,15 @@ import torch
 from applications.errors import InputError
 from applications.mri import reconstruct
 from applications.mri.network.architecture import light, narrow
-from applications.mri.network.certificate import HOPELESS, WORSE, SliceCertificate
+from applications.mri.network.certificate import CORRUPTED, HOPELESS, WORSE, SliceCertificate
 from applications.mri.network.held_out import calibration_kept, certified, held_out
 from applications.mri.network.reconstruction import L1_SPIRIT, NETWORK, Network
 from applications.mri.network.weights import Trained, pretrained
-from applications.mri.physics.consistency import fully_sampled_centre, towards_consistency
+from applications.mri.physics.consistency import (
+    centre_noise,
+    fully_sampled_centre,
+    towards_consistency,
+)
 from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.operators import fft2c, rss
 from applications.mri.sampling import CartesianEquispaced, CartesianRandom, PoissonDisc
@@ -174,6 +178,34 @@ def test_noise_alone_is_predicted_by_nothing():
     found = reconstruct(noise * mask, mask, network())
     assert not found.certificate.trustworthy
     assert "neither" in found.certificate.reason or "worse" in found.certificate.reason
+
+
+@pytest.mark.parametrize("sampling", [COLUMNS, PoissonDisc(4, 24)], ids=repr)
+def test_a_centre_that_is_noisier_than_the_rest_is_not_trusted(sampling):
+    """Nothing of it is held out, and the rest is predicted well by what it calibrates."""
+    rows, columns = (torch.arange(96) - 48)[:, None], torch.arange(96) - 48
+    disc = ((rows**2 + columns**2).sqrt() < 36).float() * 0.5
+    disc[50:60, 30:50] = 1.0
+    full = simulate(disc, 6, seeded(), 0.005).kspace
+    mask = sampling.mask((96, 96), seeded(1))
+    top, bottom, left, right = fully_sampled_centre(mask)
+    centre = full[:, top:bottom, left:right]
+    noise = torch.randn(centre.shape, dtype=centre.dtype, generator=seeded(2))
+    harmed = full.clone()
+    harmed[:, top:bottom, left:right] = centre + centre.abs().mean() * noise
+    noisy = full + full.abs().mean() * torch.randn(
+        full.shape, dtype=full.dtype, generator=seeded(3)
+    )
+    for kspace, low, high in ((full, 0, 1.5), (noisy, 0.5, 1.5), (harmed, 2 * CORRUPTED, 1e9)):
+        assert low < centre_noise(kspace * mask, mask) < high
+        assert centre_noise(kspace[:5] * mask, mask) == 0
+    found = certified(network(), harmed * mask, mask)
+    assert not found.trustworthy
+    worse = replace(found, error=0.3, classical=0.3)
+    assert "the centre holds more noise than the rest" in worse.reason
+    assert replace(worse, centre_noise=CORRUPTED).trustworthy
+    assert not replace(worse, centre_noise=math.nan).trustworthy
+    assert certified(network(), harmed * mask, mask, full * mask).centre_noise == 0
 
 
 def test_without_samples_outside_the_centre_nothing_is_held_out():
