@@ -127,7 +127,8 @@ def hdf5_file(path: Path) -> Iterator[h5py.File]:
     """
     with whole_file(path) as temporary, FileIO(temporary, "w+") as raw:
         patient = _Patient(raw)
-        with h5py.File(patient, "w") as file:
+        # Before HDF5 1.8 attributes had 64 KiB at most: some thousand slices.
+        with h5py.File(patient, "w", libver=("v108", "v108")) as file:
             yield file
         if patient.error is not None:
             raise patient.error

@@ -250,3 +250,13 @@ def test_names_that_do_not_say_the_format_are_refused(tmp_path):
             check_image_path(tmp_path / name)
     with gzip.open(tmp_path / "x.nii.gz", "wb"):
         check_image_path(tmp_path / "x.nii.gz")
+
+
+def test_what_is_known_of_thousands_of_slices_is_kept_beside_them(tmp_path):
+    """HDF5 took 64 KiB an attribute before 1.8."""
+    n = 9000
+    record = {"trustworthy": [True] * n, "methods": ["network"] * n, "errors": [0.5] * n}
+    with image_writer(tmp_path / "i.h5", (1, 1, 2, 2), None, record) as add:
+        add(torch.ones(2, 2))
+    with h5py.File(tmp_path / "i.h5") as file:
+        assert {name: file.attrs[name].tolist() for name in record} == record
