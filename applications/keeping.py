@@ -1,5 +1,6 @@
 """Commands that go on after an interruption: what they keep beside their results, until the end."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,6 +12,8 @@ import bilevel as bl
 from applications.errors import InputError
 
 T = TypeVar("T")
+# The files of checkpoints as `bilevel.Keep` names them; others that begin so are the user's.
+_STATE = re.compile(r"(update-\d{9,}|part)-[0-9a-f]{32}\.safetensors|\.writing-.*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +156,7 @@ def going_on(
         InputError: if an interrupted command left something there, and `resume` is False; or if the
             folder holds files that are no state.
     """
-    left = folder.is_dir() and any(folder.rglob("update-*"))
+    left = folder.is_dir() and _has_state(folder)
     if left and not resume:
         raise InputError(
             f"{folder}: an interrupted run left its state there; go on with it by --resume, or "
@@ -168,10 +171,14 @@ def going_on(
     try:
         yield Kept(folder, conditions, records, every)
     except BaseException:
-        if not any(folder.rglob("update-*")):  # there is nothing to go on with
+        if not _has_state(folder):  # there is nothing to go on with
             _remove(folder)
         raise
     _remove(folder)
+
+
+def _has_state(folder: Path) -> bool:
+    return any(_STATE.fullmatch(path.name) for path in folder.rglob("update-*"))
 
 
 def _remove(folder: Path) -> None:
@@ -180,7 +187,7 @@ def _remove(folder: Path) -> None:
         with suppress(OSError):
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
-            elif path.name == ".lock" or path.name.startswith(("update-", ".writing-")):
+            elif _STATE.fullmatch(path.name) or (path.name == ".lock" and not path.stat().st_size):
                 path.unlink()
     with suppress(OSError):
         folder.rmdir()

@@ -149,5 +149,7 @@ def check_positive(settings: object, *names: str, most: float = math.inf) -> Non
     for name in names:
         if not getattr(settings, name) > 0:
             raise InputError(f"{name} must be > 0, got {getattr(settings, name)}.")
+        if getattr(settings, name) == math.inf:
+            raise InputError(f"{name} must be finite, got inf.")
         if getattr(settings, name) > most:
             raise InputError(f"{name} must be at most {most:g}, got {getattr(settings, name)}.")

@@ -108,3 +108,17 @@ def test_a_folder_that_is_no_state_is_refused_and_left(tmp_path, resume):
     ):
         pass
     assert notes.read_text() == "mine"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["update-plan.txt", "update-000000001.safetensors", ".lock"])
+def test_files_that_are_no_checkpoints_are_left(tmp_path, name, resume):
+    """Their names begin as those of checkpoints do."""
+    mine = tmp_path / "state" / "plans" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with going_on(tmp_path / "state", {}, resume=resume) as kept:
+        assert kept.finished("part", lambda: 3) == 3
+        assert len(list((tmp_path / "state" / "part").glob("update-*"))) == 1
+    assert [one for one in (tmp_path / "state").rglob("*") if one.is_file()] == [mine]
+    assert mine.read_text() == "mine"
