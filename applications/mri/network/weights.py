@@ -29,9 +29,15 @@ _LARGEST = 4096  # number in an architecture
 PRETRAINED = "pretrained"  # what the command line calls the bundled weights
 _WHAT, _REMEDY = "a complete safetensors file", "copy it again"
 _TRAINED = "use weights that `train` wrote"
-WEIGHTS = Kind(
-    "a file of weights", lambda path: "architecture" in read_metadata(path, _WHAT, _REMEDY)
-)
+
+
+def _is_weights(path: Path) -> bool:
+    metadata = read_metadata(path, _WHAT, _REMEDY)
+    stated = json.loads(metadata["architecture"])  # of other programs a name, or something else
+    return "record" in metadata and set(stated) <= {one.name for one in fields(Architecture)}
+
+
+WEIGHTS = Kind("a file of weights", _is_weights)
 
 
 class EarlierWeightsWarning(UserWarning):

@@ -166,9 +166,10 @@ def test_other_outputs_replace_nothing_of_another_kind_either(home, tmp_path):
         assert "not a picture that this program drew" in found
         assert content(tmp_path) == {path: written}
     other = tmp_path / "w.safetensors"
-    save_file({"x": torch.ones(1)}, other)
-    assert "not a file of weights" in refused(*train(home, other))
-    other.unlink()
+    for metadata in (None, {"architecture": "llama"}, {"architecture": '{"layers": 3}'}):
+        save_file({"x": torch.ones(1)}, other, metadata and metadata | {"record": "{}"})
+        assert "not a file of weights" in refused(*train(home, other))
+        other.unlink()
     state_folder(other).write_text("notes")
     assert "the folder cannot be made or written" in refused(*train(home, other))
     state_folder(other).unlink()
@@ -468,6 +469,7 @@ def test_weights_that_overflow_leave_no_image(home, tmp_path):
     save_weights(path, replace(trained, control=replace(control, steps=huge)))
     scan = home / "data" / "a.h5"
     found = refused("reconstruct", "--scan", scan, "--weights", path, "--out", tmp_path / "i.h5")
-    assert "i.h5: images must be finite, that of slice 0 has" in found
+    assert "a.h5: images must be finite, that of this slice leaves the range" in found
+    assert "use other weights. This is slice 0." in found
     assert [one.name for one in tmp_path.iterdir()] == ["w.safetensors"]
     assert VolumeFile(scan).n_slices == 2
