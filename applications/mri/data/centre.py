@@ -1,13 +1,15 @@
-"""Whether k-space has its peak where its zero frequency is said to be."""
+"""Whether k-space has its peak where its zero frequency is said to be, and no values beyond it."""
 
 import torch
 from torch import Tensor
 
 from applications.errors import InputError
+from applications.mri.formats import UnusableSliceError
 
 _NEAR = 16  # of a side, the share of it that a peak may lie off by phase or by chance
 _SMALLEST_SIDE = 16
 _HIGHER = 4.0  # times the energy around the declared centre, and of most of k-space
+_BEYOND = 100.0  # times the largest value near the centre, which no sample elsewhere comes to
 _BRIGHT = 0.995  # share of positions that are not clipped, so that one spike is no peak
 
 
@@ -46,6 +48,33 @@ def check_centre(kspace: Tensor, mask: Tensor | None, where: str) -> None:
             f"{where}: k-space has its peak near row {peak[0]} and column {peak[1]}, its zero "
             f"frequency was to be at {centre[0]} and {centre[1]}; correct the encoding centre in "
             "the header, or shift k-space."
+        )
+
+
+def check_beyond(kspace: Tensor, where: str) -> None:
+    """Refuses single values that no scan has, such as altered bytes leave.
+
+    Args:
+        kspace: complex, shape ``(coils, rows, columns)``, finite.
+        where: the file and the slice, for the message.
+
+    Raises:
+        UnusableSliceError: naming the place and the size of the largest.
+    """
+    rows, columns = kspace.shape[-2:]
+    if min(rows, columns) < _SMALLEST_SIDE:
+        return
+    largest = torch.maximum(kspace.real.abs(), kspace.imag.abs()).amax(0).double()
+    near = torch.zeros_like(largest, dtype=torch.bool)
+    near[tuple(slice(n // 2 - n // 8, n // 2 + n // 8 + 1) for n in (rows, columns))] = True
+    inside = float(largest[near].max())
+    row, column = divmod(int(largest.masked_fill(near, 0).argmax()), columns)
+    value = float(largest[row, column])
+    if 0 < _BEYOND * inside < value:
+        raise UnusableSliceError(
+            f"{where} holds a value of {value:.3g} at row {row} and column {column}, k-space near "
+            f"its centre comes to {inside:.3g}: it is damaged; copy or export it again, or leave "
+            "the slice out."
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from applications.mri.data.centre import check_centre
+from applications.mri.data.centre import check_beyond, check_centre
 from applications.mri.formats import RawSlice, UnusableSliceError
 from applications.mri.physics.operators import unit_of
 
@@ -77,14 +77,16 @@ def slice_of(raw: RawSlice, scan: Path, path: Path, index: int, largest: float |
 
     Raises:
         InputError: if k-space has its peak far from its centre.
-        UnusableSliceError: if k-space is zero throughout, or not finite.
+        UnusableSliceError: if k-space is zero throughout, not finite, or has values beyond those of
+            its centre.
     """
     _check_finite(path, "kspace", raw.kspace, index)
     kspace = torch.from_numpy(raw.kspace)
     measured, remarks = _measured(path, kspace, raw.mask, index)
-    unit = unit_of(kspace)
+    unit, stored = unit_of(kspace), kspace
     kspace = kspace if unit == 1 else kspace / unit
     check_centre(kspace, measured, f"{path}: slice {index}")
+    check_beyond(stored, f"{path}: slice {index}")
     reference, calibration = raw.reference, raw.calibration
     if reference is not None:
         reference = torch.from_numpy((reference / unit).astype(np.float32))

@@ -106,6 +106,7 @@ class Network:
         """Draw the initial weights; torch's defaults do not matter, and its generator stays."""
         generator = torch.Generator().manual_seed(self.seed)
         a = self.architecture
+        combine = None
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             if a.gains:
                 initial = Begin()
@@ -113,11 +114,12 @@ class Network:
             else:
                 initial = InitialNet(a, generator)
                 phases = [Phase(a, generator) for _ in range(a.n_phases)]
+                combine = phases[-1].combine
             for one in (initial, *phases):
                 one.float()
         object.__setattr__(self, "_phases", bl.Phases(phases, initial))
-        if not a.gains:
-            object.__setattr__(self, "_combine", bl.functional(phases[-1].combine)[1])
+        if combine is not None:
+            object.__setattr__(self, "_combine", bl.functional(combine)[1])
 
     @property
     def phases(self) -> bl.Phases:

@@ -17,7 +17,7 @@ from applications.mri.data import (
     examined,
     fully_sampled,
 )
-from applications.mri.data.centre import check_centre
+from applications.mri.data.centre import check_beyond, check_centre
 from applications.mri.physics.operators import fft2c, ifft2c, rss
 from applications.mri.sampling import CartesianRandom, PoissonDisc
 from applications.mri.training.examples import draw_full
@@ -186,6 +186,22 @@ def test_noise_spikes_and_slopes_of_phase_are_no_other_centre(seed):
     mask = CartesianRandom(4.0, 0.08).mask((160, 160), generator)
     check_centre(phantom() * mask, mask, "undersampled")
     check_centre(fft2c(torch.ones(1, 8, 8)), None, "too small to tell")
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e24, 1e37])
+def test_a_value_that_no_scan_has_makes_a_slice_unusable(tmp_path, factor):
+    """As altered bytes do; the image would show nothing else."""
+    kspace = torch.stack([phantom(), phantom()])
+    kspace /= kspace.abs().max()
+    kspace[1, 0, 30, 141] = factor
+    volume = written(tmp_path / "scan.h5", kspace.numpy())
+    assert torch.equal(volume.read_slice(0).kspace, kspace[0])
+    with pytest.raises(
+        UnusableSliceError, match=r"slice 1 holds .* row 30 and column 141, .* near"
+    ):
+        volume.read_slice(1)
+    check_beyond(phantom() * (torch.arange(160) % 3 == 0), "without the centre")
+    check_beyond(torch.randn(2, 40, 40, dtype=torch.complex64), "noise")
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (23, 41), (24, 41)])
