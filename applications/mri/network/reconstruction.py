@@ -18,7 +18,7 @@ from applications.mri.network.scan import Scan, prepared
 from applications.mri.network.wavelet_phases import Begin, WaveletPhase
 from applications.mri.physics.l1_spirit import l1_spirit
 from applications.mri.physics.measured import Measured
-from applications.mri.physics.operators import ifft2c, in_units_of, rss, sample
+from applications.mri.physics.operators import ifft2c, rss, sample
 
 NETWORK, L1_SPIRIT = "network", "l1-spirit"  # methods
 
@@ -144,10 +144,7 @@ class Network:
         """The maps g and g0 for one batch of scans, see `observation`."""
         if self.architecture.gains:
             data = Measured.of(scan.kspace, scan.mask)
-            threshold = scan.threshold
-            if threshold is not None:
-                threshold = threshold.to(data.samples.real.dtype)
-            context = (data.samples, data.mask, scan.consistent, threshold)
+            context = (data.samples, data.mask, scan.consistent, scan.threshold)
         else:
             context = (scan.kspace, scan.mask, scan.normal, scan.phases)
         return replace(self._phases, context=context)
@@ -288,8 +285,7 @@ def classical_reconstruction(
     Returns:
         A batch of one.
     """
-    extra = None if calibration is None else in_units_of(kspace, calibration)
-    images = l1_spirit(kspace, mask, threshold, calibration=extra)
+    images = l1_spirit(kspace, mask, threshold, calibration=calibration)
     measured = kspace.to(images)[None].resolve_conj()
     defect = _norms(sample(images, mask) - measured)
     residual = defect / _norms(measured).clamp_min(1e-30)

@@ -19,7 +19,7 @@ from applications.mri.physics.consistency import (
 )
 from applications.mri.physics.l1_spirit import CONSISTENCY, quick_steps, threshold_of_noise
 from applications.mri.physics.masks import check_mask, samples_columns
-from applications.mri.physics.operators import fft2c, ifft2c, rss, unit_of
+from applications.mri.physics.operators import fft2c, ifft2c, in_units_of, rss, unit_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ def prepared(
     a = architecture
     masks = _checked(kspace, mask, a.coils_of(kspace.shape[1]) if kspace.ndim == 4 else 0)
     f = kspace.to(torch.complex64) * masks[:, None]
-    scale = torch.ones(len(f), 1, 1, 1, device=f.device)
+    scale = torch.ones(len(f), 1, 1, 1, device=f.device, dtype=f.real.dtype)
     if a.scale_input:
         unit = unit_of(f)
         scale = unit * rss(ifft2c(f / unit)).amax((-2, -1))[:, None, None, None]
@@ -120,7 +120,8 @@ def prepared(
     f = f / scale
     centre, measured = f, masks
     if calibration is not None:
-        centre = calibration.to(torch.complex64) / scale
+        each = zip(f, calibration, strict=True)
+        centre = torch.stack([in_units_of(*pair).to(f) for pair in each])
         measured = (centre != 0).any(dim=1)
     pairs = zip(centre, measured, strict=True)
     if a.gains:
@@ -155,7 +156,8 @@ def _consistent(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def _thresholds(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     found = [threshold_of_noise(x, m) for x, m in pairs]
-    return torch.tensor(found, device=pairs[0][0].device)[:, None, None, None]
+    first = pairs[0][0]
+    return torch.tensor(found, device=first.device, dtype=first.real.dtype)[:, None, None, None]
 
 
 def _warmed_up(

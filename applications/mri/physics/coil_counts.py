@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from applications.errors import InputError
-from applications.mri.physics.operators import in_units_of
 
 
 def coil_matrix(kspace: Tensor, n_coils: int) -> Tensor:
@@ -67,7 +66,7 @@ def with_coils(matrix: Tensor, values: Tensor) -> Tensor:
 def fitted(
     kspace: Tensor, calibration: Tensor | None, n_coils: int
 ) -> tuple[Tensor, Tensor | None]:
-    """A slice, and what calibrates its coils, with the coils of one `coil_matrix`, in one unit.
+    """A slice, and what calibrates its coils, with the coils of one `coil_matrix`.
 
     Args:
         kspace: measured, complex, shape ``(coils, rows, columns)``.
@@ -78,9 +77,8 @@ def fitted(
         Both, of so many coils.
     """
     matrix = coil_matrix(kspace, n_coils)
-    if calibration is None:
-        return with_coils(matrix, kspace), None
-    return with_coils(matrix, kspace), with_coils(matrix, in_units_of(kspace, calibration))
+    extra = None if calibration is None else with_coils(matrix, calibration)
+    return with_coils(matrix, kspace), extra
 
 
 def energy_kept(kspace: Tensor, n_coils: int) -> float:

@@ -25,7 +25,7 @@ from applications.mri.physics.consistency import (
 )
 from applications.mri.physics.masks import check_mask
 from applications.mri.physics.measured import Measured
-from applications.mri.physics.operators import between, ifft2c, rss, unit_of
+from applications.mri.physics.operators import between, ifft2c, in_units_of, rss, unit_of
 from applications.mri.physics.products import times
 from applications.mri.physics.wavelets import Wavelets, spread
 
@@ -68,12 +68,13 @@ def l1_spirit(
     f = f / scale
     centre, measured = f, mask
     if calibration is not None:
-        centre = calibration.to(f) / scale
+        centre = in_units_of(f, calibration).to(f)
         measured = (centre != 0).any(0)
     shrink = threshold_of_noise(centre, measured) if threshold is None else threshold
     normal = normal_of(fitted_kernels(centre, measured), (mask.shape[0], mask.shape[1]))
     normal = CONSISTENCY * bounded(normal, _LARGEST)
-    return scale * _fista(f, mask, normal, shrink, steps)
+    with torch.autocast(f.device.type, enabled=False):
+        return scale * _fista(f, mask, normal, shrink, steps)
 
 
 def _fista(f: Tensor, mask: Tensor, normal: Tensor, threshold: float, steps: int) -> Tensor:

@@ -20,7 +20,7 @@ from applications.errors import InputError
 from applications.mri.data import Slice, implied_mask
 from applications.mri.network.reconstruction import Loss, Network
 from applications.mri.physics.coil_counts import coil_matrix, with_coils
-from applications.mri.physics.operators import fft2c, in_units_of, rss
+from applications.mri.physics.operators import fft2c, rss
 from applications.mri.training.examples import Example
 from applications.settings import check_positive
 
@@ -129,7 +129,7 @@ class SplitExample(Example):
         kspace = with_coils(matrix, self.kspace)
         extra = None
         if self.calibration is not None:
-            extra = with_coils(matrix, in_units_of(self.kspace, self.calibration))[None]
+            extra = with_coils(matrix, self.calibration)[None]
         scan = network.prepare(kspace[None], self.given, extra)
         wanted = kspace * self.held / scan.scale
         norms = [float(torch.linalg.vector_norm(wanted, p)) for p in (2, 1)]
