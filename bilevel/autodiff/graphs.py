@@ -48,13 +48,15 @@ class recording:  # noqa: N801 - a context, as torch.enable_grad is
             torch.set_grad_enabled(False)
 
 
-def refuse_inside(name: str, *arguments: Tree) -> None:
-    """Refuse a sweep that a step or an objective calls: what it returns has no graph."""
+def refuse_inside(
+    name: str, *arguments: Tree, instead: str = "bilevel.rollout or bilevel.total_cost"
+) -> None:
+    """Refuse what a step or an objective calls, and what returns values without a graph."""
     if _inside.sweep and is_taped(arguments):
         raise LostGradientError(
             f"{name} was called inside a step or an objective with arguments that require grad, "
             "but what it returns has no graph, so that its part of the gradient would be lost: use "
-            "bilevel.rollout or bilevel.total_cost there, or detach the arguments."
+            f"{instead} there, or detach the arguments."
         )
 
 

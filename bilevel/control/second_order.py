@@ -53,6 +53,7 @@ def reason(found: Solved, i: int, tolerance: float) -> str:
         )
     t, norm = int(now.failed[i]), float(now.residual[i])
     place = "of what is shared" if t == 0 else f"of the control at t = {t}"
+    tolerance *= float(now.scale[i])
     within = f"the gradient norm {norm:.3g} is within the tolerance {tolerance:.3g}"
     above = f"the gradient norm {norm:.3g} is above the tolerance {tolerance:.3g}"
     return {
