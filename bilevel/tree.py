@@ -68,10 +68,15 @@ def is_variable(leaf: Any) -> bool:
 
 
 def detach(tree: Tree) -> Tree:
-    """`tree` without its autograd history; no copy."""
+    """`tree` without its autograd history; no copy but of tensors that inference mode made."""
     if isinstance(tree, Tensor):
-        return tree.detach()
-    return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+        return detached(tree)
+    return map_leaves(lambda leaf: detached(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def detached(x: Tensor) -> Tensor:
+    """An alias without history; of a tensor of inference mode, which none can have, a copy."""
+    return x.clone() if x.is_inference() else x.detach()
 
 
 def copied(tree: Tree, *, only: Tree = None) -> Tree:

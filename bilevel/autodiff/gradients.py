@@ -179,14 +179,16 @@ def gradient(
 def _point(params: Tree, *, attached: bool) -> Tree:
     """`params` as tensors that a gradient can be taken in, each in one place only."""
     if isinstance(params, Tensor):
-        return params if attached and params.requires_grad else params.detach().requires_grad_()
+        return (
+            params if attached and params.requires_grad else tree.detached(params).requires_grad_()
+        )
     seen: list[Tensor] = []
 
     def own(x: Any) -> Any:
         if not tree.is_variable(x):
-            return x.detach() if isinstance(x, Tensor) else x
+            return tree.detached(x) if isinstance(x, Tensor) else x
         if not (attached and x.requires_grad):
-            return x.detach().requires_grad_()
+            return tree.detached(x).requires_grad_()
         # A tensor in two places would collect the gradients of both.
         twice = any(x is y for y in seen)
         seen.append(x)

@@ -19,7 +19,8 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 class _Inside(threading.local):
-    sweep = False  # whether this thread is in one
+    def __init__(self) -> None:
+        self.sweep = False  # whether this thread is in one
 
 
 _inside = _Inside()
@@ -118,7 +119,7 @@ def variables(values: Tree) -> Tree:
 def _variable(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    alias = leaf.detach()
+    alias = tree.detached(leaf)
     return alias.requires_grad_() if tree.is_variable(leaf) else alias
 
 

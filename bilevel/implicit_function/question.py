@@ -222,7 +222,9 @@ class Question:
     def _scale(self, arguments: list[Tensor], values: list[Tensor], eps: float) -> float:
         """Size of the terms that cancel in the residual: how it answers to relative changes."""
         step, solution = math.sqrt(eps), self.solution.tensors
-        least, size = eps**0.75, 0.0  # so that a solution that is zero to rounding passes
+        # So that a solution that is zero to rounding passes; what it is beside, arguments tell.
+        around = max(tree.norm(solution), tree.norm(arguments))
+        least, size = eps**0.75 * (around if 0 < around < 1 else 1.0), 0.0
         for i, group in enumerate((solution, arguments)):
             moved = [x + step * (x + least * (i == 0)) if tree.is_variable(x) else x for x in group]
             both = (*moved, *arguments) if i == 0 else (*solution, *moved)
