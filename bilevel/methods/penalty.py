@@ -108,9 +108,8 @@ class Penalty(HypergradientMethod):
         def compare() -> Comparison:
             return followed.compared(path)
 
-        return Found(
-            outer.value, self._total(gradient), warm, outer, flaw=_flaw(instance), compare=compare
-        )
+        flaw = _flaw(instance, path)
+        return Found(outer.value, self._total(gradient), warm, outer, flaw=flaw, compare=compare)
 
     def _total(self, gradient: GradientSum) -> Tree:
         try:
@@ -122,7 +121,14 @@ class Penalty(HypergradientMethod):
             ) from error
 
 
-def _flaw(instance: Instance) -> str:
+def _flaw(instance: Instance, path: "_Path") -> str:
+    _, drawn = instance.draws_inside(lambda: path.residual(path.params))
+    if drawn:
+        return (
+            "the inner objective draws at random, and Penalty multiplies the difference of two "
+            "draws by its strength: draw outside and pass what was drawn as the batch, or take "
+            "MLM(), which differentiates the steps with their draws"
+        )
     if not instance.by_batches:
         return ""
     return (
