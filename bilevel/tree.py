@@ -8,6 +8,7 @@ leaf that is not a variable.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import optree
@@ -200,6 +201,10 @@ def _remedy(leaf: Any) -> str:
             "an iterator is read once: pass a list, or for the parameters of a module the tree "
             "that bilevel.functional(module) gives"
         )
+    if is_dataclass(leaf):
+        return "pass its fields as a dict, as vars() gives, or register its class with optree"
+    if not hasattr(leaf, "__array__") and not isinstance(leaf, float | complex):
+        return "leave it out, and let the functions close over it"
     return "wrap it with torch.as_tensor"
 
 

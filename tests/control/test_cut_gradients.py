@@ -127,3 +127,71 @@ def test_a_gradient_inside_a_step_that_lost_its_dependence_is_refused():
     problem = bl.ControlProblem(bl.Map(step), lambda u, c: square(u), 4)
     with pytest.raises(LostGradientError, match="uses a tensor"):
         bl.adjoint(problem, real(1, 3), real(2, 3))
+
+
+def cutting(cut):
+    """The cube, whose backward detaches what it has saved, or does not; a class of its own."""
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx, g):
+            (x,) = ctx.saved_tensors
+            return 3 * (x.detach() if cut else x) ** 2 * g
+
+    return Cube.apply
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def asked_twice(cube, place):
+    u, c = real(1, 3), real(2, 3)
+    if place == "step":
+        return bl.hvp(
+            bl.ControlProblem(bl.Map(lambda u, c, t: cube(u * c)), lambda u, c: square(u), 3),
+            u,
+            c,
+            c,
+        )
+    problem = bl.BilevelProblem(
+        lambda w, a, b: square(w - a) + cube(w * a).sum() / 10, lambda w, a, b: square(w)
+    )
+    method = bl.Implicit() if place == "implicit" else bl.MLM()
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 5, method, certificate=None)
+    start = torch.zeros(3, dtype=u.dtype) if place == "from zero" else u
+    return solver.hypergradient(start, c)
+
+
+@pytest.mark.parametrize("place", ["step", "mlm", "from zero", "implicit"])
+def test_a_backward_that_detaches_is_told_by_a_difference(place):
+    torch.manual_seed(3)
+    cube = cutting(True)
+    for _ in range(2):
+        with pytest.warns(bl.ConvergenceWarning, match="backward of Cube loses terms, as by a det"):
+            asked_twice(cube, place)
+    for right in (cutting(False), StraightThrough.apply):
+        asked_twice(right, place)  # a warning is an error
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_a_backward_whose_derivative_nothing_needs_is_no_fault():
+    cube = cutting(True)
+    problem = bl.BilevelProblem(
+        lambda w, a, b: square(w - a) + (cube(a) * w).sum(), lambda w, a, b: square(w)
+    )
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 5, certificate=None)
+    solver.hypergradient(real(1, 3), real(2, 3))
