@@ -210,12 +210,12 @@ def _so_far(laid: Laid, seen: list[Iterates], ended: str) -> ControlSolution | B
     """The record of a run that something ended, after the last whole update."""
     point = seen[0].where.point if seen else laid.start.point
     control, size = laid.controls.control(point), laid.stages.size
-    nothing = torch.full((size,), torch.nan, dtype=laid.stages.dtype)
+    nothing = torch.full((size,), torch.nan, dtype=laid.stages.dtype, device=laid.stages.device)
     cost, norm = (seen[0].cost, seen[0].residual) if seen else (nothing, nothing)
     costs, norms, shifts = zip(*seen[0].history[:-1], strict=True) if seen else ((), (), ())
-    steps = seen[0].steps if seen else torch.zeros(size, dtype=torch.long)
+    steps = seen[0].steps if seen else torch.zeros(size, dtype=torch.long, device="cpu")
     if laid.controls.batch is not None:
-        none = torch.zeros(size, dtype=torch.bool)
+        none = torch.zeros(size, dtype=torch.bool, device="cpu")
         said = size * [ended]
         before = [*costs], [*norms], steps, none, said
         return BatchSolution(control, cost, norm, *before, None, None, [*shifts], None)

@@ -122,8 +122,11 @@ class Penalty(HypergradientMethod):
 
 
 def _flaw(instance: Instance, path: "_Path") -> str:
-    _, drawn = instance.draws_inside(lambda: path.residual(path.params))
-    if drawn:
+    first, drawn = instance.draws_inside(lambda: path.residual(path.params))
+    # From elsewhere than torch's generators it shows by another value.
+    change = tree.norm(tree.subtract(path.residual(path.params), first))
+    size = max(tree.norm(first), path.stiffness * tree.norm(path.params))
+    if drawn or change > ROUNDING * _eps(path.params) * size:
         return (
             "the inner objective draws at random, and Penalty multiplies the difference of two "
             "draws by its strength: draw outside and pass what was drawn as the batch, or take "

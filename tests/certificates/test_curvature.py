@@ -195,6 +195,19 @@ def test_a_method_of_one_point_says_that_the_inner_objective_draws_uncertified_t
         solver.hypergradient(torch.zeros(8, dtype=F64), tensor(-2.0))
 
 
+def test_a_penalty_sees_draws_from_elsewhere():
+    generator = torch.Generator().manual_seed(1)
+
+    def inner(w, c, b):
+        rows = torch.randint(0, 60, (8,), generator=generator)
+        return square(real(1, 60, 8)[rows] @ w) / 8 + c.exp() * square(w - 1)
+
+    problem = bl.BilevelProblem(inner, MINIBATCH.outer)
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.05), 50, bl.Penalty(), certificate=None)
+    with pytest.warns(bl.ConvergenceWarning, match="draws at random, and Penalty multiplies"):
+        solver.hypergradient(torch.zeros(8, dtype=F64), tensor(-2.0))
+
+
 @pytest.mark.parametrize("method", [bl.MLM(), bl.Unrolled(), bl.OneStep()], ids=str)
 def test_methods_that_replay_the_steps_need_say_nothing(method):
     solver = bl.BilevelSolver(MINIBATCH, bl.optim.SGD(0.05), 50, method, certificate=None)
