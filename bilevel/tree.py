@@ -8,6 +8,7 @@ leaf that is not a variable.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import optree
@@ -68,10 +69,15 @@ def is_variable(leaf: Any) -> bool:
 
 
 def detach(tree: Tree) -> Tree:
-    """`tree` without its autograd history; no copy."""
+    """`tree` without its autograd history; no copy but of tensors that inference mode made."""
     if isinstance(tree, Tensor):
-        return tree.detach()
-    return map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+        return detached(tree)
+    return map_leaves(lambda leaf: detached(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def detached(x: Tensor) -> Tensor:
+    """An alias without history; of a tensor of inference mode, which none can have, a copy."""
+    return x.clone() if x.is_inference() else x.detach()
 
 
 def copied(tree: Tree, *, only: Tree = None) -> Tree:
@@ -195,6 +201,10 @@ def _remedy(leaf: Any) -> str:
             "an iterator is read once: pass a list, or for the parameters of a module the tree "
             "that bilevel.functional(module) gives"
         )
+    if is_dataclass(leaf):
+        return "pass its fields as a dict, as vars() gives, or register its class with optree"
+    if not hasattr(leaf, "__array__") and not isinstance(leaf, float | complex):
+        return "leave it out, and let the functions close over it"
     return "wrap it with torch.as_tensor"
 
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "bilevel": ["errors", "shards", "tree", "records", "checks", "settings", "drawing"],
     "bilevel.autodiff": [
-        *("junctions", "series", "graphs", "gradients", "linearisation", "nested", "reversible"),
+        *("junctions", "series", "graphs", "second", "gradients"),
+        *("linearisation", "nested", "reversible"),
     ],
     "bilevel.dynamics": [
         "dynamics",

@@ -6,6 +6,7 @@ from bilevel_cases import by_newton, logistic, ridge, scalar, trees
 
 import bilevel as bl
 from bilevel.errors import LostGradientError, StructureError, UnsupportedError
+from bilevel.linear import Operator
 
 CASES = [ridge(3), ridge(2, complex_=True), ridge(2, scalar_control=True), scalar(), trees()]
 CASES += [logistic()]
@@ -83,12 +84,22 @@ def test_what_it_refuses():
         )
 
 
+DOUBLE = Operator(lambda v: 2 * v, symmetric=True)
 DETACHED = {
     "hypergradient": lambda solver, w, a: solver.hypergradient(w, a).value,
     "value": lambda solver, w, a: solver.value(w, a),
     "advance": lambda solver, w, a: solver.advance(w, a).state.sum(),
     "solve": lambda solver, w, a: solver.solve(w, a, steps=1).control.sum(),
     "hvp": lambda solver, w, a: solver.hvp(w, a, a.detach()).cost,
+    "hypergradients": lambda solver, w, a: (
+        solver.hypergradients(w, a, [solver.problem.outer])[0].value
+    ),
+    "adapt": lambda solver, w, a: bl.adapt(
+        solver.optimizer, a, lambda p: p.square().sum(), 2
+    ).sum(),
+    "linear": lambda solver, w, a: (
+        bl.linear.CG().solve(bl.linear.Operator(lambda v: 2 * v, symmetric=True), a).solution.sum()
+    ),
 }
 
 

@@ -222,6 +222,7 @@ class Cut(torch.autograd.Function):
         return v * (1 - ctx.kept**2)
 
 
+@pytest.mark.filterwarnings("ignore:.*loses terms:bilevel.ConvergenceWarning")  # said at once, too
 def test_a_backward_that_is_cut_is_told_by_a_difference_of_gradients():
     for function, right in ((torch.tanh, True), (Cut.apply, False)):
         step = bl.Map(lambda u, c, t, function=function: function(c * u))

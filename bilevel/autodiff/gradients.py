@@ -20,6 +20,7 @@ from bilevel.autodiff.graphs import (
     variables,
 )
 from bilevel.autodiff.junctions import crosses, pulled, slopes_only
+from bilevel.autodiff.second import compare_second
 from bilevel.checks import check_scalar
 from bilevel.errors import LostGradientError
 from bilevel.tree import Tree
@@ -166,7 +167,8 @@ def gradient(
             value = check_scalar(function(point, control), name)
         if check:
             given = ((params, control) if attached else (), point)
-            refuse_hidden(value, given, name, twice=attached)
+            if own := refuse_hidden(value, given, name, twice=attached):
+                compare_second(function, (params, control), own, f"the {name}", first=True)
         found = grad([value] if value.requires_grad else [], point, None, create_graph=attached)
         if check and all(g is None for g in tree.leaves_of(found)):
             raise LostGradientError(
@@ -179,14 +181,16 @@ def gradient(
 def _point(params: Tree, *, attached: bool) -> Tree:
     """`params` as tensors that a gradient can be taken in, each in one place only."""
     if isinstance(params, Tensor):
-        return params if attached and params.requires_grad else params.detach().requires_grad_()
+        return (
+            params if attached and params.requires_grad else tree.detached(params).requires_grad_()
+        )
     seen: list[Tensor] = []
 
     def own(x: Any) -> Any:
         if not tree.is_variable(x):
-            return x.detach() if isinstance(x, Tensor) else x
+            return tree.detached(x) if isinstance(x, Tensor) else x
         if not (attached and x.requires_grad):
-            return x.detach().requires_grad_()
+            return tree.detached(x).requires_grad_()
         # A tensor in two places would collect the gradients of both.
         twice = any(x is y for y in seen)
         seen.append(x)
@@ -242,8 +246,8 @@ def pushforward(
     with recording():
         inputs = told_apart(arguments, set())
         value = function(*inputs)
-        if not attached:
-            refuse_hidden(value, inputs, "the function", twice=True)
+        if not attached and (own := refuse_hidden(value, inputs, "the function", twice=True)):
+            compare_second(function, arguments, own, "a step")
         outputs = [y for y in tree.leaves_of(value) if isinstance(y, Tensor) and y.requires_grad]
         along = zip(tree.leaves_of(inputs), tree.leaves_of(tree.detach(directions)), strict=True)
         moved = [(x, d) for x, d in along if tree.is_variable(x) and d is not None]

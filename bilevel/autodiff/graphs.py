@@ -19,7 +19,8 @@ _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 class _Inside(threading.local):
-    sweep = False  # whether this thread is in one
+    def __init__(self) -> None:
+        self.sweep = False  # whether this thread is in one
 
 
 _inside = _Inside()
@@ -48,13 +49,15 @@ class recording:  # noqa: N801 - a context, as torch.enable_grad is
             torch.set_grad_enabled(False)
 
 
-def refuse_inside(name: str, *arguments: Tree) -> None:
-    """Refuse a sweep that a step or an objective calls: what it returns has no graph."""
+def refuse_inside(
+    name: str, *arguments: Tree, instead: str = "bilevel.rollout or bilevel.total_cost"
+) -> None:
+    """Refuse what a step or an objective calls, and what returns values without a graph."""
     if _inside.sweep and is_taped(arguments):
         raise LostGradientError(
             f"{name} was called inside a step or an objective with arguments that require grad, "
             "but what it returns has no graph, so that its part of the gradient would be lost: use "
-            "bilevel.rollout or bilevel.total_cost there, or detach the arguments."
+            f"{instead} there, or detach the arguments."
         )
 
 
@@ -116,7 +119,7 @@ def variables(values: Tree) -> Tree:
 def _variable(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    alias = leaf.detach()
+    alias = tree.detached(leaf)
     return alias.requires_grad_() if tree.is_variable(leaf) else alias
 
 
@@ -152,23 +155,41 @@ def refuse_hidden(
     *,
     twice: bool = False,
     remedy: str = "Pass it in the control",
-) -> None:
-    """Refuse `outputs` whose graph reaches a tensor that is not among `inputs`."""
+) -> set[type]:
+    """Refuse `outputs` whose graph reaches a tensor that is not among `inputs`.
+
+    Args:
+        outputs: computed from the inputs.
+        inputs: trees.
+        name: of what computed them.
+        twice: whether they are differentiated twice.
+        remedy: what to do about such a tensor.
+
+    Returns:
+        The functions with a backward of the user's own that were met, where that is asked for
+        twice.
+
+    Raises:
+        LostGradientError: if there is one.
+        UnsupportedError: if there is no second derivative.
+    """
     # With `inputs` empty this is one look at `requires_grad`: nothing then should have a graph.
+    own: set[type] = set()
     if isinstance(outputs, Tensor) and not outputs.requires_grad:
-        return
+        return own
     tensors = [y for y in tree.leaves_of(outputs) if isinstance(y, Tensor) and y.requires_grad]
     if not tensors:
-        return
+        return own
     given = [x for x in tree.leaves_of(inputs) if isinstance(x, Tensor)]
     known, nodes = {id(x) for x in given}, {x.grad_fn for x in given}
-    for leaf in _graph_leaves(tensors, known, nodes, name if twice else ""):
+    for leaf in _graph_leaves(tensors, known, nodes, name if twice else "", own):
         if not getattr(leaf, "passing", False):
             raise LostGradientError(
                 f"{name} uses a tensor of shape {tuple(leaf.shape)} that requires grad but is not "
                 f"among its arguments; its gradient would be lost. {remedy}, or "
                 "freeze it with requires_grad_(False)."
             )
+    return own
 
 
 def once_differentiable(name: str, function: str) -> UnsupportedError:
@@ -193,18 +214,26 @@ def compiled(name: str) -> UnsupportedError:
 _COMPILED, _COMPILED_TWICE = "CompiledFunctionBackward", "CompiledFunctionBackwardBackward"
 
 
-def _refuse_once(node: Node, name: str) -> None:
+def _refuse_once(node: Node, name: str, own: set[type]) -> None:
     function = getattr(type(node), "_forward_cls", None)
+    if function is None:
+        return
     code = getattr(getattr(function, "backward", None), "__code__", None)
-    if function is not None and code is _MARK:
+    if code is _MARK:
         raise once_differentiable(name, function.__name__)
+    if not function.__module__.startswith(("torch.", "bilevel.")):
+        own.add(function)
 
 
 _MARK: Any = getattr(once_differentiable_of_torch(print), "__code__", None)
 
 
 def _graph_leaves(
-    tensors: Sequence[Tensor], known: set[int], seen: set[Node | None], twice: str
+    tensors: Sequence[Tensor],
+    known: set[int],
+    seen: set[Node | None],
+    twice: str,
+    own: set[type],
 ) -> Iterator[Tensor]:
     """The tensors that accumulate a gradient in the graph behind `tensors`."""
     # Nobody looks behind known tensors, which are not among them, and behind nodes that were seen.
@@ -226,7 +255,7 @@ def _graph_leaves(
                 pending.append(node)
             continue
         if twice:
-            _refuse_once(one, twice)
+            _refuse_once(one, twice, own)
         kind = one.name()
         if kind == _COMPILED_TWICE or (twice and kind == _COMPILED):
             raise compiled(twice or "this graph")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, unwrap_if_dead
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, unpack_dual
 
+from bilevel import tree
 from bilevel.autodiff.gradients import grad
 from bilevel.autodiff.graphs import is_taped, recording
 
@@ -75,7 +76,7 @@ def value_and_pull_at(
 
 def _leaf(x: Tensor) -> Tensor:
     """A tensor to differentiate in, of which a graph that is left of it is no one else's."""
-    leaf = x.detach().requires_grad_()
+    leaf = tree.detached(x).requires_grad_()
     leaf.passing = True  # pyright: ignore[reportAttributeAccessIssue]  # known to `refuse_hidden`
     return leaf
 

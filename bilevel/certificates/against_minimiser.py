@@ -268,7 +268,9 @@ class AgainstMinimiser(Certifier):
         judging = replace(instance.dynamics, batch=instance.judging_batch)
         size = tree.norm(judging.residual(params, instance.control, 1))
         known = replace(known, inner_residual=size, linear_residual=comparison.residual)
-        curvature = curvature_of(instance, params, _seed(size, found))
+        curvature = curvature_of(
+            instance, params, _directions(instance.horizon), _seed(size, found)
+        )
         known = replace(known, curvature=curvature.smallest, directions=curvature.directions)
         if curvature.negative(eps_of(params)):
             return replace(known, reason=SADDLE)
@@ -282,7 +284,7 @@ class AgainstMinimiser(Certifier):
         if self.max_products is not None:
             return DIRECTIONS, self.max_products - OTHER - DIRECTIONS
         used = found.linear.products if found.linear is not None else horizon
-        directions = min(max(max(used, horizon) // STEPS_EACH, DIRECTIONS), MOST_DIRECTIONS)
+        directions = _directions(max(used, horizon))
         limit = max(50, 2 * used - directions) - OTHER
         # Products with a matrix that is there cost nothing.
         free = 0 if here.matrix is None else 8 * len(here.matrix)
@@ -323,6 +325,11 @@ def _curvature(there: Point, directions: int, seed: int) -> Curvature:
     if there.matrix is not None:
         return spectrum(there.matrix, like, symmetric=symmetric)
     return probe(there.operator, like, directions, seed)
+
+
+def _directions(steps: int) -> int:
+    """Of the probe, beside so many steps or products that were made anyway."""
+    return min(max(steps // STEPS_EACH, DIRECTIONS), MOST_DIRECTIONS)
 
 
 def _is_saddle(here: Point, there: Point, curvature: Curvature) -> bool:

@@ -20,6 +20,7 @@ from bilevel.tree import Tree
 SOLVED = 1e-3  # relative residual up to which a linear system counts as solved
 SOUND = 0.1  # largest factor to which a sound correction takes the residual
 BALANCING = 4  # products that balance a system of unknowns of unlike scale
+ROUNDING = 256  # units that add up in R, and in a rule with moments before it stands still
 ENOUGH = 1e-2  # factor from which a further step would pay no more
 # What to do where there is no minimiser to compare with, as in training a network.
 FAR = (
@@ -74,7 +75,7 @@ class Point:
         other = _random(theta)
         along, size = tree.norm(self.operator.apply(theta)), tree.norm(theta)
         across = ratio(tree.norm(self.operator.apply(other)), tree.norm(other)) * size
-        return 64 * self.eps * max(along, across if math.isfinite(across) else 0.0)
+        return ROUNDING * self.eps * max(along, across if math.isfinite(across) else 0.0)
 
     @cached_property
     def outer(self) -> tuple[Tree, Tree]:

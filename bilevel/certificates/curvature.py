@@ -58,6 +58,8 @@ def probe(operator: Operator, like: Tree, directions: int, seed: int) -> Curvatu
         What was met.
     """
     flat = Flat(like, "params", operator.columns)
+    if not flat.width:
+        return Curvature(0.0, 0.0, 0)
     start = torch.randn(
         flat.shape,
         generator=torch.Generator().manual_seed(seed),

@@ -11,12 +11,17 @@ from dataclasses import replace
 from bilevel import tree
 from bilevel.certificates.certificate import Certificate
 from bilevel.certificates.correction import SOLVED, eps_of, ratio
-from bilevel.certificates.curvature import DIRECTIONS, Curvature, probe
+from bilevel.certificates.curvature import Curvature, probe
 from bilevel.certificates.judgement import NEGLIGIBLE, parts
 from bilevel.linear.operator import Operator
 from bilevel.methods.base import Comparison, Found
 from bilevel.methods.instance import Instance
 from bilevel.tree import Tree
+
+ROUNDED = (
+    "the penalty moves the params by hardly more than their rounding, so that nothing is known of "
+    "the multiplier: lower the strength, or leave it out, or take a dtype of more digits"
+)
 
 
 def compared(
@@ -34,6 +39,8 @@ def compared(
     Returns:
         The certificate.
     """
+    if not comparison.rounding <= max(SOLVED, trust):
+        return replace(known, reason=found.flaw or ROUNDED)
     control, better = instance.control, tree.filled(comparison.better, instance.control)
     beyond = tree.subtract(tree.filled(found.gradient, control), better)
     left = tree.filled(comparison.unsettled, control)
@@ -86,7 +93,7 @@ def _reason(comparison: Comparison, estimate: float, bad: dict[str, float], trus
     )
 
 
-def curvature_of(instance: Instance, params: Tree, seed: int) -> Curvature:
+def curvature_of(instance: Instance, params: Tree, directions: int, seed: int) -> Curvature:
     """The curvature of the inner problem, by central differences of its residual."""
     dynamics = replace(instance.dynamics, batch=instance.judging_batch)
     size = tree.norm(params) or 1.0
@@ -108,4 +115,4 @@ def curvature_of(instance: Instance, params: Tree, seed: int) -> Curvature:
         apply, symmetric=instance.optimizer.symmetric, columns=instance.problem.columns
     )
     like = tree.map_leaves(lambda x: x if tree.is_variable(x) else None, params)
-    return probe(operator, like, DIRECTIONS, seed)
+    return probe(operator, like, directions, seed)

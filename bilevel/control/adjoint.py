@@ -157,6 +157,7 @@ def adjoint(
         trajectory = Trajectory(
             *(problem.dynamics, observation, control, problem.horizon),
             *(kept.planned(checkpointing), costs_of(problem), kept.watched),
+            running=problem.running,
         )
         with closing(trajectory):
             gradient = GradientSum(trajectory.control)

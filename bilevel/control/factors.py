@@ -72,7 +72,7 @@ def factors_of(found: Solved, weight: float, which: int) -> tuple[Optimal, Facto
         (final.cost if found.met is None else found.met.cost).clone(),
         free,
         active,
-        torch.tensor(which),
+        torch.tensor(which, device="cpu"),
     )
     return point, factors, complaints
 

@@ -165,7 +165,7 @@ class KeptSweep:
         assert self._own is not None
         return {
             "halt": replace(where, **leaves),
-            "gradient": tree.leaves_of(self._gradient.sums()),
+            "gradient": self._gradient.gathered(),
             "reversal": carried
             and replace(
                 carried,

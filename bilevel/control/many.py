@@ -53,7 +53,7 @@ def adjoints(
     autodiff.refuse_inside("adjoints", observation, control)
     chosen = planned(checkpointing, problem, observation, control)
     given = problem.dynamics, observation, control, problem.horizon, chosen
-    trajectory = Trajectory(*given, costs_of(problem))
+    trajectory = Trajectory(*given, costs_of(problem), running=problem.running)
     trajectory.forward(tape_last=True)
     with closing(trajectory):
         final = trajectory.final

@@ -102,7 +102,8 @@ class _TrustRegion:
     def numbers(self) -> Tensor:
         """What a run that goes on has to know."""
         norm = math.nan if self._norm is None else self._norm
-        return torch.tensor([self._radius, float(self._quadratic), norm], dtype=torch.float64)
+        numbers = [self._radius, float(self._quadratic), norm]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def take(self, numbers: Tensor) -> None:
         """Go on from these."""

@@ -53,6 +53,7 @@ def reason(found: Solved, i: int, tolerance: float) -> str:
         )
     t, norm = int(now.failed[i]), float(now.residual[i])
     place = "of what is shared" if t == 0 else f"of the control at t = {t}"
+    tolerance *= float(now.scale[i])
     within = f"the gradient norm {norm:.3g} is within the tolerance {tolerance:.3g}"
     above = f"the gradient norm {norm:.3g} is above the tolerance {tolerance:.3g}"
     return {
@@ -209,12 +210,12 @@ def _so_far(laid: Laid, seen: list[Iterates], ended: str) -> ControlSolution | B
     """The record of a run that something ended, after the last whole update."""
     point = seen[0].where.point if seen else laid.start.point
     control, size = laid.controls.control(point), laid.stages.size
-    nothing = torch.full((size,), torch.nan, dtype=laid.stages.dtype)
+    nothing = torch.full((size,), torch.nan, dtype=laid.stages.dtype, device=laid.stages.device)
     cost, norm = (seen[0].cost, seen[0].residual) if seen else (nothing, nothing)
     costs, norms, shifts = zip(*seen[0].history[:-1], strict=True) if seen else ((), (), ())
-    steps = seen[0].steps if seen else torch.zeros(size, dtype=torch.long)
+    steps = seen[0].steps if seen else torch.zeros(size, dtype=torch.long, device="cpu")
     if laid.controls.batch is not None:
-        none = torch.zeros(size, dtype=torch.bool)
+        none = torch.zeros(size, dtype=torch.bool, device="cpu")
         said = size * [ended]
         before = [*costs], [*norms], steps, none, said
         return BatchSolution(control, cost, norm, *before, None, None, [*shifts], None)

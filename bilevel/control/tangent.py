@@ -177,7 +177,8 @@ def hvp(
     tangent = tangent_of(problem.dynamics, control)
     chosen = tangent_plan(checkpointing, tangent, problem, start, pair)
     trajectory = Trajectory(
-        tangent, start, pair, problem.horizon, chosen, tangent.costs_of(problem)
+        *(tangent, start, pair, problem.horizon, chosen, tangent.costs_of(problem)),
+        running=problem.running,
     ).forward(tape_last=False)
     theta, d = unpaired(trajectory.control)
     gradient, product = GradientSum(theta), GradientSum(theta)

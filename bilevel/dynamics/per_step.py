@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
 from bilevel import tree
@@ -205,8 +206,18 @@ BILEVEL_WORDS = "objective, neither directly nor through the inner steps"
 _LOOK: ContextVar[Look | None] = ContextVar("look", default=None)
 
 
+_SHORT = {torch.bfloat16, torch.float16}
+
+
+def _long(total: Tensor) -> Tensor:
+    return total.float() if total.dtype in _SHORT else total
+
+
 class GradientSum:
-    """A gradient in a control, gathered from the parts of the control that steps receive."""
+    """A gradient in a control, gathered from the parts of the control that steps receive.
+
+    Terms of a dtype of less than 32 bits are summed in 32, or those of thousands of steps are lost.
+    """
 
     def __init__(self, control: Tree) -> None:
         """Start from nothing; `control` is the variable tree whose parts will be named."""
@@ -219,13 +230,13 @@ class GradientSum:
         """Add `vector`, None where nothing is to be added, in the places of `part`."""
         for i, term in self._terms(part, vector):
             total = self._sums[i]
-            self._sums[i] = term if total is None else total + term
+            self._sums[i] = term if total is None else _long(total) + term
 
     def subtract(self, part: Tree, vector: Tree) -> None:
         """Subtract `vector` in the places of `part`."""
         for i, term in self._terms(part, vector):
             total = self._sums[i]
-            self._sums[i] = -term if total is None else total - term
+            self._sums[i] = -term if total is None else _long(total) - term
 
     def _terms(self, part: Tree, vector: Tree) -> Iterator[tuple[int, Tensor]]:
         for leaf, term in zip(tree.leaves_of(part), tree.leaves_of(vector), strict=True):
@@ -234,10 +245,16 @@ class GradientSum:
 
     def sums(self) -> Tree:
         """What was gathered, None where nothing was."""
-        return tree.unflatten(self._structure, self._sums)
+        pairs = zip(self._sums, self._leaves, strict=True)
+        found = [x if x is None or x.dtype == leaf.dtype else x.to(leaf.dtype) for x, leaf in pairs]
+        return tree.unflatten(self._structure, found)
+
+    def gathered(self) -> list[Tensor | None]:
+        """The leaves of `sums` with all their digits, as `load` takes them."""
+        return [*self._sums]
 
     def load(self, sums: list[Tensor | None]) -> None:
-        """Go on from the leaves of `sums`, as another gradient of such a control gathered them."""
+        """Go on from what another gradient of such a control had `gathered`."""
         self._sums = [*sums]
 
     def total(self, *, zeros: bool = False) -> Tree:

@@ -92,7 +92,7 @@ def _refuse_legacy(vectors: Any) -> None:
 def answered(question: Question) -> Any:
     """The solution that was asked for, attached to its arguments; with aux, a pair."""
     # Tensors of inference mode cannot be differentiated: there is nothing to lose here.
-    with torch.inference_mode(mode=False):
+    with torch.inference_mode(False):  # dynamo takes no name of the argument
         leaves = [x.clone() if x.is_inference() else x for x in question.given.tensors]
         outputs: Any = _Solution.apply(Root(question), *leaves)
     # Copies, so that the caller may write to them: the originals are kept for the backward.

@@ -126,8 +126,16 @@ class Question:
                     "step size, and whether there is a solution."
                 )
 
-    def values(self, *tensors: Tensor) -> list[Tensor]:
-        """The residual, of the tensors of a solution and of the arguments; one a variable."""
+    def values(self, *tensors: Tensor, look: bool = False) -> list[Tensor]:
+        """The residual, of the tensors of a solution and of the arguments; one a variable.
+
+        Args:
+            tensors: those.
+            look: refuse an objective that cannot be differentiated twice.
+
+        Returns:
+            Its values.
+        """
         solution, arguments = tensors[: self.n], tensors[self.n :]
         given, named = self.given.tree(arguments)
         form = self.solution
@@ -138,7 +146,10 @@ class Question:
 
         def value(*ws: Tensor) -> list[Tensor]:
             w = form.tree(autodiff.put(solution, form.variables, ws))
-            return [check_scalar(self.residual(w, *given, **named), self.name)]
+            found = check_scalar(self.residual(w, *given, **named), self.name)
+            if look:
+                autodiff.refuse_hidden(found, (ws, tensors), self.name, twice=True, remedy=REMEDY)
+            return [found]
 
         return autodiff.pull_at(
             value, variables, [torch.ones_like(variables[0].real).sum() * 0 + 1]
@@ -181,7 +192,7 @@ class Question:
             for i, x in enumerate(solution)
         ]
         with torch.enable_grad(), _Refusing(self.name):
-            values = self.values(*point, *arguments)
+            values = self.values(*point, *arguments, look=True)
         autodiff.refuse_hidden(values, point, self.name, remedy=REMEDY)
         if not any(y.requires_grad for y in values):
             raise LostGradientError(
@@ -211,7 +222,9 @@ class Question:
     def _scale(self, arguments: list[Tensor], values: list[Tensor], eps: float) -> float:
         """Size of the terms that cancel in the residual: how it answers to relative changes."""
         step, solution = math.sqrt(eps), self.solution.tensors
-        least, size = eps**0.75, 0.0  # so that a solution that is zero to rounding passes
+        # So that a solution that is zero to rounding passes; what it is beside, arguments tell.
+        around = max(tree.norm(solution), tree.norm(arguments))
+        least, size = eps**0.75 * (around if 0 < around < 1 else 1.0), 0.0
         for i, group in enumerate((solution, arguments)):
             moved = [x + step * (x + least * (i == 0)) if tree.is_variable(x) else x for x in group]
             both = (*moved, *arguments) if i == 0 else (*solution, *moved)

@@ -96,5 +96,7 @@ class InnerIteration(Dynamics):
 
     def residual(self, params: Tree, control: Tree, t: int) -> Tree:
         """What vanishes at the inner solution, with the batch of step `t`."""
-        found = self.gradient(params, control, t)
+        # Who tapes it differentiates the inner objective twice.
+        taped = autodiff.is_taped((params, control))
+        found = self.gradient(params, control, t, check=taped)
         return self.optimizer.residual(params, found, control, self.offset + t)

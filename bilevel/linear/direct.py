@@ -59,7 +59,7 @@ class Nystrom(LinearSolver):
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
         """See `LinearSolver`; `rank + 1` products, one more with a `start`, which is corrected."""
         refuse_asymmetric(operator, "Nystrom")
-        return solve_flat(self._correct, operator, rhs, start, self.damping)
+        return solve_flat(self._correct, operator, rhs, start, self.damping, scales=False)
 
     def _correct(self, system: System) -> LinearResult:
         n, eps = system.flat.width, system.eps

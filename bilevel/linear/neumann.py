@@ -45,7 +45,7 @@ class Neumann(LinearSolver):
 
     def solve(self, operator: Operator, rhs: Tree, start: Tree | None = None) -> LinearResult:
         """See `LinearSolver`; `steps` products, one more with a `start`."""
-        return solve_flat(self._iterate, operator, rhs, start)
+        return solve_flat(self._iterate, operator, rhs, start, scales=False)
 
     def _iterate(self, system: System) -> LinearResult:
         x, r, norms = system.begin()

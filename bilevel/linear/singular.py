@@ -58,7 +58,7 @@ def random_like(b: Tree) -> Tree:
         if x is None:
             return None
         kind = torch.complex128 if x.is_complex() else torch.float64
-        return torch.randn(x.shape, dtype=kind, generator=generator).to(x)
+        return torch.randn(x.shape, dtype=kind, generator=generator, device="cpu").to(x)
 
     return tree.map_leaves(drawn, b)
 

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bilevel import autodiff
+from bilevel import autodiff, tree
 from bilevel.errors import DivergenceError
 from bilevel.linear.flat import Flat
 from bilevel.linear.operator import LinearResult, Operator
@@ -81,13 +82,13 @@ class System:
         # The mean square of (A z)_i over random signs z is the square norm of row i: unlike an
         # estimate of the diagonal it is never negative, and few probes do.
         generator = torch.Generator().manual_seed(0)
-        squares = torch.zeros(self.flat.shape, dtype=self.flat.dtype, device=self.flat.device)
+        rows = self.flat.zeros()
         for _ in range(probes):
             signs = (
                 torch.randint(0, 2, self.flat.shape, generator=generator, device="cpu") * 2.0 - 1
             )
-            squares += self.apply(signs.to(squares)).square()
-        rows = (squares / probes).sqrt()
+            rows = rows.hypot(self.apply(signs.to(rows)))  # no square leaves the range of the dtype
+        rows = rows / math.sqrt(probes)
         largest = rows.amax(-1, keepdim=True)
         if not bool(largest.isfinite().all()):
             raise DivergenceError("the operator returned a value that is not finite.")
@@ -213,14 +214,83 @@ def solve_flat(
     start: Tree | None,
     damping: float = 0.0,
     probes: int = 0,
+    *,
+    scales: bool = True,
 ) -> LinearResult:
     """`method` of the flat system, without a graph; zero if `rhs` is zero."""
+    # Where it fails on an operator whose squares leave the range of the dtype, it is asked again
+    # with the operator scaled, if it `scales`: if what it finds depends on the solution alone.
+    autodiff.refuse_inside("a linear solver", rhs, start, instead="bilevel.implicit")
     with autodiff.paused():
-        system = System(operator, rhs, start, damping, probes)
-        if any(system.rhs_norms):
-            return method(system)
-        norms = system.rhs_norms
-        return system.result(system.flat.zeros(), norms, [0] * len(norms), rtol=0.0, floors=norms)
+        try:
+            found = _solved(method, operator, rhs, start, damping, probes)
+        except DivergenceError:
+            scale = _far_from_one(operator, rhs) if scales else None
+            if scale is None:
+                raise
+            made = 1
+        else:
+            scale = _far_from_one(operator, rhs) if scales and found.residual >= 1 else None
+            if scale is None:
+                return found
+            made = 1 + found.products
+        scaled = _scaled(operator, 1 / scale)
+        begun = None if start is None else _times(start, scale)
+        again = _solved(method, scaled, rhs, begun, damping / scale, probes)
+        return replace(
+            again,
+            solution=_times(again.solution, 1 / scale),
+            products=again.products + made,
+            find_ritz=lambda: None if again.ritz is None else again.ritz * scale,
+        )
+
+
+def _solved(
+    method: Callable[[System], LinearResult],
+    operator: Operator,
+    rhs: Tree,
+    start: Tree | None,
+    damping: float,
+    probes: int,
+) -> LinearResult:
+    system = System(operator, rhs, start, damping, probes)
+    if any(system.rhs_norms):
+        return method(system)
+    norms = system.rhs_norms
+    return system.result(system.flat.zeros(), norms, [0] * len(norms), rtol=0.0, floors=norms)
+
+
+def _far_from_one(operator: Operator, rhs: Tree) -> float | None:
+    """The size of an operator whose squares may leave the range of the dtype; None of any other."""
+    generator = torch.Generator().manual_seed(0)
+
+    def signs(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        return (torch.randint(0, 2, x.shape, generator=generator, device="cpu") * 2.0 - 1).to(x)
+
+    product = operator.apply(tree.map_leaves(signs, rhs))
+    leaves = [x for x in tree.leaves_of(product) if tree.is_variable(x) and x.numel()]
+    size = max((float(x.abs().max()) for x in leaves), default=0.0)
+    limits = torch.finfo(Flat(rhs, "rhs", operator.columns).dtype)
+    least = limits.tiny**0.25
+    if not limits.tiny <= size <= limits.max or least < size < 1 / least:
+        return None
+    return _below(size)
+
+
+def _scaled(operator: Operator, factor: float) -> Operator:
+    """The operator times a number."""
+    apply, adjoint = operator.apply, operator.adjoint
+    return replace(
+        operator,
+        apply=lambda v: _times(apply(v), factor),
+        adjoint=None if adjoint is None else lambda v: _times(adjoint(v), factor),
+    )
+
+
+def _times(vector: Tree, factor: float) -> Tree:
+    return tree.map_leaves(lambda x: None if x is None else x * factor, vector)
 
 
 def _below(largest: float) -> float:

@@ -46,6 +46,7 @@ class Comparison:
         better: a hypergradient of the next order.
         unsettled: what further inner steps would still change, as the last ones tell.
         residual: relative residual of the worst inner problem.
+        rounding: what part of the differences that tell the multiplier is rounding.
         reason: why the comparison says nothing; empty if it does.
 
     Example:
@@ -64,6 +65,7 @@ class Comparison:
     better: Tree
     unsettled: Tree
     residual: float
+    rounding: float = 0.0
     reason: str = ""
 
 

@@ -73,7 +73,7 @@ class Implicit(HypergradientMethod):
         reached = instance.iterated
         params = instance.dynamics.readout(reached.state)
         outer = instance.outer_gradient(params)
-        residual = instance.linearised(params)
+        residual, drawn = instance.draws_inside(lambda: instance.linearised(params))
         solved = self.solver_for(instance).solve(
             transposed(residual, instance),
             tree.filled(outer.in_params, params),
@@ -90,6 +90,12 @@ class Implicit(HypergradientMethod):
                 replace(transposed(residual, instance), adjoint=residual.push),
                 tree.filled(outer.in_params, params),
                 solved,
+            )
+        if drawn:
+            flaw = (
+                "the inner objective draws at random, and the linear system of Implicit is that of "
+                "one draw, of which the params are no solution: draw outside and pass what was "
+                "drawn as the batch, or take MLM(), which differentiates the steps with their draws"
             )
         if instance.by_batches:
             flaw = (

@@ -1,7 +1,7 @@
 """A hypergradient to be found, and what every method does with it: iterate, and look at the end."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -308,6 +308,12 @@ class Instance:
                 name="the outer objective",
             )
         return OuterGradient(value, in_params, in_control)
+
+    def draws_inside(self, evaluate: Callable[[], Any]) -> tuple[Any, bool]:
+        """What `evaluate` returns, and whether the inner objective in it drew at random."""
+        before = RandomState.capture(devices_of((self.params, self.control)))
+        found = evaluate()
+        return found, not before.stands()
 
     def linearised(self, params: Tree) -> Linearisation:
         """The inner residual at some params, in params and control, with the judging batch."""

@@ -108,9 +108,8 @@ class Penalty(HypergradientMethod):
         def compare() -> Comparison:
             return followed.compared(path)
 
-        return Found(
-            outer.value, self._total(gradient), warm, outer, flaw=_flaw(instance), compare=compare
-        )
+        flaw = _flaw(instance, path)
+        return Found(outer.value, self._total(gradient), warm, outer, flaw=flaw, compare=compare)
 
     def _total(self, gradient: GradientSum) -> Tree:
         try:
@@ -122,7 +121,17 @@ class Penalty(HypergradientMethod):
             ) from error
 
 
-def _flaw(instance: Instance) -> str:
+def _flaw(instance: Instance, path: "_Path") -> str:
+    first, drawn = instance.draws_inside(lambda: path.residual(path.params))
+    # From elsewhere than torch's generators it shows by another value.
+    change = tree.norm(tree.subtract(path.residual(path.params), first))
+    size = max(tree.norm(first), path.stiffness * tree.norm(path.params))
+    if drawn or change > ROUNDING * _eps(path.params) * size:
+        return (
+            "the inner objective draws at random, and Penalty multiplies the difference of two "
+            "draws by its strength: draw outside and pass what was drawn as the batch, or take "
+            "MLM(), which differentiates the steps with their draws"
+        )
     if not instance.by_batches:
         return ""
     return (
@@ -156,7 +165,20 @@ class _Path:
     def pull(self) -> Tree:
         """By how much the residual at the starting point changes with F added once."""
         there = self.params
-        return tree.subtract(self.residual(there, 1.0), self.residual(there))
+        gradient = tree.filled(self.instance.outer_gradient(there).in_params, there)
+        if self.instance.optimizer.symmetric:
+            return gradient
+        # Of a proximal step by a difference: with so much of F that it is no rounding, and small.
+        size, base, weight = tree.norm(there) or 1.0, self.residual(there), 1.0
+        least, wanted = math.sqrt(_eps(there)) * size, _eps(there) ** 0.25 * size
+        change, force = tree.subtract(self.residual(there, weight), base), tree.norm(gradient)
+        for _ in range(2):
+            found = tree.norm(change)
+            if least <= found <= 0.1 * size or not force:
+                break
+            weight = weight * wanted / found if found > _eps(there) * size else wanted / force
+            change = tree.subtract(self.residual(there, weight), base)
+        return tree.map_leaves(lambda x: None if x is None else x / weight, change)
 
     @cached_property
     def stiffness(self) -> float:
@@ -326,7 +348,15 @@ class _Followed:
         rate = min(self._rate(path), 1 - 1 / (1 + self.made))
         ahead = rate / (1 - rate)
         change = _combined([given, then], [ahead, -ahead])
-        return Comparison(better, change, self.residual)
+        return Comparison(better, change, self.residual, self._rounding(path))
+
+    def _rounding(self, path: _Path) -> float:
+        """What part of the way from the first params to the nearest of the others is rounding."""
+        if not tree.norm(path.pull):
+            return 0.0
+        way = tree.norm(tree.subtract(self.points[0], self.points[-1]))
+        size = _eps(self.params) * tree.norm(self.params)
+        return size / way if way else math.inf
 
     def _rate(self, path: _Path) -> float:
         """How much of the residuals the steps since the look before left."""

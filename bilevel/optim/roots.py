@@ -106,7 +106,7 @@ class Anderson(InnerOptimizer):
     def begin(self, params: Tree) -> Tree:  # noqa: D102
         flat = Flat(tree.zeros_like(params), "params")
         rows = flat.zeros().new_zeros(self.memory, flat.width)
-        return Past(params, rows, rows, torch.zeros((), dtype=torch.int64))
+        return Past(params, rows, rows, torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def params(self, state: Tree) -> Tree:  # noqa: D102
         return state.params

@@ -59,7 +59,8 @@ class Encoder:
         if type(value) in (list, tuple):
             kind = _packable(value)
             if kind is not None:  # a history: bits, not text
-                packed = self._tensor(torch.tensor(value, dtype=_PACKED[kind]), place)
+                bits = torch.tensor(value, dtype=_PACKED[kind], device="cpu")
+                packed = self._tensor(bits, place)
                 return {"packed": packed, "of": kind, "tuple": isinstance(value, tuple)}
             parts = [self.plain(x, f"{place}.{i}") for i, x in enumerate(value)]
             return {"tuple": parts} if isinstance(value, tuple) else parts

@@ -67,7 +67,7 @@ class Standing:
 def _words(state: Any) -> Any:
     """A state of Python's generator, its 625 words as a tensor."""
     version, words, gauss = state
-    return version, torch.tensor(words), gauss
+    return version, torch.tensor(words, device="cpu"), gauss
 
 
 def _tuple(state: Any) -> Any:

@@ -51,7 +51,8 @@ def part_of(batch: Any, name: str, rank: int, size: int, among: str = "processes
     for label, n in lengths.items():
         if n % size:
             raise ArgumentError(
-                f"{label} has {n} samples, which {size} {among} cannot share evenly: {ADVICE}."
+                f"{label} has {n} samples, which {size} {among} cannot share evenly: take a batch "
+                f"size that {size} divides (drop_last=True leaves out a smaller last batch)."
             )
     if not lengths:
         return batch

@@ -205,7 +205,9 @@ class Product(Prox):
     def value(self, params: Tree, control: Tree) -> Tensor:  # noqa: D102
         operators, _, (own,) = self._each(params)
         pairs = zip(operators, own, strict=True)
-        return sum((p.value(x, control) for p, x in pairs if p is not None), torch.zeros(()))
+        return sum(
+            (p.value(x, control) for p, x in pairs if p is not None), torch.zeros((), device="cpu")
+        )
 
     def term(self, params: Tree, control: Tree) -> Tensor | float:  # noqa: D102
         operators, _, (own,) = self._each(params)

@@ -172,7 +172,9 @@ class L1(Prox):
         thresholds = times(like(self.weight, params, control, "weight"), step_size, params)
         # A threshold of zero leaves the operator the identity, which is smooth.
         return any_tie(
-            lambda x, t, s: tied(_magnitude(x)[0], t, s) & (torch.as_tensor(t) > 0),
+            lambda x, t, s: (
+                tied(_magnitude(x)[0], t, s) & (torch.as_tensor(t, device=x.device) > 0)
+            ),
             params,
             thresholds,
             slack,
@@ -359,7 +361,7 @@ def nothing_of_a_set(prox: Prox, *settings: Any) -> float:
 def _check_order(lower: Any, upper: Any) -> None:
     if lower is None or upper is None:
         return
-    if not bool(torch.as_tensor(lower <= upper).all()):
+    if not bool(torch.as_tensor(lower <= upper, device="cpu").all()):
         raise ArgumentError(f"lower must be <= upper, got {lower} and {upper}.")
 
 

@@ -26,7 +26,9 @@ def outside(prox: Prox, params: Tree, control: Tree) -> Tensor:
     moved = prox(params, 1.0, control)
     pairs = zip(tree.leaves_of(params), tree.leaves_of(moved), strict=True)
     far = [_apart(x.detach(), y.detach()) for x, y in pairs if tree.is_variable(x)]
-    return torch.where(torch.stack(far).any(), math.inf, 0.0) if far else torch.zeros(())
+    return (
+        torch.where(torch.stack(far).any(), math.inf, 0.0) if far else torch.zeros((), device="cpu")
+    )
 
 
 def _apart(x: Tensor, y: Tensor) -> Tensor:

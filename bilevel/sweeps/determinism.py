@@ -1,8 +1,8 @@
-"""Whether a step, evaluated again, is what it was: the state it gives, and its gradient."""
+"""Whether a step, evaluated again, is what it was: state, running cost, and their gradient."""
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,10 @@ from bilevel.tree import Tree
 # Entries of a state that are compared at every block. Whole states are compared where the number of
 # blocks from the end is 1, 2, 4, ...: a sweep that memory bounds does not read each twice more.
 SAMPLE = 1024
+REMEDY = (
+    "with the observation, or a field of the dynamics, or keep the graphs with "
+    "Checkpointing(block=None)."
+)
 
 _known: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
@@ -70,39 +74,49 @@ class Digest:
         return any(abs(a - b) > self.tolerance * self.spread for a, b in pairs)
 
 
-def check_same_gradient(origin: object, taped: Callable[[], Block]) -> None:
-    """Tape one step twice, the first time that steps of this origin are seen, and compare.
+def check_same_gradient(origins: Sequence[object], taped: Callable[[], Block]) -> None:
+    """Tape one step twice, the first time that steps of these origins are seen, and compare.
 
     Args:
-        origin: what the steps come from.
+        origins: what the steps come from, and their running costs.
         taped: tapes a block of one step.
 
     Raises:
-        ArgumentError: if its state is the same and its gradient is not.
+        ArgumentError: if its state is the same and its gradient is not, or its cost is not.
     """
-    # A straight-through estimate gives the same state by another mask: states cannot tell.
-    if _known.get(id(origin)) is origin:
+    # A straight-through estimate gives the same state by another mask: states cannot tell. Nor do
+    # they tell of a cost, which is counted where it is evaluated again.
+    if all(_known.get(id(origin)) is origin for origin in origins):
         return
-    state, gradient = _digests(taped())
-    state_again, again = _digests(block := taped())
-    if _differ(gradient, again) and not _differ(state, state_again):
+    state, costs, gradient = _digests(taped())
+    state_again, costs_again, again = _digests(block := taped())
+    t, same_state = block.times[0], not _differ(state, state_again)
+    if same_state and _differ(costs, costs_again):
         raise ArgumentError(
-            f"step {block.times[0]} of the dynamics gave the same state with another gradient when "
-            "evaluated again, although torch's default generators were restored: pass what is "
-            "random in its estimate in with the observation, or a field of the dynamics, or keep "
-            "the graphs with Checkpointing(block=None)."
+            f"the running cost at t = {t} gave another value when evaluated again, although "
+            f"torch's default generators were restored: pass what it draws in {REMEDY}"
         )
-    with suppress(TypeError):  # what has no weak references is checked each time
-        _known[id(origin)] = origin
+    if same_state and _differ(gradient, again):
+        raise ArgumentError(
+            f"step {t} of the dynamics{' and its running cost' if costs else ''} gave the same "
+            "state with another gradient when evaluated again, although torch's default generators "
+            f"were restored: pass what is random in its estimate in {REMEDY}"
+        )
+    for origin in origins:
+        with suppress(TypeError):  # what has no weak references is checked each time
+            _known[id(origin)] = origin
 
 
-def _digests(block: Block) -> tuple[list[Digest], list[Digest]]:
-    """Of the state that a block of one step leads to, and of the gradient of its sum."""
+def _digests(block: Block) -> tuple[list[Digest], list[Digest], list[Digest]]:
+    """Of the state and the costs of a block of one step, and of the gradient of their sum."""
     # Numbers, since two gradients side by side might be more than a budget allows.
-    ones = tree.map_leaves(_ones, block.end)
-    found = autodiff.pull(block.end, ones, (block.states[0], block.controls))
-    state = [Digest.of(x.detach()) for x in tree.leaves_of(block.end) if tree.is_variable(x)]
-    return state, [Digest.of(x) for x in tree.leaves_of(found) if x is not None]
+    ends = block.end, block.costs
+    found = autodiff.pull(ends, tree.map_leaves(_ones, ends), (block.states[0], block.controls))
+    state, costs, gradient = (
+        [Digest.of(x.detach()) for x in tree.leaves_of(each) if tree.is_variable(x)]
+        for each in (*ends, found)
+    )
+    return state, costs, gradient
 
 
 def _ones(leaf: Any) -> Tensor | None:

@@ -87,11 +87,13 @@ class Trajectory:
         checkpointing: Checkpointing,
         costs: Costs = no_costs,
         watched: Callable[[], None] | None = None,
+        running: object = None,
     ) -> None:
         """Stand before u(0).
 
-        `costs` are evaluated before each step, where they may draw. `watched` is called after each
-        step that is not taped, when `halt` tells where it stands.
+        `costs` are evaluated before each step, where they may draw; `running` is what they come
+        from. `watched` is called after each step that is not taped, when `halt` tells where it
+        stands.
         """
         check_control(control, horizon)
         tree.check_leaves(observation, "observation")
@@ -104,7 +106,7 @@ class Trajectory:
         self.last = range(horizon, horizon)
         self.random_start: RandomState
         self._dynamics, self._checkpointing = dynamics, checkpointing
-        self._costs, self._watched = costs, watched
+        self._costs, self._watched, self._running = costs, watched, running
         # Costs of steps that are not taped count for what they draw alone.
         self._draw_costs = costs is not no_costs
         self._schedule = checkpointing.schedule(horizon)
@@ -272,7 +274,10 @@ class Trajectory:
                 return self.tape(range(t - 1, t), start, step=step)
 
         steps = self.forward_steps
-        check_same_gradient(self._dynamics.origin, taped)
+        origins = [self._dynamics.origin]
+        if self._costs is not no_costs:
+            origins.append(self._running)
+        check_same_gradient(origins, taped)
         self.forward_steps = steps  # those of the schedule are counted
 
     def tape_initial(self) -> Tree:
@@ -442,7 +447,7 @@ class Trajectory:
         """
         lasting, final = tree.detach(handed)
         given = self._dynamics, observation, control, self.horizon, self._checkpointing
-        again = Trajectory(*given, self._costs)
+        again = Trajectory(*given, self._costs, running=self._running)
         again.devices |= self.devices
         if lasting:
             again._snapshots = MemorySnapshots(lasting)

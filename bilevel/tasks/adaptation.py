@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from bilevel import tree
+from bilevel import autodiff, tree
 from bilevel.checks import check_arguments, check_kind, check_range, check_whole
 from bilevel.inner.problem import BilevelProblem
 from bilevel.methods.instance import Instance
@@ -39,6 +39,7 @@ def adapt(
 
     Raises:
         ArgumentError: if `steps` is negative or `weight` not positive.
+        LostGradientError: if it is called inside a step or an objective that is differentiated.
         DivergenceError: if the iteration is not finite.
 
     Example:
@@ -51,6 +52,7 @@ def adapt(
     check_arguments(task, "task", "params")
     check_whole(steps, "steps")
     check_range(weight, "weight", above=0)
+    autodiff.refuse_inside("adapt", params, control, instead="bilevel.rollout")
     alone = BilevelProblem(lambda p, c, batch: task(p), lambda p, c, batch: task(p))  # noqa: ARG005
     scaled = optimizer.scaled(weight)
     instance = Instance(alone, scaled, steps, tree.detach(params), tree.detach(control))

@@ -177,6 +177,43 @@ def test_an_inner_objective_that_draws_is_not_trusted_and_its_draws_are_its_own(
     assert torch.equal(*after)
 
 
+MINIBATCH = bl.BilevelProblem(
+    lambda w, c, b: (
+        square((real(1, 60, 8) @ w - real(2, 60))[torch.randint(0, 60, (8,))]) / 8
+        + c.exp() * square(w)
+    ),
+    lambda w, c, b: square(real(1, 60, 8)[:20] @ w - real(2, 60)[:20]),
+)
+
+
+@pytest.mark.parametrize("method", [bl.Implicit(), bl.Penalty()], ids=str)
+def test_a_method_of_one_point_says_that_the_inner_objective_draws_uncertified_too(
+    method,
+):
+    solver = bl.BilevelSolver(MINIBATCH, bl.optim.SGD(0.05), 50, method, certificate=None)
+    with pytest.warns(bl.ConvergenceWarning, match=r"draws at random.*take MLM\(\)"):
+        solver.hypergradient(torch.zeros(8, dtype=F64), tensor(-2.0))
+
+
+def test_a_penalty_sees_draws_from_elsewhere():
+    generator = torch.Generator().manual_seed(1)
+
+    def inner(w, c, b):
+        rows = torch.randint(0, 60, (8,), generator=generator)
+        return square(real(1, 60, 8)[rows] @ w) / 8 + c.exp() * square(w - 1)
+
+    problem = bl.BilevelProblem(inner, MINIBATCH.outer)
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.05), 50, bl.Penalty(), certificate=None)
+    with pytest.warns(bl.ConvergenceWarning, match="draws at random, and Penalty multiplies"):
+        solver.hypergradient(torch.zeros(8, dtype=F64), tensor(-2.0))
+
+
+@pytest.mark.parametrize("method", [bl.MLM(), bl.Unrolled(), bl.OneStep()], ids=str)
+def test_methods_that_replay_the_steps_need_say_nothing(method):
+    solver = bl.BilevelSolver(MINIBATCH, bl.optim.SGD(0.05), 50, method, certificate=None)
+    solver.hypergradient(torch.zeros(8, dtype=F64), tensor(-2.0))
+
+
 @pytest.mark.parametrize("method", [bl.MLM(), bl.Implicit()], ids=str)
 def test_a_certificate_leaves_the_buffers_of_a_module_as_they_are(method):
     net = torch.nn.BatchNorm1d(8).double().requires_grad_(requires_grad=False)

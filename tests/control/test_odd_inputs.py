@@ -106,6 +106,7 @@ STEEP = bl.BilevelSolver(
     bl.BilevelProblem(lambda w, a, _: (w - a).square().sum(), lambda w, a, _: w.square().sum()),
     bl.optim.SGD(0.1),
     inner_steps=3,
+    on_failure="ignore",
 )
 
 
@@ -141,3 +142,40 @@ def test_a_compiled_inner_objective_has_no_second_derivative(method, compiled):
     words = "is cut|cuts it off" if first else "second derivative of a function"
     with pytest.raises(LostGradientError if first else UnsupportedError, match=words):
         solver.hypergradient(torch.ones(2), torch.ones(2))
+
+
+MADE = {
+    "adjoint": lambda x: bl.adjoint(problem_of(), x, x).gradient,
+    "hvp": lambda x: bl.hvp(problem_of(), x, x, x).product,
+    "total_cost": lambda x: bl.total_cost(problem_of(), x, x),
+    "control solve": lambda x: (
+        bl.ControlSolver(problem_of(), lambda p: torch.optim.SGD(p, 0.01))
+        .solve(x, x, steps=2)
+        .control
+    ),
+    "hypergradient": lambda x: STEEP.hypergradient(x, 2 * x).gradient,
+    "bilevel hvp": lambda x: STEEP.hvp(x, x, x).product,
+    "implicit": lambda x: bl.implicit(lambda a: a**0.5, lambda w, a: w**2 - a)(x),
+    "adapt": lambda x: bl.adapt(bl.optim.SGD(0.1), x, lambda w: (w**2).sum(), 2),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_tensors_made_in_inference_mode_are_taken_outside(name):
+    with torch.inference_mode():
+        made = torch.ones(2)
+    torch.testing.assert_close(MADE[name](made), MADE[name](torch.ones(2)))
+
+
+EMPTY_METHODS = [bl.MLM(), bl.Unrolled(), bl.Implicit(), bl.Penalty(), bl.OneStep()]
+
+
+@pytest.mark.parametrize("method", EMPTY_METHODS, ids=repr)
+def test_a_problem_without_a_single_number_has_an_empty_hypergradient(method):
+    problem = bl.BilevelProblem(
+        lambda w, a, b: ((w - a) ** 2).sum(), lambda w, a, b: ((w - 1) ** 2).sum()
+    )
+    nothing = torch.zeros(0)
+    found = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 5, method).hypergradient(nothing, nothing)
+    assert found.gradient.shape == (0,)
+    assert found.value == 0

@@ -146,3 +146,24 @@ def test_a_horizon_that_is_no_count_is_refused(horizon):
 def test_a_plain_function_as_dynamics_is_refused_with_the_remedy():
     with pytest.raises(ArgumentError, match=r"must be a Dynamics .*bilevel.Map.*, got function"):
         bl.ControlProblem(lambda u, c, t: u, lambda u, c: u, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("checkpointing", [None, bl.Checkpointing(2, 12)], ids=repr)
+def test_a_gradient_of_thousands_of_steps_is_summed_with_more_digits_than_its_own(
+    dtype, checkpointing
+):
+    horizon = 600
+    problem = bl.ControlProblem(
+        bl.Map(lambda u, c, t: u), lambda u, c: 0 * u, horizon, lambda u, c, t: c + 0 * u
+    )
+    one = torch.ones((), dtype=dtype)
+    found = bl.adjoint(problem, one, one, checkpointing=checkpointing).gradient
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, torch.tensor(float(horizon), dtype=dtype))
+    if checkpointing is None:
+        product = bl.hvp(problem, one, one, one)
+        torch.testing.assert_close(product.gradient, found)
+        leaf = one.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(bl.total_cost(problem, one, leaf), leaf)
+        torch.testing.assert_close(slope, found)

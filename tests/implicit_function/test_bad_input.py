@@ -146,11 +146,23 @@ def test_what_is_small_goes_by_the_terms_of_the_residual(scale):
         bad(A)
 
 
+@pytest.mark.parametrize("unit", [1e-20, 1e-12, 1e12])
+def test_a_solution_in_small_or_large_units_is_looked_at_in_them(unit):
+    good = bl.implicit(lambda a: 2 * a, lambda w, a: w - 2 * a)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        good(unit * A)
+    bad = bl.implicit(lambda a: 2.002 * a, lambda w, a: w - 2 * a)
+    with pytest.warns(bl.ConvergenceWarning, match="is not small at the solution"):
+        bad(unit * A)
+
+
 def test_a_solution_that_is_zero_to_rounding_is_one():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bl.implicit(lambda a: 1e-17 * a, lambda w, a: w * (1 + a))(A)
         bl.implicit(lambda a: 0 * a, lambda w, a: w * (1 + a))(A)
+        bl.implicit(lambda a: 0 * a, lambda w, a: w - a)(0 * A)
 
 
 @pytest.mark.parametrize(

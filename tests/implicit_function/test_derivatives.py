@@ -417,3 +417,13 @@ def test_it_may_be_called_where_graphs_are_recorded():
     with recording():
         a = torch.tensor(4.0, requires_grad=True)
         assert torch.autograd.grad(root(a), a)[0].item() == 0.25
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of dynamo, while it traces
+def test_a_compiled_function_may_hold_one():
+    double = bl.implicit(lambda a: 2 * a, lambda w, a: w - 2 * a)
+    a = torch.tensor([1.0, 2.0], requires_grad=True)
+    found = torch.compile(lambda a: double(a) ** 2, backend="eager")(a)
+    torch.testing.assert_close(found, torch.tensor([4.0, 16.0]))
+    (slope,) = torch.autograd.grad(found.sum(), a)
+    torch.testing.assert_close(slope, torch.tensor([8.0, 16.0]))

@@ -836,3 +836,31 @@ def test_a_solver_is_a_linear_solver_and_the_base_is_abstract():
     assert all(isinstance(s, LinearSolver) for s in EVERY)
     with pytest.raises(TypeError, match="abstract"):
         LinearSolver()
+
+
+FAR_FROM_ONE = [1e-36, 1e-25, 1e-20, 1e18, 1e25, 1e30]
+SCALED = [CG(rtol=1e-5), CG(rtol=1e-5, probes=4), Dense(rtol=1e-5), GMRES(rtol=1e-5)]
+SCALED += [NormalCG(rtol=1e-5)]
+
+
+@pytest.mark.parametrize("size", FAR_FROM_ONE)
+@pytest.mark.parametrize("solver", SCALED, ids=repr)
+def test_an_operator_whose_squares_leave_the_range_of_its_dtype_is_scaled(solver, size):
+    A, rhs = (positive(5, 8) * size).float(), torch.arange(1.0, 9.0)
+    product = lambda v: {"x": A @ v["x"], "n": None}  # noqa: E731
+    symmetric = Operator(product, adjoint=product, symmetric=True)
+    start = {"x": torch.ones(8) / size, "n": None}
+    wanted = torch.linalg.solve(A.double(), rhs.double())
+    for begun in (None, start):
+        found = solver.solve(symmetric, {"x": rhs, "n": None}, begun)
+        assert found.converged
+        error = (found.solution["x"].double() - wanted).norm()
+        assert error <= 1e-4 * wanted.norm()
+        if found.ritz is not None and not isinstance(solver, NormalCG):
+            least = float(torch.linalg.eigvalsh(A.double() / size)[0]) * size
+            assert found.ritz == pytest.approx(least, rel=1e-2)
+
+
+def test_a_neumann_series_is_of_the_operator_as_it_is():
+    found = Neumann(5).solve(Operator(lambda v: 1e-30 * v, symmetric=True), torch.ones(3))
+    torch.testing.assert_close(found.solution, torch.full((3,), 5.0))

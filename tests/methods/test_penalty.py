@@ -93,6 +93,64 @@ def test_a_saddle_is_no_minimiser():
     assert "saddle" in found.certificate.reason
 
 
+@pytest.mark.parametrize("method", [bl.Penalty(), bl.Implicit(), bl.MLM()], ids=repr)
+def test_a_shallow_saddle_among_many_unknowns_is_met_beside_many_steps(method):
+    d = 500
+    values = torch.cat([torch.linspace(0.1, 10, d - 1, dtype=F64), torch.tensor([-0.1]).to(F64)])
+    problem = bl.BilevelProblem(
+        lambda w, a, batch: (values * w**2).sum() / 2 + (w**4).sum() / 4 - a * w[:3].sum(),
+        lambda w, a, batch: (w[:3] ** 2).sum(),
+    )
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.1), 200, method, on_failure="ignore")
+    found = solver.hypergradient(torch.zeros(d, dtype=F64), torch.tensor(1.0, dtype=F64))
+    assert "saddle" in found.certificate.reason
+
+
+def fitted(dtype, scale=1.0):
+    """Ridge regression, its outer objective times a number, and the exact hypergradient."""
+    X, y, a = real(1, 10, 3), real(2, 10), torch.tensor(-1.0, dtype=F64)
+
+    def outer(w, X):
+        return scale * ((X[:4] @ w - 1) ** 2).sum()
+
+    def exact(a):
+        H = X.T @ X / 10 + a.exp() * torch.eye(3, dtype=F64)
+        return outer(torch.linalg.solve(H, X.T @ y / 10), X)
+
+    X_short, y_short = X.to(dtype), y.to(dtype)
+    problem = bl.BilevelProblem(
+        lambda w, a, b: ((X_short @ w - y_short) ** 2).sum() / 10 + a.exp() * (w**2).sum(),
+        lambda w, a, b: outer(w, X_short),
+    )
+    return problem, torch.zeros(3, dtype=dtype), a.to(dtype), torch.func.grad(exact)(a)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("dtype", "strength"),
+    [(torch.float32, 1e10), (torch.float32, 1e20), (F64, 1e20), (torch.bfloat16, 1e4)],
+)
+def test_a_penalty_that_moves_the_params_by_rounding_alone_is_not_trusted(dtype, strength, order):
+    problem, params, control, _ = fitted(dtype)
+    method = bl.Penalty(strength, order)
+    solver = bl.BilevelSolver(problem, bl.optim.SGD(0.2), 200, method, on_failure="ignore")
+    found = solver.hypergradient(params, control)
+    assert not found.certificate.trustworthy
+    assert "lower the strength" in found.certificate.reason
+
+
+RULES = [bl.optim.SGD(0.2), bl.optim.ProximalGradient(0.2, bl.prox.Box(-5.0, 5.0))]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize(("dtype", "scale"), [(F64, 1e-30), (F64, 1e15), (torch.float32, 1e-20)])
+def test_an_outer_objective_of_any_scale_is_seen(rule, dtype, scale):
+    problem, params, control, exact = fitted(dtype, scale)
+    found = bl.BilevelSolver(problem, rule, 200, bl.Penalty()).hypergradient(params, control)
+    assert found.certificate.trustworthy
+    assert abs(found.gradient - exact) <= 4e-3 * abs(exact)
+
+
 class Once(torch.autograd.Function):
     """The square, as a fused kernel has it: its backward has no derivative."""
 

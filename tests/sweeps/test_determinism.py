@@ -123,3 +123,84 @@ def test_gradients_are_compared_the_first_time_only():
         masked(step, 5, bl.Checkpointing())
         counts.append(len(calls))
     assert counts == [11, 9, 9]
+
+
+def own_draw(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda u: torch.rand(u.shape, generator=generator, dtype=u.dtype)
+
+
+def numpy_draw(seed):
+    numbers = numpy.random.default_rng(seed)
+    return lambda u: torch.from_numpy(numbers.random(u.shape)).to(u)
+
+
+def costly(running, checkpointing, ask=bl.adjoint):
+    problem = bl.ControlProblem(
+        bl.Map(lambda u, c, t: torch.tanh(c * u)), lambda u, c: square(u), 5, running
+    )
+    u, c = real(1, 4), real(2, 1)[0]
+    if ask is bl.hvp:
+        return bl.hvp(problem, u, c, c, checkpointing=checkpointing)
+    if ask is bl.total_cost:
+        c = c.clone().requires_grad_()
+        return torch.autograd.grad(bl.total_cost(problem, u, c, checkpointing=checkpointing), c)
+    return bl.adjoint(problem, u, c, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("draw", [own_draw, numpy_draw])
+@pytest.mark.parametrize("ask", [bl.adjoint, bl.hvp, bl.total_cost])
+@pytest.mark.parametrize("chosen", [bl.Checkpointing(), bl.Checkpointing(2, 1)], ids=repr)
+def test_a_running_cost_that_draws_from_elsewhere_is_refused(draw, ask, chosen):
+    drawn = draw(3)
+
+    def running(u, c, t):
+        return (drawn(u) * u).sum() * c
+
+    for _ in range(2):
+        with pytest.raises(
+            ArgumentError, match=r"running cost at t = \d gave another|another state"
+        ):
+            costly(running, chosen, ask)
+
+
+def test_a_running_cost_with_a_random_gradient_alone_is_refused():
+    drawn = own_draw(3)
+
+    def running(u, c, t):
+        v = (c * u).sum()
+        return v.detach() + (v - v.detach()) * drawn(u)[0]
+
+    with pytest.raises(ArgumentError, match="its running cost gave the same state with another"):
+        costly(running, bl.Checkpointing())
+
+
+def test_a_running_cost_of_another_sweep_is_looked_at_though_the_step_is_known():
+    step, drawn = (lambda u, c, t: c * u), own_draw(3)
+    u, c = real(1, 4), real(2, 1)[0]
+    for running in (lambda u, c, t: square(u), lambda u, c, t: (drawn(u) * u).sum()):
+        problem = bl.ControlProblem(bl.Map(step), lambda u, c: square(u), 5, running)
+        if running(u, c, 1) == running(u, c, 1):
+            bl.adjoint(problem, u, c)
+            continue
+        with pytest.raises(ArgumentError, match="running cost at t"):
+            bl.adjoint(problem, u, c)
+
+
+def test_graphs_kept_serve_a_cost_that_draws_from_elsewhere():
+    found = []
+    for chosen in (None, bl.Checkpointing(block=None)):
+        drawn, J = own_draw(3), 0.0
+
+        def running(u, c, t, drawn=drawn):
+            return (drawn(u) * u).sum() * c
+
+        if chosen is not None:
+            found.append(costly(running, chosen).gradient)
+            continue
+        u, c = real(1, 4), real(2, 1)[0].clone().requires_grad_()
+        for t in range(1, 6):
+            J = J + running(u, c, t)
+            u = torch.tanh(c * u)
+        found.append(torch.autograd.grad(J + square(u), c)[0])
+    torch.testing.assert_close(*found)

@@ -143,7 +143,7 @@ def _leaf(bound: Any, leaf: Any, name: str, endless: float) -> Any:
         return torch.full_like(leaf, complex(endless, endless))
     if bound is None:
         return torch.full_like(leaf, endless)
-    value = torch.as_tensor(bound, dtype=leaf.dtype, device=leaf.device).detach()
+    value = bound.detach().to(leaf) if isinstance(bound, Tensor) else leaf.new_tensor(bound)
     if bool(value.isnan().any()):
         raise ArgumentError(f"bounds: {name} must be numbers, got NaN.")
     try:

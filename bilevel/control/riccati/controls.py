@@ -67,8 +67,11 @@ class Controls:
         self.dtype, self.device = dtype, self.leaves[0].device
         batched = batch is not None
         first = [self.leaves[i] for i in self._own_rows[0]] if rows else []
-        self.own = Layout(first, batched=batched, dtype=dtype)
-        self.common = Layout([self.leaves[i] for i in self._shared], batched=batched, dtype=dtype)
+        common = [self.leaves[i] for i in self._shared]
+        self.own, self.common = (
+            Layout(leaves, batched=batched, dtype=dtype, device=self.device)
+            for leaves in (first, common)
+        )
         # The common case costs least: a step's control is one real vector.
         self._plain = self.own.is_one and [kind for kind, _ in self._plan] == ["own"]
         self._bare = self._plain and all(isinstance(step, Tensor) for step in steps[:1])

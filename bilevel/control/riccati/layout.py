@@ -20,11 +20,18 @@ class Layout:
     Attributes:
         width: numbers of the vector.
         dtype: of vectors: the widest of the leaves, at least float32.
-        device: of the first variable; None if there is none.
+        device: of the first variable; where there is none, the one given.
         is_one: whether the tree has one variable, and that is a vector of this dtype.
     """
 
-    def __init__(self, example: Tree, *, batched: bool, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        example: Tree,
+        *,
+        batched: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         """Lay out the leaves of `example`; with `batched`, of one entry of their leading axis."""
         leaves, self._structure = tree.flatten(example)
         self._batched = batched
@@ -36,7 +43,7 @@ class Layout:
         if dtype is None:
             for x in variables:
                 self.dtype = torch.promote_types(self.dtype, x.dtype.to_real())
-        self.device = variables[0].device if variables else None
+        self.device = variables[0].device if variables else device
         # The common case costs least: the tree is one real vector.
         kinds = [kind for kind in self._kinds if kind is not None]
         self.is_one = len(kinds) == 1 and kinds[0][0] == self.dtype and len(kinds[0][1]) == 1

@@ -258,6 +258,11 @@ class Linearisation:
 
     def noise(self) -> Tensor:
         """How large a gradient may be by rounding alone, roughly: ``(b,)``."""
+        horizon = max(1, self._stages.problem.horizon)
+        return 30 * torch.finfo(self._stages.dtype).eps * horizon**0.5 * self.terms()
+
+    def terms(self) -> Tensor:
+        """The size of what cancels in the gradient, roughly: ``(b,)``."""
         n, nx = self._n, self._n + self._q
         end = self._end.detach()
         curved = self._end_curvature
@@ -265,9 +270,7 @@ class Linearisation:
         p = torch.linalg.vector_norm(self.costates, dim=2).amax(1) + pull
         size = torch.linalg.vector_norm(self.maps[:, :, :n, nx + 1 :].flatten(1), dim=1)
         size = size + torch.linalg.vector_norm(self.start.flatten(1), dim=1)
-        slopes = torch.linalg.vector_norm(self._slopes.flatten(1), dim=1)
-        horizon = max(1, self._stages.problem.horizon)
-        return 30 * torch.finfo(p.dtype).eps * horizon**0.5 * (slopes + size * p)
+        return torch.linalg.vector_norm(self._slopes.flatten(1), dim=1) + size * p
 
 
 class _Chunk:

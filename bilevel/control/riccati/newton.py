@@ -34,6 +34,8 @@ class Rules:
         steps: iterations at most.
         tolerance: for the norm of the gradient, of each problem: ``(B,)``.
         rounding: whether a gradient within its own rounding is enough.
+        relative: whether the tolerance is times the terms that cancel in the gradient, where these
+            are small.
     """
 
     gauss_newton: bool
@@ -42,6 +44,7 @@ class Rules:
     steps: int
     tolerance: Tensor
     rounding: bool
+    relative: bool
 
 
 @dataclass(eq=False)
@@ -58,6 +61,7 @@ class Iterates:
         failed: t where a Hessian was not positive definite.
         steps: updates made.
         begun: J at the start.
+        scale: what the tolerance is multiplied by, at most 1.
         history: of each iteration, the costs, residuals and shifts of all.
     """
 
@@ -70,6 +74,7 @@ class Iterates:
     failed: Tensor
     steps: Tensor
     begun: Tensor
+    scale: Tensor
     history: list[tuple[Tensor, Tensor, Tensor]]
 
 
@@ -101,6 +106,7 @@ class Newton:
             whole - 1,
             whole.clone(),
             zero,
+            zero + 1,
             [],
         )
         self._least = zero.clone()
@@ -111,6 +117,8 @@ class Newton:
         self.point = Linearisation(stages, start)
         self._note(self.point)
         self.now.begun = self.now.cost.clone()
+        if rules.relative:
+            self.now.scale = self._terms()
         self.now.status[~torch.isfinite(self.now.cost + self.now.residual)] = NOWHERE
         left = (self.now.status == RUNNING).nonzero().squeeze(1)
         if 0 < len(left) < b:
@@ -123,7 +131,7 @@ class Newton:
             return now
         for k in range(rules.steps + 1):
             active = self.point.where.problems
-            reached = now.residual[active] <= rules.tolerance[active]
+            reached = self._reached(active)
             # The last step came from a convex model of all second derivatives: no saddle is there.
             sure = reached & (now.swept[active] == 0) & (not rules.gauss_newton)
             now.status[active[sure]] = CONVERGED
@@ -141,13 +149,34 @@ class Newton:
                 break
         return now
 
+    def _reached(self, active: Tensor) -> Tensor:
+        """Which gradients are small enough."""
+        now, residual, tolerance = (
+            self.now,
+            self.now.residual[active],
+            self._rules.tolerance[active],
+        )
+        small = residual <= tolerance
+        if self._rules.relative and bool(
+            (small & (residual > tolerance * now.scale[active])).any()
+        ):
+            # From a start where hardly anything is there to cancel, the terms may have grown.
+            now.scale[active] = torch.maximum(now.scale[active], self._terms())
+        return residual <= tolerance * now.scale[active]
+
+    def _terms(self) -> Tensor:
+        """Of the gradient at the point, at most 1."""
+        return self.point.terms().nan_to_num(1.0).clamp(max=1)
+
     def _iterate(self, active: Tensor, reached: Tensor, *, last: bool) -> None:
         """A sweep and a step of the active problems."""
         now = self.now
         model = self._model(gauss_newton=self._rules.gauss_newton)
         self._least[active] = LEAST_SHIFT * model.scale()
+        small, exact = now.residual[active] <= self._rules.tolerance[active], model
+        if self._rules.gauss_newton and bool(small.any()):
+            exact = self._model(gauss_newton=False)
         if bool(reached.any()):
-            exact = self._model(gauss_newton=False) if self._rules.gauss_newton else model
             self._certify(active, reached, exact)
         going = (now.status[active] == RUNNING).nonzero().squeeze(1)
         if last or not len(going):
@@ -160,13 +189,20 @@ class Newton:
         if len(fine):
             now.shift[active[going[fine]]] = shift[fine]
             self._step(going[fine], _some(gains, fine, len(going)))
+            # So near to a saddle that rounding hides the way down, no step is found.
+            stood = small & (now.status[active] == STANDSTILL)
+            if bool(stood.any()):
+                now.status[active[stood]] = RUNNING
+                self._certify(active, stood, exact, least=ROUNDED)
 
     def _model(self, *, gauss_newton: bool) -> Model:
         point, limits = self.point, self._limits
         second = point.hessians(gauss_newton=gauss_newton)
         return model_of(point, second, limits and limits.around(point.where))
 
-    def _certify(self, active: Tensor, reached: Tensor, model: Model) -> None:
+    def _certify(
+        self, active: Tensor, reached: Tensor, model: Model, least: int = CONVERGED
+    ) -> None:
         """Tell minima from other stationary points, where that is not known."""
         now = self.now
         i = (reached & (now.status[active] == RUNNING)).nonzero().squeeze(1)
@@ -174,8 +210,7 @@ class Newton:
             return
         one = model.at(i)
         found = backward(one, LEAST_SHIFT * one.scale())
-        least = found.failed < 0
-        now.status[active[i]] = torch.where(least, CONVERGED, SADDLE)
+        now.status[active[i]] = torch.where(found.failed < 0, least, SADDLE)
         now.failed[active[i]] = found.failed
 
     def _swept(self, model: Model, shift: Tensor) -> tuple[Gains, Tensor]:

@@ -36,7 +36,8 @@ class Riccati:
         decrease: share of the predicted decrease that a step must reach (Armijo), in (0, 1/2).
         lengths: step lengths 1/2, 1/4, ... that are tried at once.
         tolerance: for the norm of the gradient where `solve` is given none; None is 1e-9 in
-            float64 and 1e-4 in float32, or what rounding leaves.
+            float64 and 1e-4 in float32, times the terms that cancel in it where these are below 1,
+            or what rounding leaves.
         largest: numbers of a state, or of a step's control, that are taken at most.
 
     Raises:

@@ -167,6 +167,7 @@ def solved(laid: Laid, settings: Riccati, steps: int, tolerance: float, watch: W
         steps,
         torch.full_like(laid.start.states[:, 0].sum(1), asked or usual),
         rounding=not asked,
+        relative=not asked,
     )
     if settings.constraints is not None:
         return constrained(laid, settings.constraints, rules, asked or usual, watch)

@@ -72,7 +72,7 @@ class Stages:
         for x in tree.leaves_of(example):
             if tree.is_variable(x):
                 self.dtype = torch.promote_types(self.dtype, x.dtype.to_real())
-        self.state = Layout(example, batched=False, dtype=self.dtype)
+        self.state = Layout(example, batched=False, dtype=self.dtype, device=controls.device)
         self.n, self.device = self.state.width, controls.device
         if batched and any(isinstance(x, Tensor) for x in self.state.fixed):
             raise UnsupportedError(

@@ -226,3 +226,38 @@ def test_gauss_newton_takes_other_steps_to_the_same_minimum():
     assert found[0].cost == pytest.approx(found[1].cost, rel=1e-12)
     assert found[0].converged
     assert found[0].costs[2:] != found[1].costs[2:]
+
+
+@pytest.mark.parametrize(("cost", "start"), [(1e-20, 1.0), (1.0, 1e-12), (1e-9, 1e-3), (1e15, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_problems_of_any_scale_are_solved_to_their_own_digits(cost, start, dtype):
+    problem = bl.ControlProblem(
+        bl.Map(lambda x, c, t: x + c),
+        lambda x, c: cost * x**2 / 2,
+        3,
+        lambda x, c, t: cost * c**2 / 2,
+    )
+    zeros = bl.PerStep([torch.zeros((), dtype=dtype) for _ in range(3)])
+    begun = torch.tensor(start, dtype=dtype)
+    found = bl.ControlSolver(problem, bl.Riccati()).solve(zeros, begun)
+    assert found.converged
+    for theta in found.control.steps:  # -x0 / (T + 1)
+        torch.testing.assert_close(theta, -begun / 4, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("gauss_newton", [False, True])
+@pytest.mark.parametrize(("start", "ends"), [(1e-13, False), (0.0, False), (1e-5, True)])
+def test_a_start_so_near_to_a_maximum_that_rounding_hides_the_way_is_no_minimum(
+    start, ends, gauss_newton
+):
+    problem = bl.ControlProblem(
+        bl.Map(lambda x, c, t: x + 0.2 * torch.sin(x) + c),
+        lambda x, c: (x**2 - 1) ** 2,
+        5,
+        lambda x, c, t: c**2 / 10,
+    )
+    zeros = bl.PerStep([torch.zeros((), dtype=torch.float64) for _ in range(5)])
+    solver = bl.ControlSolver(problem, bl.Riccati(gauss_newton), on_failure="ignore")
+    found = solver.solve(zeros, torch.tensor(start, dtype=torch.float64), steps=300)
+    assert found.converged is ends
+    assert ends or "no minimum" in found.reason
