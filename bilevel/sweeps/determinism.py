@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,6 +106,13 @@ def check_same_gradient(origins: Sequence[object], taped: Callable[[], Block]) -
     for origin in origins:
         with suppress(TypeError):  # what has no weak references is checked each time
             _known[id(origin)] = origin
+
+
+def source(function: object) -> object:
+    """What a function or an object that is called comes from, also where it is made for a batch."""
+    while isinstance(function, partial):
+        function = function.func
+    return getattr(function, "__code__", type(function))
 
 
 def _digests(block: Block) -> tuple[list[Digest], list[Digest], list[Digest]]:

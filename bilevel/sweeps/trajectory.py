@@ -20,7 +20,7 @@ from bilevel.dynamics.steps import Step, begun, stepped, watch
 from bilevel.errors import ArgumentError
 from bilevel.sweeps.block import Block, Costs, no_costs, refuse_hidden
 from bilevel.sweeps.checkpointing import Checkpointing
-from bilevel.sweeps.determinism import check_same_gradient, check_same_state
+from bilevel.sweeps.determinism import check_same_gradient, check_same_state, source
 from bilevel.sweeps.randomness import RandomState, devices_of, looking, preserved
 from bilevel.sweeps.schedule import Action, Do
 from bilevel.sweeps.storage import MemorySnapshots, Snapshots
@@ -276,7 +276,7 @@ class Trajectory:
         steps = self.forward_steps
         origins = [self._dynamics.origin]
         if self._costs is not no_costs:
-            origins.append(self._running)
+            origins.append(source(self._running))
         check_same_gradient(origins, taped)
         self.forward_steps = steps  # those of the schedule are counted
 

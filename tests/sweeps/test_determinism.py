@@ -1,5 +1,7 @@
 """What is compared when a block is evaluated again."""
 
+from functools import partial
+
 import numpy
 import pytest
 import torch
@@ -204,3 +206,49 @@ def test_graphs_kept_serve_a_cost_that_draws_from_elsewhere():
             u = torch.tanh(c * u)
         found.append(torch.autograd.grad(J + square(u), c)[0])
     torch.testing.assert_close(*found)
+
+
+def scaled(size, calls):
+    def running(u, c, t):
+        calls.append(t)
+        return size * square(u)
+
+    return running
+
+
+class Scaled:
+    """The same as a class; its objects are made for a batch."""
+
+    def __init__(self, size, calls):
+        self.size, self.calls = size, calls
+
+    def __call__(self, u, c, t):
+        self.calls.append(t)
+        return self.size * square(u)
+
+
+def unsized(calls, size, u, c, t):
+    calls.append(t)
+    return size * square(u)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [scaled, Scaled, lambda size, calls: partial(unsized, calls, size)],
+    ids=["function", "class", "partial"],
+)
+def test_a_running_cost_that_is_made_for_each_batch_is_looked_at_once(make):
+    dynamics = bl.Map(lambda u, c, t: torch.tanh(c * u))
+    counts = []
+    for size in (1.0, 2.0, 3.0):
+        calls = []
+        problem = bl.ControlProblem(dynamics, lambda u, c: square(u), 5, make(size, calls))
+        bl.adjoint(problem, real(1, 4), real(2, 1)[0], checkpointing=bl.Checkpointing())
+        counts.append(len(calls))
+    assert counts[0] - 2 == counts[1] == counts[2]
+    drawn = own_draw(3)
+    problem = bl.ControlProblem(
+        dynamics, lambda u, c: square(u), 5, lambda u, c, t: (drawn(u) * u).sum()
+    )
+    with pytest.raises(ArgumentError, match="running cost"):
+        bl.adjoint(problem, real(1, 4), real(2, 1)[0], checkpointing=bl.Checkpointing())
