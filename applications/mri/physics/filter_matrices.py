@@ -24,7 +24,7 @@ _WHOLE = 2**20  # the same where a call takes longer than its work, as on a GPU:
 # Arrays, not tensors: one made under `inference_mode` or while a program is exported would be of no
 # use to anything else.
 @dataclass(frozen=True, eq=False)
-class _Piece:
+class Piece:
     """What a block of outputs takes of neighbouring inputs.
 
     Attributes:
@@ -40,7 +40,7 @@ class _Piece:
     matrix: NDArray[np.float64]
 
 
-_Block = tuple[_Piece, ...]
+Block = tuple[Piece, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +52,8 @@ class Level:
         synthesis: blocks of images.
     """
 
-    analysis: tuple[_Block, ...]
-    synthesis: tuple[_Block, ...]
+    analysis: tuple[Block, ...]
+    synthesis: tuple[Block, ...]
 
     def forward(self, images: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Low-pass and high-pass coefficients along an axis."""
@@ -66,7 +66,7 @@ class Level:
         return _joined([_product(block, (low, high), axis) for block in self.synthesis], axis)
 
 
-def _product(block: _Block, given: tuple[Tensor, ...], axis: int) -> Tensor:
+def _product(block: Block, given: tuple[Tensor, ...], axis: int) -> Tensor:
     """The outputs of a block."""
     total = None
     for piece in block:
@@ -118,7 +118,7 @@ def _in_blocks(matrix: NDArray[np.float64], side: int) -> Level:
     return Level(analysis, tuple(_cut(matrix[:, at].T, half) for at in places))
 
 
-def _cut(matrix: NDArray[np.float64], half: int) -> _Block:
+def _cut(matrix: NDArray[np.float64], half: int) -> Block:
     """The pieces of a block: runs of inputs that count, of one kind each, ``half`` of a kind."""
     used = np.flatnonzero((matrix != 0).any(axis=0))
     used = used if len(used) else np.arange(1)
@@ -127,7 +127,7 @@ def _cut(matrix: NDArray[np.float64], half: int) -> _Block:
     for run in np.split(used, breaks):
         high, start = divmod(int(run[0]), half)
         values = np.ascontiguousarray(matrix[:, run[0] : run[-1] + 1])
-        pieces.append(_Piece(bool(high), start, start + len(run), values))
+        pieces.append(Piece(bool(high), start, start + len(run), values))
     return tuple(pieces)
 
 
