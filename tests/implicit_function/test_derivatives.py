@@ -420,6 +420,7 @@ def test_it_may_be_called_where_graphs_are_recorded():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of dynamo, while it traces
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="dynamo of 2.6 raises a KeyError")
 def test_a_compiled_function_may_hold_one():
     double = bl.implicit(lambda a: 2 * a, lambda w, a: w - 2 * a)
     a = torch.tensor([1.0, 2.0], requires_grad=True)
