@@ -94,7 +94,7 @@ def _lost(
         weight = weight[0], *tree.map_leaves(lambda v: None if v is None else 0 * v, weight[1:])
     out: Tree = None
 
-    def gradient(point: Tree, *, keep: bool = False) -> tuple[Tree, list[Tensor], list[Any]]:
+    def gradient(point: Tree, *, keep: bool = False) -> tuple[list[Tensor], list[Any]]:
         nonlocal out
         torch.manual_seed(0)  # what it draws, it draws again
         point = variables(point)
@@ -102,7 +102,7 @@ def _lost(
         out = tree.map_leaves(drawn, value) if out is None else out
         xs = [x for x in tree.leaves_of(point) if tree.is_variable(x)]
         total = tree.inner(value, out)
-        return total, xs, [*pulled([total], xs, None, create_graph=keep, retain_graph=None)]
+        return xs, [*pulled([total], xs, None, create_graph=keep, retain_graph=None)]
 
     def weighed(slopes: list[Any]) -> Tensor:
         vs = [v for v in tree.leaves_of(weight) if v is not None]
@@ -111,7 +111,7 @@ def _lost(
             [s for s in slopes if s is not None],
         )
 
-    _, xs, slopes = gradient(given, keep=True)
+    xs, slopes = gradient(given, keep=True)
     slope = weighed(slopes)
     found = 0.0
     if slope.requires_grad:
@@ -123,7 +123,7 @@ def _lost(
     eps = max(torch.finfo(x.dtype).eps for x in xs)
     differences = []
     for h in (eps ** (1 / 3) * scale, eps ** (1 / 3) * scale / 2):
-        up, down = (weighed(gradient(moved(along, way))[2]) for way in (h, -h))
+        up, down = (weighed(gradient(moved(along, way))[1]) for way in (h, -h))
         differences.append(float(up - down) / (2 * h))
     coarse, fine = differences
     size = max(abs(found), abs(fine), 1e3 * eps ** (2 / 3) * abs(float(slope)) / scale)

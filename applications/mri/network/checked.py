@@ -16,7 +16,7 @@ from applications.mri.network.weights import Trained, pretrained
 from applications.mri.physics.coil_counts import fitted
 from applications.mri.physics.l1_spirit import check_slice
 from applications.mri.physics.masks import over_columns
-from applications.mri.physics.operators import in_units_of, unit_of
+from applications.mri.physics.operators import unit_of
 
 Array = Tensor | NDArray[Any]
 _SMALLEST, _LARGEST = 1e-38, 3e38  # of single precision
@@ -152,7 +152,7 @@ def _given(
     unit = unit_of(given)
     given = (given / unit).to(torch.complex64)
     if extra is not None:
-        extra = in_units_of(given, extra).to(torch.complex64)
+        extra = (extra / unit_of(extra)).to(torch.complex64)
     return given, places, extra, unit
 
 

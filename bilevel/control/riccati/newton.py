@@ -151,15 +151,10 @@ class Newton:
 
     def _reached(self, active: Tensor) -> Tensor:
         """Which gradients are small enough."""
-        now, residual, tolerance = (
-            self.now,
-            self.now.residual[active],
-            self._rules.tolerance[active],
-        )
-        small = residual <= tolerance
-        if self._rules.relative and bool(
-            (small & (residual > tolerance * now.scale[active])).any()
-        ):
+        now, rules = self.now, self._rules
+        residual, tolerance = now.residual[active], rules.tolerance[active]
+        between = (residual <= tolerance) & (residual > tolerance * now.scale[active])
+        if rules.relative and bool(between.any()):
             # From a start where hardly anything is there to cancel, the terms may have grown.
             now.scale[active] = torch.maximum(now.scale[active], self._terms())
         return residual <= tolerance * now.scale[active]
